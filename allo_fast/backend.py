@@ -1,0 +1,95 @@
+"""Where a training step happens: backward, clip, step, and the state that a resumed run needs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import get_scheduler
+
+from allo_fast.config import TrainConfig
+from allo_fast.optim import SparseAdamW
+from allo_fast.policy import DensePolicy, SparsePolicy
+
+
+class LocalBackend:
+    """One process, one device. protocol: release takes the older AdamW form and clips by the dense gradient's norm."""
+
+    def __init__(
+        self, policy: DensePolicy | SparsePolicy, config: TrainConfig, total_steps: int, protocol: str = "paper"
+    ):
+        self.policy, self.max_grad_norm = policy, config.max_grad_norm
+        shared = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }
+        if isinstance(policy, SparsePolicy):
+            self.parameters = policy.values
+            self.optimizer = SparseAdamW(policy, **shared, hf_eps=protocol == "release")
+        else:
+            self.parameters = dict(policy.model.named_parameters())
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), **shared, fused=True)
+        warmup = config.warmup_steps if config.warmup_steps >= 1 else -(-total_steps * config.warmup_steps // 1)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, int(warmup), total_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the coming step."""
+        return self.scheduler.get_last_lr()[0]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> Tensor:
+        """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
+        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
+        dense = getattr(self.policy, "dense_gradients", {})
+        norm = torch.nn.utils.get_total_norm(list(dense.values()) or gradients).float()
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        for gradient in dense.values():
+            gradient.zero_()
+        return norm
+
+    def optimizer_bytes(self) -> int:
+        moments = [state[key] for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return sum(moment.numel() * moment.element_size() for moment in moments)
+
+    def save(self, folder: Path, step: int) -> None:
+        """What is needed to go on after `step` steps; the frozen base is not part of it. Replaces `folder` whole."""
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {f"values.{name}": value.detach() for name, value in self.parameters.items()}
+        for name, value in self.parameters.items():
+            tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, "scheduler": self.scheduler.state_dict()}))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> int:
+        """Restores what `save` wrote; returns the number of steps done, 0 where there is no checkpoint."""
+        if not (folder / "state.json").is_file():
+            return 0
+        tensors = load_file(folder / "state.safetensors", device=str(self.policy.model.device))
+        found = json.loads((folder / "state.json").read_text())
+        for name, value in self.parameters.items():
+            value.copy_(tensors[f"values.{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                self.optimizer.state[value][key] = tensors[f"{key}.{name}"]
+        if isinstance(self.policy, SparsePolicy):
+            self.policy.write_back()
+        self.scheduler.load_state_dict(found["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return found["step"]

@@ -1,0 +1,232 @@
+"""The configuration: small typed classes, YAML, dotted overrides, strict.
+
+Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are the paper's.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; the command line prints it without a traceback."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    name_or_path: str | None = None  # local folder or hub id; null: the project pretrains a tiny Llama (`pretrain`)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the frozen base; the warm-up trains in float32
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+
+class DataConfig(Section):
+    train: str  # file.jsonl, hub id as org/name:config:split, or arithmetic:train; all take a slice: file.jsonl[:200]
+    test: str  # likewise; the problems that `evaluate` answers
+    format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
+    chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
+    prompt_template: str | None = None  # "{}" is the problem; null: bare inside a chat template, else the paper's
+    max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
+    max_response_tokens: int = Field(1024, gt=0)  # longer responses are set aside
+
+
+class SampleConfig(Section):
+    num_return_sequences: int = Field(10, gt=0)  # responses per problem
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(1024, gt=0)
+    batch_size: int = Field(8, gt=0)  # problems per generate call
+    stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # a response is cut at the first of these
+
+
+class PairsConfig(Section):
+    max_pairs: int = Field(5, gt=0)  # per problem, drawn at random
+    gold: Literal["never", "missing"] = "never"  # missing: the gold solution stands in where no response is correct
+
+
+class TrainConfig(Section):
+    learning_rate: float = Field(gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
+    num_train_epochs: int = Field(1, gt=0)
+    per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
+    gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step
+    max_grad_norm: float = Field(1.0, gt=0)
+    clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
+
+
+class PretrainConfig(TrainConfig):
+    learning_rate: float = Field(2e-3, gt=0)
+    per_device_train_batch_size: int = Field(128, gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    hidden_size: int = Field(128, gt=0)
+    intermediate_size: int = Field(352, gt=0)
+    num_hidden_layers: int = Field(6, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    problems: int = Field(51200, gt=0)  # generated arithmetic problems
+
+
+class WarmupConfig(TrainConfig):
+    learning_rate: float = Field(1e-6, gt=0)
+    beta: float = Field(0.1, gt=0)
+
+
+class LocateConfig(Section):
+    exclude: list[str] = []  # tensors never selected, as shell patterns: "*embed_tokens*"
+    skip: float = Field(0.0, ge=0, lt=1)  # fraction of the largest changes passed over first (the band of the ablation)
+
+
+class RewriterConfig(TrainConfig):
+    learning_rate: float = Field(2e-5, gt=0)
+    num_train_epochs: int = Field(3, gt=0)
+    per_device_train_batch_size: int = Field(4, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+
+
+class RewardsConfig(Section):
+    source: Literal["rewriter", "file"] = "rewriter"
+    path: str | None = None  # source: file: JSON lines {prompt, response, rewards: one number per token}
+    model: str | None = None  # what the rewriter starts from; null: the base model
+    template: str | None = None  # three "{}": problem, solution, response; null: the paper's
+    max_examples: int | None = Field(None, gt=0)  # corrections to train on; null: all
+    train: RewriterConfig = RewriterConfig()
+
+
+class ForgetConfig(TrainConfig):
+    learning_rate: float = Field(5e-7, gt=0)
+    warmup_steps: float = Field(0.03, ge=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
+    beta: float = Field(0.1, gt=0)
+    threshold: float = Field(0.5, ge=0, le=1)  # tokens whose reward is below it are forgotten (protocol: paper)
+
+
+class LearnConfig(TrainConfig):
+    learning_rate: float = Field(5e-6, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
+    beta: float = Field(0.1, gt=0)
+    epsilon: float = Field(0.1, gt=0, le=1)  # fraction of each rejected response's tokens that are key tokens
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
+class EvaluateConfig(Section):
+    max_new_tokens: int = Field(512, gt=0)
+    batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
+    scorer: Literal["strict", "release"] = "strict"  # both are counted; this one is the accuracy
+
+
+class Config(Section):
+    name: str  # the run's folder is output_dir/name
+    output_dir: str = "runs"
+    seeds: list[int] = Field([0], min_length=1)  # every stage runs once per seed
+    protocol: Literal["paper", "release"] = "paper"
+    method: Literal["allo", "dpo"] = "allo"  # dpo ends with the dense warm-up as its result
+    model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    data: DataConfig
+    sample: SampleConfig = SampleConfig()
+    pairs: PairsConfig = PairsConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    locate: LocateConfig = LocateConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    forget: ForgetConfig = ForgetConfig()
+    learn: LearnConfig = LearnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: each only once, got {self.seeds}")
+        if (self.rewards.source == "file") != (self.rewards.path is not None):
+            raise ValueError("rewards.path goes with rewards.source: file, and only with it")
+        if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
+            raise ValueError("locate.skip plus a stage's ratio is more than 1")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The configuration in a YAML file, with `key.subkey=value` overrides (values are YAML) on top.
+
+    Raises UserError for a missing file, YAML that does not parse, unknown keys (naming the nearest known one) and
+    values that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    raw = _parse(path.read_text(), str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{override}: expected key.subkey=value")
+        _assign(raw, key, _parse(value, override))
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {error}") from None
+    return _numbers(value)
+
+
+def _numbers(value: object) -> object:
+    """YAML 1.1 reads 1e-6 as text; people mean a number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, str):
+        mantissa, e, exponent = value.partition("e")
+        if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
+            return float(value)
+    return value
+
+
+def _assign(raw: dict, dotted: str, value: object) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{dotted}: {parent} has no keys of its own")
+    raw[last] = value
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+        return f"{where}: {error['msg']}{got}" if where else error["msg"].removeprefix("Value error, ")
+    known = known_keys(Config)
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
+    return f"{where}: unknown key; did you mean {near[0]}?"
+
+
+def known_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,148 @@
+"""Losses as pure functions of log-probabilities, the choice of tokens, and what the engine calls on a batch.
+
+Shapes: B sequences or pairs, T positions, R responses, L tokens of the longest response.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from allo_fast.data.batch import Batch
+from allo_kernels import top_fraction_weights
+
+
+def npo_token_loss(policy_logps: Tensor, ref_logps: Tensor, token_weights: Tensor, *, beta: float) -> Tensor:
+    """Token-wise negative preference optimization -> scalar (ALLO, arXiv 2406.12606; NPO, arXiv 2404.05868).
+
+    L = sum_t w_t (-log sigmoid(-beta (logp_t - ref_t))) / #{t: w_t != 0}; all tensors [B, T]; 0 when no token weighs.
+    """
+    losses = -token_weights * F.logsigmoid(-beta * (policy_logps - ref_logps))
+    return losses.sum() / token_weights.count_nonzero().clamp(min=1)
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimization (arXiv 2305.18290) -> losses [B], chosen_rewards [B], rejected_rewards [B].
+
+    L = -(1 - s) log sigmoid(d) - s log sigmoid(-d), d = chosen_reward - rejected_reward, reward = beta (logp - ref).
+    Inputs are log-probabilities of whole responses [B]. Raises ValueError for a loss type other than "sigmoid".
+    """
+    if loss_type != "sigmoid":
+        raise ValueError(f"loss_type: expected 'sigmoid', got {loss_type!r}")
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    margins = chosen_rewards - rejected_rewards
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def sft_loss(policy_logps: Tensor, valid: Tensor) -> Tensor:
+    """Mean negative log-probability of the valid tokens; policy_logps, valid: [B, T] -> scalar."""
+    return -(policy_logps * valid).sum() / valid.sum()
+
+
+def key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float) -> Tensor:
+    """1.0 at each row's key tokens, the floor(fraction x valid) lowest log-ratios -> fp32 [B, T]; no gradient flows.
+
+    Where policy and reference agree everywhere (before the first update) nothing is lowest: every valid token is key.
+    """
+    untouched = ((log_ratios == 0) | ~valid).all(dim=1, keepdim=True)
+    return torch.where(untouched, valid.float(), top_fraction_weights(-log_ratios, valid, fraction))
+
+
+def release_key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float, padded_length: int) -> Tensor:
+    """The published rule, kept to measure the difference: the fraction is of the padded length, prompt included.
+
+    Every token whose -log_ratio is at least the k-th largest of its row is kept, k = int(fraction x padded_length),
+    exact zeros counting as -1e10. Raises ValueError where k is 0 (the published code fails there).
+    """
+    k = int(padded_length * fraction)
+    if k == 0:
+        raise ValueError(f"fraction: {fraction} of {padded_length} padded tokens is none")
+    scores = torch.where((log_ratios == 0) | ~valid, -1e10, -log_ratios.detach())
+    scores = F.pad(scores, (0, max(0, k - scores.shape[1])), value=-1e10)
+    threshold = scores.topk(k, dim=1).values[:, -1:]
+    return ((scores >= threshold)[:, : valid.shape[1]] & valid).float()
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Warm start and rewriter: every token of every response."""
+
+    needs_reference = False
+
+    def count(self, batch: Batch) -> int:
+        return int(batch.valid.sum())
+
+    def __call__(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return sft_loss(logps, batch.valid), {}
+
+
+@dataclass(frozen=True)
+class Npo:
+    """Forgetting: the weighted tokens of each response."""
+
+    beta: float
+    needs_reference = True
+
+    def count(self, batch: Batch) -> int:
+        return int(batch.token_weights.count_nonzero())
+
+    def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = batch.token_weights
+        change = ((logps.detach() - ref) * weights).sum() / weights.sum().clamp(min=1e-9)
+        return npo_token_loss(logps, ref, weights, beta=self.beta), {"logps/forgotten_change": change}
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Learning, and with epsilon None the vanilla DPO of the warm-up. Metrics carry TRL's names."""
+
+    beta: float
+    epsilon: float | None = None
+    label_smoothing: float = 0.0
+    protocol: str = "paper"
+    needs_reference = True
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.examples)
+
+    def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = batch.examples.unbind(1)
+        weights = self._key_tokens((logps.detach() - ref)[rejected], batch, rejected)
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            logps[chosen].sum(1),
+            (logps[rejected] * weights).sum(1),
+            ref[chosen].sum(1),
+            (ref[rejected] * weights).sum(1),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+        return losses.mean(), {
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
+            "logps/chosen": logps.detach()[chosen].sum(1).mean(),
+            "logps/rejected": logps.detach()[rejected].sum(1).mean(),
+            "key_tokens": weights.sum() / batch.valid[rejected].sum(),
+        }
+
+    def _key_tokens(self, log_ratios: Tensor, batch: Batch, rejected: Tensor) -> Tensor:
+        valid = batch.valid[rejected]
+        if self.epsilon is None:
+            return valid.float()
+        if self.protocol == "paper":
+            return key_token_weights(log_ratios, valid, self.epsilon)
+        padded_length = int((batch.prompt_lengths + batch.valid.sum(1)).max())
+        return release_key_token_weights(log_ratios, valid, self.epsilon, padded_length)

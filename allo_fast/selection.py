@@ -1,0 +1,206 @@
+"""Which weights train: the exact top fraction by score over the whole model.
+
+paper: every weight competes once (tied ones once), and exactly floor(ratio x N) win; ties go to the lower (name, index).
+release: the published rule, kept to measure the difference. It cuts at a threshold found in bfloat16 among at most
+2 x ratio of each tensor, and so takes more or fewer than it was asked for.
+"""
+
+import fnmatch
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from allo_fast.config import UserError
+from allo_fast.models import as_bytes, fingerprint, named_weights
+from allo_kernels import topk_threshold
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """positions: per tensor name, sorted flat indices (int32, int64 in tensors of 2**31 weights or more).
+
+    parameters: the number of weights that competed; base: fingerprint of the model it was made for.
+    """
+
+    _positions: dict[str, Tensor]
+    parameters: int
+    base: str
+
+    @classmethod
+    def from_delta(
+        cls,
+        before: nn.Module,
+        after: nn.Module,
+        ratio: float,
+        *,
+        exclude: tuple[str, ...] = (),
+        skip: float = 0.0,
+        protocol: str = "paper",
+    ) -> "Selection":
+        """The weights that training moved most: scores |after - before| in fp32, see `from_scores`."""
+        old, new = named_weights(before), named_weights(after)
+        if different := [name for name in old if name not in new or new[name].shape != old[name].shape]:
+            raise ValueError(f"after: not the same model as before; {different[0]} differs")
+        deltas = {name: _Delta(old[name], new[name]) for name in old}
+        return cls.from_scores(deltas, ratio, base=fingerprint(before), exclude=exclude, skip=skip, protocol=protocol)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, "Tensor | _Delta"],
+        ratio: float,
+        *,
+        base: str,
+        exclude: tuple[str, ...] = (),
+        skip: float = 0.0,
+        protocol: str = "paper",
+    ) -> "Selection":
+        """The floor(ratio x N) largest |score| after the floor(skip x N) largest are passed over.
+
+        exclude: shell patterns of tensor names that do not compete. Raises ValueError for a ratio outside 0..1, NaN.
+        """
+        if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
+            raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
+        if idle := [pattern for pattern in exclude if not fnmatch.filter(scores, pattern)]:
+            raise UserError(f"exclude: {idle[0]!r} matches no tensor of the model")
+        kept = {n: scores[n] for n in sorted(scores) if not any(fnmatch.fnmatch(n, pattern) for pattern in exclude)}
+        rule = _release_positions if protocol == "release" else _exact_positions
+        return cls(dict(rule(kept, ratio, skip)), sum(s.numel() for s in kept.values()), base)
+
+    @property
+    def selected(self) -> int:
+        return sum(len(positions) for positions in self._positions.values())
+
+    @property
+    def ratio(self) -> float:
+        return self.selected / self.parameters
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors with at least one selected weight."""
+        return [name for name, positions in self._positions.items() if len(positions)]
+
+    def positions(self, name: str) -> Tensor:
+        """Sorted flat positions in tensor `name`; empty where nothing is selected."""
+        return self._positions.get(name, torch.empty(0, dtype=torch.int32))
+
+    def sha256(self) -> str:
+        """Identifies the selected set."""
+        digest = hashlib.sha256()
+        for name in sorted(self.names):
+            digest.update(name.encode() + as_bytes(self._positions[name].long()))
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        save_file(
+            {name: self._positions[name] for name in self.names},
+            path,
+            {"base": self.base, "parameters": str(self.parameters)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Selection":
+        """Raises UserError when the file is not a selection, or was made for another model than `model`."""
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata() or {}
+                selection = cls(
+                    {n: file.get_tensor(n) for n in sorted(file.keys())}, int(found["parameters"]), found["base"]
+                )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"{path}: not a selection: {error}") from None
+        if model is not None:
+            selection.check(model, str(path))
+        return selection
+
+    def check(self, model: nn.Module, where: str = "selection") -> None:
+        """Raises UserError when it was made for another model."""
+        if (found := fingerprint(model)) != self.base:
+            raise UserError(f"{where}: made for the model {self.base[:12]}, got the model {found[:12]}")
+
+
+@dataclass
+class _Delta:
+    """|after - before| of one tensor, computed when it is looked at and never kept."""
+
+    before: Tensor
+    after: Tensor
+
+    def numel(self) -> int:
+        return self.before.numel()
+
+    def abs(self) -> Tensor:
+        return (self.after.detach().float() - self.before.detach().float()).abs_()
+
+
+@dataclass
+class _Magnitudes:
+    """What topk_threshold iterates over, several times."""
+
+    scores: Mapping[str, "Tensor | _Delta"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (score.abs() for score in self.scores.values())
+
+
+def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:
+    total = sum(score.numel() for score in scores.values())
+    first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
+    low = _RankCut(scores, last)
+    high = _RankCut(scores, first)
+    if low.threshold == 0:
+        logger.warning("fewer than %d weights changed; unchanged ones fill the selection", last)
+    for name, score in scores.items():
+        magnitudes = score.abs().view(-1)
+        yield name, _as_positions(low.above(magnitudes) & ~high.above(magnitudes))
+
+
+class _RankCut:
+    """Tells the `k` highest-ranked scores: above the threshold, or equal to it and early enough in (name, index)."""
+
+    def __init__(self, scores: Mapping, k: int):
+        magnitudes = _Magnitudes(scores)
+        self.threshold = float(topk_threshold(magnitudes, k)) if k else float("inf")
+        self.ties_left = k - sum(int((score > self.threshold).sum()) for score in magnitudes) if k else 0
+
+    def above(self, magnitudes: Tensor) -> Tensor:
+        """Must be called once per tensor, in name order."""
+        ties = magnitudes == self.threshold
+        count = int(ties.sum())
+        if count > self.ties_left:
+            ties &= ties.cumsum(0) <= self.ties_left
+            count = self.ties_left
+        self.ties_left -= count
+        return ties | (magnitudes > self.threshold)
+
+
+def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:
+    total = sum(score.numel() for score in scores.values())
+    share = min(1.0, 2 * (ratio + skip))
+    candidates = [score.abs().view(-1).bfloat16().topk(int(score.numel() * share)).values for score in scores.values()]
+    ranked = torch.cat(candidates).sort(descending=True).values.float()
+    low = ranked[int(total * (ratio + skip)) - 1]
+    high = ranked[int(total * skip) - 1] if skip else torch.inf
+    for name, score in scores.items():
+        magnitudes = score.abs().view(-1)
+        yield name, _as_positions((magnitudes >= low) & (magnitudes < high))
+
+
+def _as_positions(mask: Tensor) -> Tensor:
+    positions = mask.nonzero().squeeze(1)
+    return positions.to(torch.int32) if mask.numel() <= 2**31 else positions
+
+
+def _floor(fraction: float, total: int) -> int:
+    """floor(fraction x total) of the decimal fraction that was written, not of its binary neighbour."""
+    return int(Fraction(str(fraction)) * total)

@@ -1,0 +1,8 @@
+"""What is fast in allo-fast: fused operations on compact state, each beside its definition in plain PyTorch."""
+
+from allo_kernels.adamw import masked_adamw_
+from allo_kernels.compact import gather, scatter_, swap_
+from allo_kernels.token_logps import token_logps
+from allo_kernels.topk import top_fraction_weights, topk_threshold
+
+__all__ = ["gather", "masked_adamw_", "scatter_", "swap_", "token_logps", "top_fraction_weights", "topk_threshold"]
