@@ -23,7 +23,7 @@ class ModelConfig(Section):
     name_or_path: str | None = None  # local folder or hub id; null: the project pretrains a tiny Llama (`pretrain`)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the frozen base; the warm-up trains in float32
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
 
 

@@ -40,7 +40,7 @@ class StepMetrics:
 
 
 class Trainer:
-    """Trains `policy` on `corpus`; everything it leaves behind is in `folder`: metrics.jsonl, reference logps, checkpoint.
+    """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, checkpoint.
 
     token_weights: per response, one number per token, for objectives that weigh tokens. The examples of one step, and
     the loss they share, do not depend on how the step is cut into micro-batches.

@@ -67,9 +67,7 @@ class ResponseLogps:
         expected = with_head.view(-1, with_head.shape[-1])[batch.sources, batch.targets]
         error = (batch.layout(expected) - self(batch)).abs().max()
         if error > 0.05 * with_head.std():
-            raise UserError(
-                f"{type(self.model).__name__}: its head is not a linear layer, at most soft-capped and scaled"
-            )
+            raise UserError(f"{type(self.model).__name__}: its head is not linear, at most soft-capped and scaled")
 
 
 def _probe(second: list[int], share: bool = True) -> Batch:

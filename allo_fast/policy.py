@@ -31,7 +31,7 @@ class SparsePolicy:
     """Trains `selection`'s entries of `model` and nothing else; every weight of `model` is frozen.
 
     values: per tensor, an fp32 nn.Parameter [K]. Raises UserError when the selection was made for another model.
-    keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`); costs what dense training does.
+    keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
     """
 
     def __init__(self, model: PreTrainedModel, selection: "Selection", *, keep_dense_gradients: bool = False):
@@ -75,13 +75,13 @@ class SparsePolicy:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
+        gradients = [value.grad for value in self.values.values() if value.grad is not None]
         kinds = {
-            "base": {id(weight): weight for weight in self.model.parameters()}.values(),
+            "base": self.model.parameters(),
             "positions": self.positions.values(),
             "originals": self.originals.values(),
             "values": self.values.values(),
-            "gradients": [v.grad for v in self.values.values() if v.grad is not None]
-            + [*self.dense_gradients.values()],
+            "gradients": gradients + [*self.dense_gradients.values()],
         }
         return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in kinds.items()}
 
@@ -101,11 +101,12 @@ class SparsePolicy:
             swap_(weight.data, self.positions[name], self.originals[name])
 
     def _install(self, module: nn.Module) -> None:
-        """Whoever reads a training weight as an attribute, from wherever, gets its alias; `_parameters` stays as it is."""
+        """Whoever reads a training weight as an attribute gets its alias; `_parameters` stays as it is."""
         plain = getattr(type(module), "_without_aliases", type(module))
         mine = [name for name, weight in module._parameters.items() if id(weight) in self._names]
         reads = {name: property(lambda module, name=name: self._read(module._parameters[name])) for name in mine}
-        module.__class__ = type(plain.__name__, (plain,), {"_without_aliases": plain, **reads}) if mine else plain
+        held = {"_without_aliases": plain, "__module__": plain.__module__, **reads}
+        module.__class__ = type(plain.__name__, (plain,), held) if mine else plain
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 """Which weights train: the exact top fraction by score over the whole model.
 
-paper: every weight competes once (tied ones once), and exactly floor(ratio x N) win; ties go to the lower (name, index).
+paper: every weight competes once (tied ones too), exactly floor(ratio x N) win; ties go to the lower (name, index).
 release: the published rule, kept to measure the difference. It cuts at a threshold found in bfloat16 among at most
 2 x ratio of each tensor, and so takes more or fewer than it was asked for.
 """
@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,14 +114,17 @@ class Selection:
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata() or {}
-                selection = cls(
-                    {n: file.get_tensor(n) for n in sorted(file.keys())}, int(found["parameters"]), found["base"]
-                )
+                positions = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            selection = cls(positions, int(found["parameters"]), found["base"])
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path}: not a selection: {error}") from None
         if model is not None:
             selection.check(model, str(path))
         return selection
+
+    def rebased(self, model: nn.Module) -> "Selection":
+        """The same entries for another stage of the same model."""
+        return replace(self, base=fingerprint(model))
 
     def check(self, model: nn.Module, where: str = "selection") -> None:
         """Raises UserError when it was made for another model."""

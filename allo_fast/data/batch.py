@@ -150,7 +150,7 @@ def _pad(rows: Sequence[Sequence], width: int, value: float) -> Tensor:
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
-    """[B, 1, T, T]: bool where a token may look, or additive in `dtype`. Padding looks at itself, so no row is empty."""
+    """[B, 1, T, T]: bool where a token may look, or additive in `dtype`. Padding sees padding: no line is empty."""
     segments = batch.segment_ids
     query, key = segments[:, :, None], segments[:, None, :]
     width = segments.shape[1]

@@ -35,13 +35,14 @@ def token_logps(
     backward works only on rows whose upstream gradient is not zero, and makes dW only when the weight asks for it.
     Raises ValueError for shapes that do not fit and targets outside the vocabulary.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")  # fmt: skip
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets: expected shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if hidden.ndim != 2 or weight.shape != (vocabulary, hidden.shape[1]):
+        raise ValueError(f"hidden, weight: expected [N, D] and [V, D], got {[*hidden.shape]} and {[*weight.shape]}")
+    if targets.shape != (rows,):
+        raise ValueError(f"targets: expected shape ({rows},), got {tuple(targets.shape)}")
     kept = targets[targets != IGNORE]
-    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < weight.shape[0]:
-        raise ValueError(f"targets: expected -100 or 0..{weight.shape[0] - 1}, got {int(kept.min())}..{int(kept.max())}")  # fmt: skip
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < vocabulary:
+        raise ValueError(f"targets: expected -100 or 0..{vocabulary - 1}, got {int(kept.min())}..{int(kept.max())}")
     run = choose("token_logps", impl, {"torch": _TokenLogps.apply}, cuda=hidden.is_cuda)
     return run(hidden, weight, bias, targets, _Head(softcap, temperature))
 

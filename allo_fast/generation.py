@@ -1,0 +1,36 @@
+"""Responses from a model by Hugging Face `generate`, seeded chunk by chunk."""
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    num_return_sequences: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[list[str]]:
+    """Per prompt, its responses as text; temperature 0 is greedy. The same seed and prompts give the same texts."""
+    settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=num_return_sequences,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = zip(padding, prompts, strict=True)
+    ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompt for pad, prompt in rows], device=model.device)
+    mask = torch.arange(width, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
+    torch.manual_seed(seed)
+    output = model.generate(ids, attention_mask=mask.long(), generation_config=config)
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]

@@ -1,0 +1,195 @@
+"""A run is a folder: runs/NAME/{config.yaml, NN-stage/KEY/...}. A unit (one stage for one key) writes only its own
+folder and ends with MANIFEST.json; a unit with a manifest that still fits its settings and inputs is not run again.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from allo_fast import memory
+from allo_fast.config import Config, UserError, load_config, save_config
+
+MANIFEST = "MANIFEST.json"
+STARTED = "STARTED.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    total: int
+    noun: str  # what is counted: step, problem, ...
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """run(unit) yields Progress and returns the facts that its manifest records."""
+
+    number: int
+    run: Callable[["Unit"], Generator[Progress, None, dict]]
+    settings: tuple[str, ...]  # the top-level config keys that its outcome depends on
+    needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
+    keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
+    files: Callable[[Config], list[str]] = lambda config: []  # files outside the run that it reads
+
+
+@dataclass
+class Unit:
+    run: "Run"
+    name: str
+    key: str
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    @property
+    def stage(self) -> Stage:
+        return self.run.stages[self.name]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / f"{self.stage.number:02d}-{self.name}" / self.key
+
+    @property
+    def seed(self) -> int:
+        return int(self.key.rpartition("seed-")[2] or 0) if "seed-" in self.key else 0
+
+    def needed(self, stage: str) -> Path:
+        """The folder of a unit that this one reads."""
+        (key,) = [key for name, key in self.stage.needs(self.config, self.key) if name == stage]
+        return Unit(self.run, stage, key).folder
+
+    def digest(self) -> str:
+        """Changes when a setting, an input file or an upstream output changes."""
+        settings = {key: self.config.model_dump()[key] for key in self.stage.settings}
+        upstream = {
+            f"{name}/{key}": Unit(self.run, name, key).manifest()["outputs"]
+            for name, key in self.stage.needs(self.config, self.key)
+        }
+        files = {name: sha256(Path(name)) for name in self.stage.files(self.config) if Path(name).is_file()}
+        held = json.dumps([settings, upstream, files, self.seed], sort_keys=True)
+        return hashlib.sha256(held.encode()).hexdigest()
+
+    def manifest(self) -> dict:
+        """Raises UserError when the unit is not complete."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{self.folder}: not complete; run `allo-fast {self.name} CONFIG` first")
+        return json.loads(path.read_text())
+
+    def is_complete(self) -> bool:
+        """A manifest that fits today's settings and inputs, and outputs that are what it says."""
+        if not (self.folder / MANIFEST).is_file():
+            return False
+        manifest = self.manifest()
+        outputs = manifest["outputs"].items()
+        return manifest["digest"] == self.digest() and all(_is(self.folder / name, held) for name, held in outputs)
+
+    def execute(self) -> Iterator[Progress]:
+        """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
+        digest = self.digest()
+        started = self.folder / STARTED
+        if not (started.is_file() and json.loads(started.read_text()) == digest):
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by other settings: not to be continued
+            self.folder.mkdir(parents=True)
+            write_atomically(started, json.dumps(digest))
+        memory.reset_peak()
+        begun = time.perf_counter()
+        facts = yield from self.stage.run(self)
+        seconds = time.perf_counter() - begun
+        peak = memory.peak_bytes()
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        started.unlink()
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        manifest = {
+            "stage": self.name,
+            "key": self.key,
+            "digest": digest,
+            "seed": self.seed,
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "facts": facts,
+            "inputs": {
+                f"{name}/{key}": Unit(self.run, name, key).manifest()["digest"]
+                for name, key in self.stage.needs(self.config, self.key)
+            },
+            "outputs": {str(path.relative_to(self.folder)): _identity(path) for path in files},
+            "versions": versions(),
+        }
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+class Run:
+    """Raises UserError when the folder holds something else: another run, or files that are not a run's.
+
+    rerun: accept changed settings and run again what they affect.
+    """
+
+    def __init__(self, config: Config, stages: dict[str, Stage], rerun: bool = False):
+        self.config, self.stages = config, stages
+        self.folder = Path(config.output_dir) / config.name
+        saved = self.folder / "config.yaml"
+        if saved.is_file():
+            if (changed := _differences(load_config(saved), config)) and not rerun:
+                raise UserError(
+                    f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), or add "
+                    "--rerun to run again what the change affects"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no config.yaml)")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+
+    def units(self, names: Iterable[str]) -> list[Unit]:
+        return [Unit(self, name, key) for name in names for key in self.stages[name].keys(self.config)]
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.rename(partial, path)
+
+
+def sha256(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(path: Path) -> dict:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def _is(path: Path, held: dict) -> bool:
+    return path.is_file() and path.stat().st_size == held["bytes"] and sha256(path) == held["sha256"]
+
+
+def _differences(old: Config, new: Config) -> str:
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    return ", ".join(f"{key} was {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key])
+
+
+def _flat(section: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
