@@ -36,7 +36,8 @@ class StepMetrics:
 
     def to_json(self) -> str:
         held = dict(vars(self))
-        return json.dumps({**held, **held.pop("metrics")})
+        metrics = held.pop("metrics")
+        return json.dumps({**held, **metrics})
 
 
 class Trainer:
@@ -97,10 +98,8 @@ class Trainer:
             self.backend.backward(loss * share)
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
-        if not self.state_bytes:
-            moments = self.backend.optimizer_bytes()
-            self.state_bytes = {**self.policy.state_bytes(), "moments": moments}
         norm = float(self.backend.step())
+        self.state_bytes = {**self.policy.state_bytes(), "moments": self.backend.optimizer_bytes()}
         values = {name: float(value) for name, value in totals.items()}
         if not (torch.tensor([norm, values["loss"]]).isfinite().all()):
             raise TrainingError(f"step {number + 1}: loss {values['loss']}, gradient norm {norm}")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
+_Z = NormalDist().inv_cdf(0.975)
 _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 
 
@@ -36,17 +37,35 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
-def accuracy_interval(correct: Sequence[Sequence[bool]], confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Accuracy and its Wilson interval; correct[s][i]: did seed s answer problem i.
+def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
+    """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i.
 
     Answers of several seeds to one problem are not independent: the interval uses the effective sample size at which
     a binomial has the variance seen between problems (clustered by problem), at most one a response.
     """
-    per_problem = [fmean(answers) for answers in zip(*correct, strict=True)]
-    mean, count = fmean(per_problem), len(per_problem)
-    variance = sum((x - mean) ** 2 for x in per_problem) / max(1, count - 1) / count
+    per_problem = _per_problem(correct)
+    mean, variance = _mean_and_variance(per_problem)
+    count = len(per_problem)
     effective = min(mean * (1 - mean) / variance, count * len(correct)) if variance else count
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre, scale = (mean + z * z / (2 * effective)), 1 + z * z / effective
-    half = z * (mean * (1 - mean) / effective + z * z / (4 * effective * effective)) ** 0.5
+    centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
+    half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5
     return mean, ((centre - half) / scale, (centre + half) / scale)
+
+
+def difference_interval(
+    better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]
+) -> tuple[float, tuple[float, float]]:
+    """Difference of two accuracies on the same problems and its 95 % interval, paired and clustered by problem."""
+    pairs = zip(_per_problem(better), _per_problem(worse), strict=True)
+    mean, variance = _mean_and_variance([a - b for a, b in pairs])
+    return mean, (mean - _Z * variance**0.5, mean + _Z * variance**0.5)
+
+
+def _per_problem(correct: Sequence[Sequence[bool]]) -> list[float]:
+    return [fmean(answers) for answers in zip(*correct, strict=True)]
+
+
+def _mean_and_variance(values: list[float]) -> tuple[float, float]:
+    """Of their mean."""
+    mean = fmean(values)
+    return mean, sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1) / len(values)

@@ -1,0 +1,129 @@
+"""The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from allo_fast.report import summarize, table, write_report
+from tqdm import tqdm
+
+from allo_fast.config import Config, UserError, load_config
+from allo_fast.engine import TrainingError
+from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
+from allo_fast.policy import Delta
+from allo_fast.runs import Progress, Run, Unit, versions
+from allo_fast.stages import STAGES, stages_of
+from allo_fast.stages.evaluate import evaluate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("allo_fast").setLevel(logging.INFO)
+    try:
+        given.command(given)
+    except (UserError, TrainingError) as error:
+        print(f"allo-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("allo-fast: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="allo-fast", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = {"run": "every stage of a run, then its summary and report", "report": "summary and report again"}
+    for name in ("run", *STAGES, "report"):
+        command = commands.add_parser(name, help=about.get(name, f"the stage {name} alone, for every seed"))
+        command.add_argument("config", type=Path)
+        command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+        command.add_argument("--rerun", action="store_true", help="run again what changed settings affect")
+        command.set_defaults(command=_run if name in ("run", "report") else _stage, name=name)
+    command = commands.add_parser("eval", help="accuracy of any model on a config's test problems")
+    command.add_argument("model", help="Hugging Face folder or hub id")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.set_defaults(command=_eval)
+    command = commands.add_parser("merge", help="base + delta -> a Hugging Face folder")
+    for argument in ("base", "delta", "out"):
+        command.add_argument(argument, type=Path)
+    command.set_defaults(command=_merge)
+    command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
+    command.add_argument("gguf", type=Path)
+    command.add_argument("out", type=Path)
+    command.set_defaults(command=lambda given: convert_gguf(given.gguf, given.out))
+    command = commands.add_parser("env", help="versions and devices")
+    command.set_defaults(command=_env)
+    return parser
+
+
+def _run(given: argparse.Namespace) -> None:
+    run = Run(load_config(given.config, given.overrides), STAGES, given.rerun)
+    for unit in run.units(stages_of(run.config)) if given.name == "run" else []:
+        _complete(unit)
+    summary = summarize(run)
+    write_report(run, summary)
+    print(table(summary))
+    print(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
+
+
+def _stage(given: argparse.Namespace) -> None:
+    run = Run(load_config(given.config, given.overrides), STAGES, given.rerun)
+    for unit in run.units([given.name]):
+        _complete(unit)
+
+
+def _complete(unit: Unit) -> None:
+    label = f"{unit.name} {unit.key}"
+    if unit.is_complete():
+        print(f"{label}: complete")
+        return
+    _show(label, unit.execute())
+
+
+def _show(label: str, work: Generator[Progress, None, object]) -> object:
+    """Runs a generator of progress behind a bar; returns what it returns."""
+    with tqdm(desc=label, mininterval=0.5) as bar:
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                return end.value
+            bar.total, bar.unit = progress.total, progress.noun
+            bar.set_postfix({key: f"{value:.3g}" for key, value in progress.notes.items()}, refresh=False)
+            bar.update(progress.done - bar.n)
+
+
+def _eval(given: argparse.Namespace) -> None:
+    config: Config = load_config(given.config, given.overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = config.model_copy(update={"output_dir": scratch})
+        unit = Unit(Run(config, STAGES), "evaluate", "base")
+        rows, quarantined = _show("eval", evaluate(unit, given.model, Path(scratch)))
+    correct = sum(row["correct"] for row in rows)
+    print(f"{given.model}: {correct} of {len(rows)} correct, {correct / len(rows):.2%}; {quarantined} rows set aside")
+
+
+def _merge(given: argparse.Namespace) -> None:
+    delta = Delta.load(given.delta)
+    model = load_model(given.base, Config.model_fields["model"].default, dtype=str(delta.dtype).removeprefix("torch."))
+    delta.merge_into(model)
+    save_model(model, load_tokenizer(given.base), given.out)
+    print(given.out)
+
+
+def _env(given: argparse.Namespace) -> None:
+    import torch
+
+    print("\n".join(f"{name} {number}" for name, number in versions().items()))
+    for index in range(torch.cuda.device_count()):
+        print(torch.cuda.get_device_name(index))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

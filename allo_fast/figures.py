@@ -1,0 +1,83 @@
+"""The report's figures, as SVG text."""
+
+import io
+import re
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from matplotlib.figure import Figure  # noqa: E402
+
+_COLORS = {"base": "#8d99ae", "dpo": "#e0a03a", "allo": "#2a7f62"}
+_LAYER = re.compile(r"\.(\d+)\.(.+)$")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+
+
+def accuracy_bars(models: dict[str, dict]) -> str:
+    """One bar a model, its 95 % interval, a dot per seed."""
+    figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(models)), layout="constrained")
+    for row, (name, held) in enumerate(models.items()):
+        accuracy, (low, high) = held["accuracy"], held["ci95"]
+        axis.barh(row, accuracy, color=_COLORS.get(name, "#5b7db1"), height=0.6)
+        axis.errorbar(accuracy, row, xerr=[[accuracy - low], [high - accuracy]], color="#222", capsize=4)
+        axis.scatter(held["seeds"], [row] * len(held["seeds"]), s=10, color="white", edgecolors="#222", zorder=3)
+        axis.text(high, row, f"  {accuracy:.1%}", va="center")
+    axis.set_yticks(range(len(models)), list(models))
+    axis.invert_yaxis()
+    axis.set_xlim(0, min(1.0, 1.25 * max(held["ci95"][1] for held in models.values())) or 1)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return _svg(figure, "accuracy of each model")
+
+
+def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:
+    """Loss, and rewards where the stage has them."""
+    names = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in _first(seeds)]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.1), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for label, rows in seeds.items():
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1.2, label=label)
+        axis.set_title(f"{stage}: {name}", fontsize=9)
+        axis.set_xlabel("step")
+    return _svg(figure, f"training curves of {stage}")
+
+
+def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
+    """Share selected per layer (rows) and matrix (columns); counts: tensor -> [selected, size]."""
+    cells, outside = {}, {}
+    for name, (selected, size) in counts.items():
+        found = _LAYER.search(name)
+        key = (int(found[1]), _short(found[2])) if found else None
+        if found:
+            cells[key] = selected / size
+        else:
+            outside[_short(name)] = selected / size
+    layers = sorted({layer for layer, _ in cells})
+    matrices = list(dict.fromkeys(matrix for _, matrix in cells))
+    grid = [[cells.get((layer, matrix), float("nan")) for matrix in matrices] for layer in layers]
+    figure, axis = plt.subplots(figsize=(1.5 + 0.62 * len(matrices), 1.6 + 0.2 * len(layers)), layout="constrained")
+    image = axis.imshow(grid, aspect="auto", cmap="YlGnBu", vmin=0)
+    axis.set_xticks(range(len(matrices)), matrices, rotation=40, ha="right")
+    axis.set_yticks(range(len(layers))[:: max(1, len(layers) // 10)], layers[:: max(1, len(layers) // 10)])
+    axis.set_ylabel("layer")
+    others = ", ".join(f"{name} {share:.2%}" for name, share in outside.items())
+    axis.set_title(f"{stage}; outside the layers: {others}", fontsize=8, loc="left")
+    figure.colorbar(image, ax=axis, format=lambda value, _: f"{value:.0%}")
+    return _svg(figure, f"share of weights selected for {stage}, per layer and matrix")
+
+
+def _first(seeds: dict[str, list[dict]]) -> dict:
+    return next((rows[0] for rows in seeds.values() if rows), {})
+
+
+def _short(name: str) -> str:
+    parts = [part for part in name.removesuffix(".weight").split(".") if part not in ("model", "self_attn", "mlp")]
+    return ".".join(parts)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,64 @@
+"""Forgetting: push down the unaligned tokens of wrong responses, training the selected weights only.
+
+    L = sum_t w_t (-log sigmoid(-beta (logp_t - ref_t))) / #{t: w_t != 0}
+    `allo-fast forget CONFIG`
+
+paper: w_t = 1[p_t < 0.5], the tokens a rewriter would change. release: w_t = p_t, which weighs the kept tokens most
+and contradicts the paper's figure. Writes model/ and delta.safetensors.
+"""
+
+from collections.abc import Generator
+
+from allo_fast.config import UserError
+from allo_fast.data.batch import Corpus
+from allo_fast.data.prompts import Prompts
+from allo_fast.engine import Trainer
+from allo_fast.models import load_tokenizer, save_model
+from allo_fast.objectives import Npo
+from allo_fast.runs import Progress, Unit
+from allo_fast.stages.common import base_path, make_prompts, read_jsonl, sparse_policy, train
+
+
+def run(unit: Unit) -> Generator[Progress, None, dict]:
+    settings, protocol = unit.config.forget, unit.config.protocol
+    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
+    corpus, weights = weighted_corpus(rows, prompts, settings.threshold if protocol == "paper" else None)
+    if not corpus.examples:
+        raise UserError(f"nothing to forget: no token's reward is below forget.threshold {settings.threshold}")
+    policy = sparse_policy(unit, base_path(unit), settings, "forget")
+    trainer = Trainer(
+        policy,
+        corpus,
+        Npo(settings.beta),
+        settings,
+        unit.folder,
+        seed=unit.seed,
+        protocol=protocol,
+        token_weights=weights,
+    )
+    facts = yield from train(unit, trainer)
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    policy.save_delta(unit.folder / "delta.safetensors")
+    forgotten = sum(weight != 0 for row in weights for weight in row)
+    return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}
+
+
+def weighted_corpus(rows: list[dict], prompts: Prompts, threshold: float | None) -> tuple[Corpus, list[list[float]]]:
+    """Wrong responses with the weight of each token; those where no token weighs are left out.
+
+    threshold None: the reward itself is the weight (release).
+    """
+    by_prompt: dict[str, list[tuple[str, list[float]]]] = {}
+    questions = {}
+    for row in rows:
+        weights = row["rewards"] if threshold is None else [float(reward < threshold) for reward in row["rewards"]]
+        if any(weights):
+            questions[str(row["prompt"])] = row["prompt"]
+            by_prompt.setdefault(str(row["prompt"]), []).append((row["response"], weights))
+    corpus, token_weights = Corpus(), []
+    for key, members in by_prompt.items():
+        responses = [prompts.encode_response(response) for response, _ in members]
+        corpus.examples += [(index,) for index in corpus.add(prompts.encode_prompt(questions[key]), responses)]
+        token_weights += [weights for _, weights in members]
+    return corpus, token_weights

@@ -1,0 +1,30 @@
+"""Learning: DPO whose rejected side keeps only its key tokens, training the selected weights only.
+
+    L = -log sigmoid(beta [ sum_t rho_t(chosen) - sum_{t in S} rho_t(rejected) ]),  rho = logp - ref
+    S = the fraction epsilon of the rejected tokens with the lowest rho, chosen anew every step
+    `allo-fast learn CONFIG`
+
+Policy and reference both start from the forgetting stage's output. Departs from the release: the fraction is of the
+response's tokens, not of the padded batch. Writes model/ and delta.safetensors (over the base model).
+"""
+
+from collections.abc import Generator
+
+from allo_fast.engine import Trainer
+from allo_fast.models import load_tokenizer, save_model
+from allo_fast.objectives import Dpo
+from allo_fast.runs import Progress, Unit
+from allo_fast.stages.common import make_prompts, pair_corpus, read_jsonl, sparse_policy, train
+
+
+def run(unit: Unit) -> Generator[Progress, None, dict]:
+    settings, protocol, forgotten = unit.config.learn, unit.config.protocol, unit.needed("forget")
+    prompts = make_prompts(unit, load_tokenizer(forgotten / "model"))
+    corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
+    policy = sparse_policy(unit, forgotten / "model", settings, "learn")
+    objective = Dpo(settings.beta, settings.epsilon, settings.label_smoothing, protocol)
+    trainer = Trainer(policy, corpus, objective, settings, unit.folder, seed=unit.seed, protocol=protocol)
+    facts = yield from train(unit, trainer)
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    policy.save_delta(unit.folder / "delta.safetensors", before=forgotten / "delta.safetensors")
+    return facts

@@ -1,0 +1,42 @@
+"""Preference pairs: every correct response against every wrong one of the same problem, at most 5 at random.
+
+    `allo-fast pairs CONFIG`
+
+Departs from the release: file order decides nothing, a seed does. Writes pairs.jsonl {id, prompt, chosen, rejected}.
+"""
+
+import random
+from collections.abc import Generator
+from itertools import product
+
+from allo_fast.config import UserError
+from allo_fast.runs import Progress, Unit
+from allo_fast.stages.common import read_jsonl, write_jsonl
+
+
+def run(unit: Unit) -> Generator[Progress, None, dict]:
+    problems = read_jsonl(unit.needed("sample") / "responses.jsonl")
+    settings, pairs, counts = unit.config.pairs, [], {"no_correct": 0, "no_wrong": 0}
+    for row in problems:
+        correct, wrong = _unique(row, True), _unique(row, False)
+        if not correct and settings.gold == "missing":
+            correct = [row["solution"]]
+        counts["no_correct"] += not correct
+        counts["no_wrong"] += not wrong
+        drawn = random.Random(f"{unit.seed} {row['id']}")
+        both = list(product(correct, wrong))
+        for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both))):
+            pairs.append({"id": row["id"], "prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise UserError(
+            f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
+            f"{counts['no_wrong']} no wrong one; sample more, or set pairs.gold: missing"
+        )
+    write_jsonl(unit.folder / "pairs.jsonl", pairs)
+    yield Progress(len(problems), len(problems), "problem")
+    return {"pairs": len(pairs), "problems": len({pair["id"] for pair in pairs}), **counts}
+
+
+def _unique(row: dict, correct: bool) -> list[str]:
+    texts = (response["text"] for response in row["responses"] if response["correct"] == correct)
+    return [text for text in dict.fromkeys(texts) if text.strip()]

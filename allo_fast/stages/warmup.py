@@ -1,0 +1,25 @@
+"""Vanilla DPO on all weights: the change that `locate` ranks, and the dense rival.
+
+    L = -log sigmoid(beta [ sum_t rho_t(chosen) - sum_t rho_t(rejected) ]),  rho = logp - ref
+    `allo-fast warmup CONFIG`
+
+Writes model/ in float32, so that updates smaller than the model's own rounding are kept.
+"""
+
+from collections.abc import Generator
+
+from allo_fast.engine import Trainer
+from allo_fast.models import load_tokenizer, save_model
+from allo_fast.objectives import Dpo
+from allo_fast.runs import Progress, Unit
+from allo_fast.stages.common import base_path, dense_policy, make_prompts, pair_corpus, read_jsonl, train
+
+
+def run(unit: Unit) -> Generator[Progress, None, dict]:
+    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
+    settings = unit.config.warmup
+    policy = dense_policy(unit, base_path(unit))
+    facts = yield from train(unit, Trainer(policy, corpus, Dpo(settings.beta), settings, unit.folder, seed=unit.seed))
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    return facts
