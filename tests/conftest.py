@@ -1,0 +1,63 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from allo_fast.data.batch import Corpus
+from allo_fast.models import fingerprint, named_weights
+from allo_fast.selection import Selection
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def pytest_configure(config):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)  # two xdist workers share two cores
+
+
+def shared(name: str) -> Path:
+    """A reference file beside the checkout, where there is one."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference file {name} is not beside this checkout")
+    return path
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**TINY | changes)).eval()
+
+
+def random_selection(model, ratio: float = 0.05, seed: int = 1) -> Selection:
+    draw = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(weight.shape, generator=draw) for name, weight in named_weights(model).items()}
+    return Selection.from_scores(scores, ratio, base=fingerprint(model))
+
+
+def pair_corpus(problems: int = 6, seed: int = 0) -> Corpus:
+    """Problems with three responses of unlike lengths; two pairs each."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        return torch.randint(3, 61, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw).tolist()
+
+    corpus = Corpus()
+    for _ in range(problems):
+        right, *wrong = corpus.add(tokens(3, 9), [tokens(2, 9) for _ in range(3)])
+        corpus.examples += [(right, index) for index in wrong]
+    return corpus

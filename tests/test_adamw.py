@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from allo_kernels import masked_adamw_
+
+SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def run(steps=5, k=1000, device_scalars=False, grad_scale=None, **changes):
+    draw = torch.Generator().manual_seed(0)
+    values, exp_avg, exp_avg_sq = torch.randn(k, generator=draw), torch.zeros(k), torch.zeros(k)
+    settings = SETTINGS | changes
+    for step in range(1, steps + 1):
+        grad = torch.randn(k, generator=draw)
+        if device_scalars:
+            settings, step = settings | {"lr": torch.tensor(settings["lr"])}, torch.tensor(step)
+        masked_adamw_(values, grad, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **settings)
+    return values
+
+
+def torchs(steps=5, k=1000, scale=1.0, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(k, generator=draw).to(dtype))
+    optimizer = torch.optim.AdamW([parameter], lr=3e-3, eps=1e-8, weight_decay=0.1)
+    for _ in range(steps):
+        parameter.grad = torch.randn(k, generator=draw).to(dtype) * scale
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_equals_torch_adamw():
+    exact = torchs(dtype=torch.double)
+    rounding = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (run() - exact).abs().max() <= (torchs() - exact).abs().max() + rounding
+
+
+def test_by_hand():
+    values, exp_avg, exp_avg_sq = torch.tensor([1.0]), torch.zeros(1), torch.zeros(1)
+    settings = SETTINGS | {"lr": 0.5}
+    masked_adamw_(values, torch.tensor([2.0]), exp_avg, exp_avg_sq, step=1, **settings)
+    # The first step moves by lr * sign(gradient), after the decay of lr * weight_decay.
+    assert values.item() == pytest.approx(1.0 * (1 - 0.5 * 0.1) - 0.5, abs=1e-6)
+    assert exp_avg.item() == pytest.approx(0.2) and exp_avg_sq.item() == pytest.approx(0.004)
+
+
+def test_scalars_may_be_tensors_and_gradients_scaled():
+    torch.testing.assert_close(run(device_scalars=True), run(), rtol=1e-6, atol=1e-7)
+    scaled = run(grad_scale=torch.tensor(1e-3))
+    torch.testing.assert_close(scaled, torchs(scale=1e-3), rtol=1e-5, atol=1e-6)
+
+
+def test_writes_the_rounded_values_through():
+    weight, positions = torch.zeros(3, 4, dtype=torch.bfloat16), torch.tensor([1, 5, 11], dtype=torch.int32)
+    values, state = torch.tensor([1.0, 2.0, 3.0]), [torch.zeros(3), torch.zeros(3)]
+    masked_adamw_(values, torch.ones(3), *state, step=1, weight=weight, positions=positions, **SETTINGS)
+    expected = torch.zeros(12, dtype=torch.bfloat16).scatter(0, positions.long(), values.bfloat16())
+    assert torch.equal(weight.view(-1), expected)
+
+
+def test_repeats_bit_for_bit():
+    assert torch.equal(run(), run())
+
+
+def test_bad_arguments():
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match="exp_avg: expected torch.float32"):
+        masked_adamw_(one, one, one.half(), one, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="grad: expected shape"):
+        masked_adamw_(one, torch.zeros(2), one, one, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="expected both or neither"):
+        masked_adamw_(one, one, one, one, step=1, weight=one, **SETTINGS)

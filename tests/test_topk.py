@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from allo_kernels import top_fraction_weights, topk_threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 2, 500, 1999, 2000])
+def test_threshold_is_that_of_a_full_sort(dtype, k):
+    draw = torch.Generator().manual_seed(0)
+    scale = 10.0 ** torch.randint(-30, 30, (2000,), generator=draw)
+    scores = (torch.randn(2000, generator=draw) * scale).to(dtype)
+    scores[::10] = 0.0
+    scores[1::10] = scores[1]  # many ties
+    chunks = [scores[:700].view(70, 10), scores[700:701], scores[701:]]
+    expected = scores.float().abs().sort(descending=True).values[k - 1]
+    assert topk_threshold(chunks, k).item() == expected.item()
+
+
+def test_extremes():
+    assert topk_threshold([torch.tensor([0.0, -0.0])], 2) == 0
+    assert topk_threshold([torch.tensor([float("inf"), 1e-45, -1.0])], 3).item() == torch.tensor(1e-45).item()
+    assert topk_threshold([torch.tensor([float("inf"), 1.0])], 1) == float("inf")
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f"k: expected 1..3, got {k}"):
+        topk_threshold([torch.ones(3)], k)
+
+
+def test_top_fraction_per_row():
+    scores = torch.tensor([[3.0, 1, 2, 9], [1, 1, 1, 1], [5, 4, 3, 2]])
+    valid = torch.tensor([[True, True, True, False], [True] * 4, [False] * 4])
+    assert top_fraction_weights(scores, valid, 0.67).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0] * 4]
+
+
+def test_top_fraction_of_a_decimal():
+    # 0.1 * 30 is 3.0000000000000004 and 0.29 * 100 is 28.999999999999996: the decimal decides.
+    for fraction, length, expected in ((0.1, 30, 3), (0.29, 100, 29), (1.0, 7, 7), (0.0, 7, 0)):
+        kept = top_fraction_weights(torch.randn(1, length), torch.ones(1, length, dtype=torch.bool), fraction)
+        assert kept.sum() == expected
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="valid: expected shape"):
+        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), 0.5)
+    with pytest.raises(ValueError, match="fraction: expected 0..1"):
+        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 1.5)
