@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class SparsePolicy:
         self.weights = {name: weights[name] for name in selection.names}
         self.positions = {name: selection.positions(name).to(model.device) for name in selection.names}
         self.originals = {name: gather(self.weights[name].data, at) for name, at in self.positions.items()}
-        self.values = {name: nn.Parameter(original.float()) for name, original in self.originals.items()}
+        self.values = {n: nn.Parameter(held.to(torch.float32, copy=True)) for n, held in self.originals.items()}
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._in_reference = False
@@ -175,7 +175,7 @@ class Delta:
         try:
             with safe_open(path, "pt") as file:
                 parts, base = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {})["base"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path}: not a delta: {error}") from None
         positions = {k.removesuffix(".positions"): v for k, v in parts.items() if k.endswith(".positions")}
         return cls(base, positions, {name: parts[f"{name}.values"] for name in positions})

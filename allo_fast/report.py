@@ -2,7 +2,7 @@
 
 import html
 import json
-from importlib.resources import files
+from pathlib import Path
 
 from allo_fast import figures
 from allo_fast.data.scoring import accuracy_interval, difference_interval
@@ -63,7 +63,7 @@ def write_report(run: Run, summary: dict) -> None:
     parts = [_header(run, summary), _accuracies(summary), _costs(summary), _curves(run)]
     if run.config.method == "allo":
         parts += [_selection(run), _responses(run)]
-    style = files("allo_fast").joinpath("report.css").read_text()
+    style = Path(__file__).with_name("report.css").read_text()
     body = "\n".join(parts)
     title = html.escape(f"allo-fast: {run.config.name}")
     page = (

@@ -13,7 +13,7 @@ def run(steps=5, k=1000, device_scalars=False, grad_scale=None, **changes):
     for step in range(1, steps + 1):
         grad = torch.randn(k, generator=draw)
         if device_scalars:
-            settings, step = settings | {"lr": torch.tensor(settings["lr"])}, torch.tensor(step)
+            settings, step = SETTINGS | {"lr": torch.tensor(SETTINGS["lr"])}, torch.tensor(step)
         masked_adamw_(values, grad, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **settings)
     return values
 

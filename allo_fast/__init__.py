@@ -1,0 +1,17 @@
+"""ALLO alignment of language models in the memory of inference plus a few percent."""
+
+from allo_fast.objectives import dpo_loss, key_token_weights, npo_token_loss
+from allo_fast.optim import SparseAdamW
+from allo_fast.policy import Delta, DensePolicy, SparsePolicy
+from allo_fast.selection import Selection
+
+__all__ = [
+    "Delta",
+    "DensePolicy",
+    "Selection",
+    "SparseAdamW",
+    "SparsePolicy",
+    "dpo_loss",
+    "key_token_weights",
+    "npo_token_loss",
+]

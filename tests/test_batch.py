@@ -1,0 +1,90 @@
+import pytest
+import torch
+from conftest import pair_corpus, tiny_llama
+
+from allo_fast.data.batch import Corpus, attention_mask, collate, plan_steps
+from allo_fast.logps import ResponseLogps
+
+
+def two_problems() -> Corpus:
+    corpus = Corpus()
+    a, b = corpus.add([5, 6, 7], [[8, 9, 2], [10, 2]])
+    (c,) = corpus.add([11], [[12, 2]])
+    corpus.examples = [(a, b), (c,)]
+    return corpus
+
+
+def test_a_row_is_a_problem():
+    corpus = two_problems()
+    batch = collate(corpus, [(0, 1)])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+    # The last prompt token predicts the first token of both responses.
+    assert batch.sources.tolist() == [2, 3, 4, 2, 5]
+    assert batch.targets.tolist() == [8, 9, 2, 10, 2]
+    assert batch.valid.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.layout(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert (batch.tokens, batch.examples.tolist(), batch.prompt_lengths.tolist()) == (6, [[0, 1]], [3, 3])
+
+
+def test_without_sharing_every_response_has_its_prompt():
+    batch = collate(two_problems(), [(0, 1)], share_prompts=False)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 10, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, -1]]
+    assert batch.layout(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 3], [4, 5, 0]]
+
+
+def test_a_response_of_several_examples_is_computed_once():
+    corpus = two_problems()
+    batch = collate(corpus, [(0, 1), (1, 0)])
+    assert batch.responses.tolist() == [0, 1] and batch.examples.tolist() == [[0, 1], [1, 0]]
+
+
+def test_token_weights_follow_their_responses():
+    corpus = two_problems()
+    batch = collate(corpus, [(2,), (1,)], token_weights=[[0, 0, 0], [0.5, 1.0], [0.25, 0.0]])
+    assert batch.token_weights.tolist() == [[0.25, 0.0], [0.5, 1.0]]
+
+
+def test_the_mask_is_its_definition():
+    batch = collate(two_problems(), [(0,), (1,), (2,)])
+    allowed, additive = attention_mask(batch), attention_mask(batch, torch.float32)
+    for row, segments in enumerate(batch.segment_ids.tolist()):
+        for i, mine in enumerate(segments):
+            for j, other in enumerate(segments):
+                expected = j <= i and (other == 0 or other == mine)
+                assert allowed[row, 0, i, j] == expected
+                assert additive[row, 0, i, j] == (0 if expected else torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_nothing_depends_on_who_shares_a_batch(attention):
+    corpus = pair_corpus()
+    logps = ResponseLogps(tiny_llama(attn_implementation=attention))
+    together = collate(corpus, corpus.examples)
+    found = dict(zip(together.responses.tolist(), logps(together).sum(1), strict=True))
+    for index, total in found.items():
+        alone = logps(collate(corpus, [(index,)])).sum()
+        torch.testing.assert_close(total, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_are_the_models_own():
+    corpus, model = pair_corpus(), tiny_llama()
+    logps = ResponseLogps(model)(collate(corpus, corpus.examples[:1]))
+    for line, index in enumerate(corpus.examples[0]):
+        prompt, tokens = corpus.prompts[0], corpus.responses[index].tokens
+        logits = model(torch.tensor([prompt + tokens])).logits.log_softmax(-1)[0]
+        expected = torch.stack([logits[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)])
+        torch.testing.assert_close(logps[line, : len(tokens)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_are_full_and_keep_a_problem_together():
+    corpus = pair_corpus(problems=7)
+    steps = plan_steps(corpus, micro_size=2, micros=3, seed=0)
+    flat = [example for step in steps for micro in step for example in micro]
+    assert sorted(flat) == sorted(corpus.examples)
+    assert [[len(micro) for micro in step] for step in steps] == [[2, 2, 2], [2, 2, 2], [2]]
+    prompts = [corpus.responses[example[0]].prompt for example in flat]
+    assert prompts == sorted(prompts, key=prompts.index), "examples of one problem are neighbours"
+    assert plan_steps(corpus, 2, 3, seed=0) == steps != plan_steps(corpus, 2, 3, seed=1)

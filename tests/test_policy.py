@@ -1,0 +1,210 @@
+import copy
+import logging
+
+import pytest
+import torch
+import transformers
+from conftest import TINY, pair_corpus, random_selection, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from allo_fast.config import UserError
+from allo_fast.data.batch import collate
+from allo_fast.logps import ResponseLogps
+from allo_fast.models import named_weights
+from allo_fast.optim import SparseAdamW
+from allo_fast.policy import Delta, SparsePolicy
+
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+MAMBA = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+# One of each kind: untied and tied heads, biases, norms of queries and keys, (1 + weight) norms, soft caps with sliding
+# windows, Conv1D with learned positions, a biased head, scaled logits, experts, and a recurrent model.
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", TINY, True),
+    "llama-tied": ("LlamaConfig", TINY | {"tie_word_embeddings": True}, True),
+    "qwen2": ("Qwen2Config", TINY, True),
+    "qwen3": ("Qwen3Config", TINY, True),
+    "gemma": ("GemmaConfig", TINY, True),
+    "gemma2": ("Gemma2Config", TINY | {"final_logit_softcapping": 2.0, "attn_implementation": "eager"}, False),
+    "gpt2": ("GPT2Config", GPT2, True),
+    "phi": ("PhiConfig", TINY, True),
+    "granite": ("GraniteConfig", TINY | {"logits_scaling": 8.0}, True),
+    "mixtral": ("MixtralConfig", TINY | {"num_local_experts": 4}, None),
+    "mamba": ("MambaConfig", MAMBA | {"attn_implementation": "eager"}, False),
+}
+
+
+def build(name):
+    config, settings, shares = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, config)(**settings)).eval(), shares
+
+
+def batch_for(policy, examples=4):
+    corpus = pair_corpus()
+    return collate(corpus, corpus.examples[:examples], share_prompts=policy.logps.share_prompts)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_the_dense_ones_gathered(name):
+    model, shares = build(name)
+    dense, policy = copy.deepcopy(model), SparsePolicy(model, random_selection(model, 0.1))
+    assert shares is None or policy.logps.share_prompts == shares
+    batch = batch_for(policy)
+    upstream = torch.randn(batch.valid.shape)
+    (policy.response_logps(batch) * upstream).sum().backward()
+    (ResponseLogps(dense)(batch) * upstream).sum().backward()
+    for tensor, weight in named_weights(dense).items():
+        if tensor in policy.values:
+            wanted = weight.grad.view(-1)[policy.positions[tensor].long()]
+            torch.testing.assert_close(policy.values[tensor].grad, wanted, rtol=1e-4, atol=1e-5)
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+
+
+def train(policy, steps=3):
+    optimizer, batch = SparseAdamW(policy, lr=1e-2), batch_for(policy)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        policy.response_logps(batch).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_touches_the_selected_entries_only_and_the_base_survives(dtype, tied):
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    before = copy.deepcopy(named_weights(model))
+    policy = SparsePolicy(model, random_selection(model))
+    train(policy)
+    for name, weight in named_weights(model).items():
+        untouched = torch.ones(weight.numel(), dtype=torch.bool)
+        if name in policy.positions:
+            untouched[policy.positions[name].long()] = False
+            touched = weight.view(-1)[~untouched]
+            assert torch.equal(touched, policy.values[name].to(dtype))
+            assert not torch.equal(touched, before[name].view(-1)[~untouched])
+        assert torch.equal(weight.view(-1)[untouched], before[name].view(-1)[untouched])
+    with policy.reference():
+        assert all(torch.equal(weight, before[name]) for name, weight in named_weights(model).items())
+
+
+def test_policy_equals_reference_at_step_0_bit_for_bit():
+    policy = SparsePolicy(model := tiny_llama().bfloat16(), random_selection(model))
+    batch = batch_for(policy)
+    with policy.reference():
+        reference = policy.response_logps(batch)
+    assert torch.equal(policy.response_logps(batch), reference)
+    train(policy)
+    after = policy.response_logps(batch).detach()
+    assert not torch.equal(after, reference)
+    with policy.reference():
+        again = policy.response_logps(batch)
+    assert torch.equal(again, reference) and not again.requires_grad
+    assert torch.equal(policy.response_logps(batch), after)
+
+
+def test_the_reference_ends_with_an_error_inside():
+    policy = SparsePolicy(model := tiny_llama(), random_selection(model))
+    train(policy)
+    before = policy.response_logps(batch_for(policy))
+    with pytest.raises(RuntimeError), policy.reference():
+        raise RuntimeError
+    assert torch.equal(policy.response_logps(batch_for(policy)), before)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        policy = SparsePolicy(model, random_selection(model))
+        policy.response_logps(batch_for(policy)).sum().backward()
+        gradients.append(torch.cat([value.grad for value in policy.values.values()]))
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_a_second_policy_replaces_the_first():
+    model = tiny_llama()
+    first, second = (SparsePolicy(model, random_selection(model, seed=seed)) for seed in (1, 2))
+    second.response_logps(batch_for(second)).sum().backward()
+    assert all(value.grad is None for value in first.values.values())
+    assert all(value.grad is not None for value in second.values.values())
+
+
+def test_states_are_3_1_bytes_per_parameter_at_5_percent():
+    model = tiny_llama(hidden_size=64, intermediate_size=192).bfloat16()
+    policy = SparsePolicy(model, random_selection(model, 0.05))
+    optimizer = SparseAdamW(policy)
+    policy.response_logps(batch_for(policy)).sum().backward()
+    held = policy.state_bytes()
+    moments = sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    n, k = policy.parameters, sum(map(len, policy.positions.values()))
+    assert held == {"base": 2 * n, "positions": 4 * k, "originals": 2 * k, "values": 4 * k, "gradients": 4 * k}
+    assert moments == 8 * k
+    assert (sum(held.values()) + moments) / n <= 3.1
+
+
+def test_dense_gradients_are_kept_for_clip_all():
+    model = tiny_llama(tie_word_embeddings=True)
+    dense = copy.deepcopy(model)
+    selection = random_selection(model, 0.001)
+    assert len(selection.names) < len(named_weights(model)), "some tensors have nothing selected"
+    policy = SparsePolicy(model, selection, keep_dense_gradients=True)
+    batch = batch_for(policy)
+    for _ in range(2):  # accumulated over micro-batches
+        policy.response_logps(batch).sum().backward()
+        ResponseLogps(dense)(batch).sum().backward()
+    for name, weight in named_weights(dense).items():
+        torch.testing.assert_close(policy.dense_gradients[name], weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_for_another_model_is_refused():
+    with pytest.raises(UserError, match="made for the model"):
+        SparsePolicy(tiny_llama(seed=1), random_selection(tiny_llama(seed=0)))
+
+
+def test_delta_rebuilds_the_trained_model(tmp_path):
+    base = tiny_llama().bfloat16()
+    model = copy.deepcopy(base)
+    first = SparsePolicy(model, random_selection(model, seed=1))
+    train(first)
+    first.save_delta(tmp_path / "first.safetensors")
+    second = SparsePolicy(model, random_selection(model, seed=2))
+    train(second)
+    second.save_delta(tmp_path / "both.safetensors", before=tmp_path / "first.safetensors")
+    merged = copy.deepcopy(base)
+    Delta.load(tmp_path / "both.safetensors").merge_into(merged)
+    assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(merged).items())
+    with pytest.raises(UserError, match="made for the model"):
+        Delta.load(tmp_path / "both.safetensors").merge_into(model)
+    with pytest.raises(UserError, match="not a delta"):
+        Delta.load(__file__)
+
+
+def test_why_prompts_are_repeated_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        model = build("gemma2")[0]
+        ResponseLogps(model)
+    assert "one response per row, prompts repeated: Gemma2ForCausalLM has sliding windows" in caplog.text
+
+
+def test_a_model_whose_attention_leaks_falls_back(monkeypatch):
+    model = tiny_llama()
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda attention_mask, position_ids=None, **given: forward(**given))
+    assert not ResponseLogps(model).share_prompts
+
+
+def test_a_head_that_is_not_linear_is_refused(monkeypatch):
+    model = tiny_llama()
+    forward = model.forward
+
+    def doubled(**given):
+        output = forward(**given)
+        output.logits *= 2
+        return output
+
+    monkeypatch.setattr(model, "forward", doubled)
+    with pytest.raises(UserError, match="its head is not linear"):
+        ResponseLogps(model)
