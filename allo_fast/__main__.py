@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from allo_fast.report import summarize, table, write_report
+import transformers
 from tqdm import tqdm
 
 from allo_fast.config import Config, UserError, load_config
 from allo_fast.engine import TrainingError
 from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.policy import Delta
+from allo_fast.report import summarize, table, write_report
 from allo_fast.runs import Progress, Run, Unit, versions
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.evaluate import evaluate
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("allo_fast").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
     try:
         given.command(given)
     except (UserError, TrainingError) as error:

@@ -33,7 +33,8 @@ def load_model(path: str | Path, config: ModelConfig, dtype: str | None = None) 
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.to(pick_device(config.device)).train(config.gradient_checkpointing)
 
 

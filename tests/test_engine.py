@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def trainer(folder, policy=None, objective=None, ratio=0.05, protocol="paper", *
     weights = [
         [(column + index) % 3 / 2 for column in range(len(r.tokens))] for index, r in enumerate(corpus.responses)
     ]
-    if isinstance(objective, Npo):
+    if isinstance(objective, Npo | Sft):
         corpus.examples = [(index,) for index in range(len(corpus.responses))]
     return Trainer(policy, corpus, objective or Dpo(0.5, 0.5), config, folder, token_weights=weights, protocol=protocol)
 
@@ -39,11 +40,6 @@ def trainer(folder, policy=None, objective=None, ratio=0.05, protocol="paper", *
 def weights_after(training):
     metrics = list(training.run())
     return metrics, {name: weight.detach().clone() for name, weight in named_weights(training.policy.model).items()}
-
-
-def assert_close(left, right, **tolerance):
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], **tolerance)
 
 
 def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
@@ -54,7 +50,7 @@ def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
     steps = [step for epoch in range(2) for step in plan_steps(corpus, 2, 2, seed=epoch)]
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda t: t if t < 1 else 0.5 * (1 + torch.tensor(torch.pi * (t - 1) / (len(steps) - 1)).cos().item()),
+        lambda t: t if t < 1 else 0.5 * (1 + math.cos(math.pi * (t - 1) / (len(steps) - 1))),  # warm-up 1, cosine
     )
     losses = []
     for step in steps:
@@ -138,8 +134,8 @@ def test_the_first_loss_is_that_of_no_preference(tmp_path):
 
 
 def test_later_steps_keep_only_key_tokens(tmp_path):
-    later = list(trainer(tmp_path, objective=Dpo(0.5, 0.3)).run())[1:]
-    assert all(0 <= m.metrics["key_tokens"] <= 0.3 for m in later) and any(m.metrics["key_tokens"] for m in later)
+    later = list(trainer(tmp_path, objective=Dpo(0.5, 0.3)).run())[2:]  # the first has a learning rate of zero
+    assert all(0 < m.metrics["key_tokens"] <= 0.3 for m in later)
 
 
 def test_release_clips_by_the_dense_norm(tmp_path):

@@ -7,10 +7,10 @@ import transformers
 from conftest import TINY, pair_corpus, random_selection, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from allo_fast.config import UserError
+from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import collate
 from allo_fast.logps import ResponseLogps
-from allo_fast.models import named_weights
+from allo_fast.models import load_model, named_weights
 from allo_fast.optim import SparseAdamW
 from allo_fast.policy import Delta, SparsePolicy
 
@@ -111,13 +111,12 @@ def test_the_reference_ends_with_an_error_inside():
     assert torch.equal(policy.response_logps(batch_for(policy)), before)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_nothing(tmp_path):
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_llama()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+        tiny_llama().save_pretrained(tmp_path)
+        model = load_model(tmp_path, ModelConfig(dtype="float32", gradient_checkpointing=checkpointing))
+        assert model.training == checkpointing
         policy = SparsePolicy(model, random_selection(model))
         policy.response_logps(batch_for(policy)).sum().backward()
         gradients.append(torch.cat([value.grad for value in policy.values.values()]))

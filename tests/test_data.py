@@ -1,0 +1,236 @@
+import json
+import sys
+import types
+
+import pytest
+from conftest import shared
+
+from allo_fast.config import UserError
+from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
+from allo_fast.data.problems import read_problems
+from allo_fast.data.prompts import INSTRUCTION, Prompts
+from allo_fast.data.scoring import accuracy_interval, difference_interval, edit_distance, is_correct
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def lines(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+ROW = {"problem": "1+1", "solution": "The answer is 2", "answer": "2"}
+
+
+def test_problems_and_slices(tmp_path):
+    source = lines(tmp_path, *({**ROW, "problem": str(i)} for i in range(5)))
+    problems, quarantined = read_problems(source, "problems")
+    assert [p.prompt for p in problems] == ["0", "1", "2", "3", "4"] and not quarantined
+    assert problems[0].id == "rows.jsonl:1"
+    assert [p.prompt for p in read_problems(source + "[1:3]", "problems")[0]] == ["1", "2"]
+    assert [p.prompt for p in read_problems(source + "[:2]", "problems")[0]] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ("{torn", "not JSON"),
+        ("[1]", "expected an object, got list"),
+        ({"problem": "x", "answer": "2"}, "no field 'solution'"),
+        ({**ROW, "answer": None}, "answer: expected a text, got None"),
+        ({**ROW, "answer": "  "}, "answer: expected a text"),
+        ({**ROW, "problem": 3}, "problem: expected a text, got 3"),
+    ],
+)
+def test_bad_rows_are_set_aside_with_the_reason(tmp_path, row, reason):
+    problems, quarantined = read_problems(lines(tmp_path, ROW, row), "problems")
+    assert len(problems) == 1
+    assert quarantined[0].id == "rows.jsonl:2" and reason in quarantined[0].reason
+
+
+def test_unusable_sources(tmp_path):
+    for source, message in (
+        (str(tmp_path / "none.jsonl"), "none.jsonl: no such file"),
+        (lines(tmp_path, ""), "the file is empty"),
+        ("arithmetic:train", "name a slice"),
+        ("org/name:split", "expected org/name:config:split|pip install"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_problems(source, "problems")
+    with pytest.raises(UserError, match="no usable row; .*no field 'problem'"):
+        read_problems(lines(tmp_path, {"a": 1}), "problems")
+
+
+def test_not_utf8_is_a_bad_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe\n" + json.dumps(ROW).encode())
+    problems, quarantined = read_problems(str(path), "problems")
+    assert len(problems) == 1 and "not JSON" in quarantined[0].reason
+
+
+def test_gsm8k(tmp_path):
+    row = {"question": "q", "answer": "It takes 2/2=<<2/2=1>>1 bolt.\n#### 1,000"}
+    source = lines(tmp_path, row, {"question": "q", "answer": "no marker"})
+    (problem,), (bad,) = read_problems(source, "gsm8k")
+    assert problem.solution == "It takes 2/2=1 bolt.\nThe answer is 1,000" and problem.answer == "1,000"
+    assert "####" in bad.reason
+
+
+def test_multiple_choice_in_both_layouts(tmp_path):
+    text = {"problem": "Stars are\nOptions:\nlights\nGas balls\nwarm", "answer": "gas balls", "solution": "why"}
+    arc = {
+        "question_stem": "Stars are",
+        "choices": {"text": ["lights", "Gas balls", "warm"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    }
+    problems, _ = read_problems(lines(tmp_path, text, arc), "multiple_choice")
+    for problem in problems:
+        assert problem.prompt == text["problem"] and problem.answer == "Gas balls"
+        assert problem.options == ("The answer is Gas balls", "The answer is lights", "The answer is warm")
+    assert [p.solution for p in problems] == ["why", "The answer is Gas balls"]
+    _, bad = read_problems(lines(tmp_path, text, {**text, "answer": "moon"}), "multiple_choice")
+    assert "expected exactly one of the options" in bad[0].reason
+
+
+def test_preference_rows_as_texts_and_messages(tmp_path):
+    plain = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    said = [{"role": "user", "content": "p"}]
+    chat = {
+        "prompt": said,
+        "chosen": [*said, {"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad"}],
+    }
+    equal = {**plain, "rejected": "good"}
+    problems, (bad,) = read_problems(lines(tmp_path, plain, chat, equal), "preference")
+    assert [p.options for p in problems] == [("good", "bad")] * 2 and problems[1].prompt == said
+    assert bad.reason == "chosen and rejected are equal"
+
+
+def test_hub_data_sets(monkeypatch):
+    asked = []
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        return [ROW, ROW]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    problems, _ = read_problems("org/name:main:train[:1]", "problems")
+    assert asked == [("org/name", "main", "train")] and len(problems) == 1
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install"):
+        read_problems("org/name:main:train", "problems")
+
+
+def test_arithmetic_is_right_repeatable_and_held_out():
+    train = [arithmetic_row("train", index) for index in range(300)]
+    test = [arithmetic_row("test", index) for index in range(300)]
+    assert train == [arithmetic_row("train", index) for index in range(300)]
+    assert not {row["problem"] for row in train} & {row["problem"] for row in test}
+    for row in train + test:
+        numbers = row["problem"].replace("-", "+-").split("+")
+        assert sum(map(int, numbers)) == int(row["answer"]) >= 0
+        for step in row["solution"].split(". The answer is ")[0].split(", "):
+            left, right = step.split("=")
+            assert sum(map(int, left.replace("-", "+-").split("+"))) == int(right)
+        assert is_correct(row["solution"], row["answer"])
+
+
+def test_character_tokenizer_round_trip(tmp_path):
+    tokenizer = character_tokenizer()
+    text = "12+9-3=?#>\nThe answer is 18, -4."
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text) and tokenizer.unk_token_id not in ids
+    tokenizer.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path).decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "response, answer, strict, release",
+    [
+        ("So. The answer is beads", "beads", True, True),
+        ("The answer is beads.", "beads", True, False),
+        ("the answer is: **Beads**\nBye", "beads", True, False),
+        ("The answer is beads", "Beads", True, False),
+        ("The answer is 1. The answer is 2", "2", True, True),
+        ("The answer is $1,000.00", "1000", True, False),
+        ("The answer is 20%", "20", True, False),
+        ("beads", "beads", False, False),
+        ("The answer is", "beads", False, False),
+        ("The answer is bead", "beads", False, False),
+        ("The answer is 12", "2", False, False),
+    ],
+)
+def test_scorers(response, answer, strict, release):
+    assert is_correct(response, answer) == strict
+    assert is_correct(response, answer, "release") == release
+
+
+@pytest.mark.parametrize("name, ceiling", [("openbookqa_validation", 0.87), ("qasc_train", 0.79)])
+def test_the_release_scorer_fails_gold_answers(name, ceiling):
+    rows = [json.loads(line) for line in shared(f"data/{name}.jsonl").read_text().splitlines()]
+    for scorer, expected in (("strict", 1.0), ("release", ceiling)):
+        share = sum(is_correct(row["solution"], row["answer"], scorer) for row in rows) / len(rows)
+        assert share == pytest.approx(expected, abs=0.01), scorer
+
+
+def test_edit_distance():
+    assert edit_distance("kitten", "sitting") == 3
+    assert (edit_distance("", "abc"), edit_distance([1, 2], [1, 2])) == (3, 0)
+
+
+def test_intervals():
+    mean, (low, high) = accuracy_interval([[True] * 45 + [False] * 55])
+    assert mean == 0.45 and (low, high) == pytest.approx((0.356, 0.548), abs=2e-3)  # Wilson's, by hand
+    mean, interval = accuracy_interval([[False] * 10])
+    assert mean == 0 and interval == pytest.approx((0, 0.2775), abs=1e-3)
+    one = [True, False] * 50
+    _, single = accuracy_interval([one])
+    _, copies = accuracy_interval([one, one, one])
+    assert copies == pytest.approx(single, abs=1e-3), "three copies of one seed say no more than one"
+    mean, (low, high) = difference_interval([one], [[not x for x in one]])
+    assert mean == 0 and high == pytest.approx(1.96 / 10, abs=0.01) and low == -high
+    assert difference_interval([one], [one]) == (0, (0, 0))
+
+
+def with_template():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_prompts_without_a_chat_template():
+    tokenizer = character_tokenizer()
+    decode = lambda ids: "".join(tokenizer.convert_ids_to_tokens(ids))  # noqa: E731
+    assert decode(Prompts(tokenizer, template="{}=").encode_prompt("1+1")) == "1+1="
+    assert Prompts(tokenizer).template == INSTRUCTION
+    prompts = Prompts(tokenizer, rewrite="{}#{}#{}>")
+    assert decode(prompts.encode_rewrite("1+1", "2", "{}3")) == "1+1#2#<unk><unk>3>"
+    assert decode(prompts.encode_response("2")) == "2<eos>"
+
+
+def test_prompts_with_a_chat_template():
+    tokenizer = with_template()
+    chat = Prompts(tokenizer)
+    assert tokenizer.decode(chat.encode_prompt("1")) == tokenizer.decode(tokenizer("<user>1<a>").input_ids)
+    assert chat.encode_prompt([{"role": "user", "content": "1"}]) == chat.encode_prompt("1")
+    assert Prompts(tokenizer, chat=False, template="{}=").encode_prompt("1") == tokenizer("1=").input_ids
+    rewrite = Prompts(tokenizer, rewrite="{}#{}#{}>").encode_rewrite([{"role": "user", "content": "1"}], "2", "3")
+    assert rewrite == tokenizer("<user>1#2#3><a>").input_ids
+
+
+def test_prompt_mistakes():
+    with pytest.raises(UserError, match="chat messages need a tokenizer with a chat template"):
+        Prompts(character_tokenizer()).encode_prompt([{"role": "user", "content": "1"}])
+    with pytest.raises(UserError, match="data.chat_template is true"):
+        Prompts(character_tokenizer(), chat=True)
+    with pytest.raises(UserError, match="data.prompt_template: expected 1 times"):
+        Prompts(character_tokenizer(), template="no hole")
+    with pytest.raises(UserError, match="rewards.template: expected 3 times"):
+        Prompts(character_tokenizer(), rewrite="{}")
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        Prompts(tokenizer)

@@ -1,0 +1,101 @@
+"""What holds for the repository as a whole."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import allo_fast
+import allo_kernels
+
+ROOT = Path(__file__).parents[1]
+ORDER = (
+    "config data memory models logps policy selection objectives optim backend engine generation runs stages".split()
+)
+ORDER += ["figures", "report"]
+PYTHON = sorted(path for folder in ("allo_fast", "kernels", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+
+def layer(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
+
+
+def runtime_imports(path: Path):
+    """Modules of allo_fast that a file imports when it runs, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("allo_fast"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "allo_fast" else []
+            yield from names or [node.module]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "allo_fast").rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    if module in ("allo_fast.__init__", "allo_fast.__main__"):
+        return
+    for imported in runtime_imports(path):
+        same = module.split(".")[1] == imported.split(".")[1]
+        assert same or layer(imported) < layer(module), f"{module} imports {imported}"
+
+
+def test_the_order_names_every_module():
+    found = {module.name for module in pkgutil.iter_modules(allo_fast.__path__)} - {"__main__"}
+    assert found == set(ORDER)
+
+
+@pytest.mark.parametrize("package", [allo_fast, allo_kernels], ids=lambda p: p.__name__)
+def test_every_module_imports(package):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+
+
+def test_the_kernels_do_not_import_the_engine():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert "allo_fast" not in path.read_text()
+
+
+def run_python(code: str, **environment) -> str:
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, env={**environment, "PATH": ""}
+    )
+    return done.stdout + done.stderr
+
+
+def test_import_kernels_is_never_ours():
+    # -S leaves out site-packages: only the repository root could answer.
+    said = run_python("import sys; sys.path.insert(0, '.'); import kernels; print(getattr(kernels, '__file__', None))")
+    assert "None" in said or "ModuleNotFoundError" in said
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_it_runs_uninstalled():
+    code = "import sys; sys.path += [p for p in {!r} if 'site-packages' in p]; import allo_kernels, allo_fast; print('ran')"
+    assert "ran" in run_python(code.format(sys.path), PYTHONPATH=".:kernels")
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)
+def test_ascii(path):
+    assert path.read_text().isascii()
+
+
+def test_no_module_is_longer_than_a_reader_can_hold():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PYTHON if "tests" not in path.parts}
+    assert not {name: length for name, length in lengths.items() if length > 300}
+
+
+def test_the_readme_tree_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    missing = [path.name for path in PYTHON if "tests" not in path.parts and path.name not in readme]
+    assert not missing
+
+
+def test_the_packages_are_all_installed_ones():
+    setup = (ROOT / "setup.py").read_text()
+    for path in (ROOT / "allo_fast").rglob("__init__.py"):
+        assert f'"{".".join(path.relative_to(ROOT).parts[:-1])}"' in setup

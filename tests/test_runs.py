@@ -1,0 +1,312 @@
+"""The main job end to end on a micro model, and everything that can interrupt it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from allo_fast.__main__ import main
+from allo_fast.config import UserError, load_config
+from allo_fast.models import named_weights
+from allo_fast.runs import MANIFEST, Run, Unit
+from allo_fast.stages import STAGES, stages_of
+
+MICRO = """
+name: micro
+output_dir: {folder}
+seeds: [0, 1]
+model: {{dtype: float32}}
+data:
+  train: arithmetic:train[1000:1006]
+  test: arithmetic:test[:8]
+  prompt_template: "{{}}="
+pretrain:
+  {{problems: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
+   per_device_train_batch_size: 8}}
+sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
+pairs: {{gold: missing}}
+warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1}}
+rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
+forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
+learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1}}
+evaluate: {{max_new_tokens: 12, batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A config file and the folder of its finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "micro.yaml"
+    config.write_text(MICRO.format(folder=folder))
+    assert main(["run", str(config)]) == 0
+    return config, folder / "micro"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    config = tmp_path / "micro.yaml"
+    config.write_text(MICRO.format(folder=tmp_path))
+    shutil.copytree(finished[1], tmp_path / "micro")
+    text = (tmp_path / "micro" / "config.yaml").read_text()
+    (tmp_path / "micro" / "config.yaml").write_text(text.replace(str(finished[0].parent), str(tmp_path)))
+    return config, tmp_path / "micro"
+
+
+def units(config, *overrides):
+    run = Run(load_config(config, list(overrides)), STAGES)
+    return {f"{unit.name}/{unit.key}": unit for unit in run.units(stages_of(run.config))}
+
+
+def outputs(folder: Path) -> dict:
+    return {str(p.parent.relative_to(folder)): json.loads(p.read_text())["outputs"] for p in folder.rglob(MANIFEST)}
+
+
+def test_the_folder_is_what_the_design_says(finished):
+    _, folder = finished
+    stages = "00-pretrain 01-sample 02-pairs 03-warmup 04-locate 05-rewards 06-forget 07-learn 08-evaluate".split()
+    assert sorted(path.name for path in folder.iterdir()) == [*stages, "config.yaml", "report.html", "summary.json"]
+    manifest = json.loads((folder / "07-learn/seed-1" / MANIFEST).read_text())
+    assert {"sample", "pairs"} <= {key.split("/")[0] for key in manifest["inputs"]} | {"sample"}
+    assert set(manifest["outputs"]) >= {"model/model.safetensors", "delta.safetensors", "metrics.jsonl"}
+    assert manifest["seed"] == 1 and manifest["seconds"] > 0 and manifest["peak_bytes"] > 2**20
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint"))
+
+
+def test_the_summary_is_complete(finished):
+    summary = json.loads((finished[1] / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "dpo", "allo"]
+    for held in summary["models"].values():
+        assert held["n"] == 8 and held["ci95"][0] <= held["accuracy"] <= held["ci95"][1]
+    assert [len(held["seeds"]) for held in summary["models"].values()] == [1, 2, 2]
+    assert set(summary["differences"]) == {"dpo - base", "allo - base", "allo - dpo"}
+    for stage, ratio in (("06-forget", 0.05), ("07-learn", 0.1)):
+        facts = summary["stages"][f"{stage}/seed-0"]
+        assert facts["selected"] == int(ratio * facts["parameters"])
+        assert facts["tokens_per_second"] > 0 and facts["seconds"] > 0 and facts["peak_bytes"] > 0
+        assert facts["state_bytes"]["moments"] == 8 * facts["selected"]
+
+
+def test_the_report_is_self_contained(finished):
+    page = (finished[1] / "report.html").read_text()
+    for title in ("Accuracy", "Cost", "Training", "Selected weights", "Wrong responses, by token"):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<svg") == 6 and "allo - dpo" in page and 'title="reward' in page
+    loaded = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|@import|<script|<link', page)
+    assert not loaded, "nothing is fetched from elsewhere"
+
+
+def test_forgetting_trains_only_the_selected_weights(finished):
+    _, folder = finished
+    before, after = (
+        named_weights(AutoModelForCausalLM.from_pretrained(folder / path))
+        for path in ("00-pretrain/base/model", "06-forget/seed-0/model")
+    )
+    from allo_fast.selection import Selection
+
+    selection = Selection.load(folder / "04-locate/seed-0/forget.safetensors")
+    changed = 0
+    for name, weight in after.items():
+        outside = torch.ones(weight.numel(), dtype=torch.bool)
+        outside[selection.positions(name).long()] = False
+        assert torch.equal(weight.view(-1)[outside], before[name].view(-1)[outside])
+        changed += int((weight != before[name]).sum())
+    assert changed > 0.5 * selection.selected
+
+
+def test_merge_rebuilds_the_trained_model(finished, tmp_path, capsys):
+    _, folder = finished
+    arguments = [str(folder / "00-pretrain/base/model"), str(folder / "07-learn/seed-0/delta.safetensors")]
+    assert main(["merge", *arguments, str(tmp_path / "merged")]) == 0
+    merged, trained = (
+        named_weights(AutoModelForCausalLM.from_pretrained(path))
+        for path in (tmp_path / "merged", folder / "07-learn/seed-0/model")
+    )
+    assert all(torch.equal(merged[name], trained[name]) for name in trained)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1").input_ids
+    arguments[0] = str(folder / "06-forget/seed-0/model")
+    assert main(["merge", *arguments, str(tmp_path / "wrong")]) == 2
+    assert "made for the model" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
+def test_eval_of_any_model(finished, capsys):
+    config, folder = finished
+    assert main(["eval", str(folder / "03-warmup/seed-0/model"), str(config)]) == 0
+    rows = (folder / "08-evaluate/dpo-seed-0/predictions.jsonl").read_text().splitlines()
+    correct = sum(json.loads(row)["correct"] for row in rows)
+    assert f"{correct} of 8 correct" in capsys.readouterr().out
+
+
+def test_a_second_run_does_nothing(copied):
+    config, folder = copied
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob(MANIFEST)}
+    assert main(["run", str(config)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob(MANIFEST)} == before
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sample", "warmup", "rewards", "forget", "learn", "evaluate"])
+def test_a_killed_stage_continues_to_the_same_result(copied, stage):
+    config, folder = copied
+    before = outputs(folder)
+    key = {"pretrain": "base", "evaluate": "base"}.get(stage, "seed-0")
+    unit = units(config)[f"{stage}/{key}"]
+    shutil.rmtree(unit.folder)
+    killed = unit.execute()
+    next(killed)
+    killed.close()
+    assert not unit.is_complete()
+    list(unit.execute())
+    after = outputs(folder)
+    name = str(unit.folder.relative_to(folder))
+    for file, held in before[name].items():
+        if file != "metrics.jsonl":  # it holds wall times
+            assert after[name][file] == held, file
+
+
+def test_a_damaged_or_missing_output_is_made_again(copied):
+    config, _ = copied
+    unit = units(config)["pairs/seed-0"]
+    assert unit.is_complete()
+    pairs = unit.folder / "pairs.jsonl"
+    pairs.write_text(pairs.read_text()[:-5])
+    assert not unit.is_complete()
+    list(unit.execute())
+    assert unit.is_complete()
+    pairs.unlink()
+    assert not unit.is_complete()
+
+
+def test_what_other_settings_left_is_not_continued(copied):
+    config, _ = copied
+    unit = units(config)["sample/seed-0"]
+    shutil.rmtree(unit.folder)
+    killed = unit.execute()
+    next(killed)
+    killed.close()
+    left = unit.folder / "responses.jsonl.partial"
+    first = left.read_text()
+    run = Run(load_config(config, ["sample.max_new_tokens=4"]), STAGES, rerun=True)
+    list(Unit(run, "sample", "seed-0").execute())
+    assert not (unit.folder / "responses.jsonl").read_text().startswith(first)
+
+
+def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
+    config, folder = copied
+    assert main(["run", str(config), "learn.learning_rate=2e-3"]) == 2
+    assert "learn.learning_rate was 0.001, now 0.002" in capsys.readouterr().err
+    assert main(["run", str(config), "forget.beta=0.2", "--rerun"]) == 0
+    said = capsys.readouterr().out
+    assert "warmup seed-0: complete" in said and "rewards seed-1: complete" in said
+    for again in ("forget seed-0", "learn seed-0", "evaluate allo-seed-1"):
+        assert f"{again}: complete" not in said
+
+
+def test_a_changed_input_file_runs_the_stage_again(copied, tmp_path):
+    config, _ = copied
+    data = tmp_path / "test.jsonl"
+    data.write_text(json.dumps({"problem": "1+1", "solution": "The answer is 2", "answer": "2"}) + "\n")
+    config.write_text(config.read_text().replace("arithmetic:test[:8]", str(data)))
+    unit = Unit(Run(load_config(config), STAGES, rerun=True), "evaluate", "base")
+    list(unit.execute())
+    assert unit.is_complete()
+    data.write_text(data.read_text() * 2)
+    assert not unit.is_complete()
+
+
+def test_method_dpo_ends_with_the_dense_model(finished, capsys):
+    config, folder = finished
+    assert main(["run", str(config), "method=dpo", "name=dense", "seeds=[0]"]) == 0
+    assert re.search(r"^dpo +\d", capsys.readouterr().out, re.MULTILINE)
+    dense = folder.parent / "dense"
+    assert list(json.loads((dense / "summary.json").read_text())["models"]) == ["base", "dpo"]
+    assert not (dense / "04-locate").exists() and (dense / "report.html").exists()
+
+
+def test_protocol_release_runs_and_differs(finished):
+    config, folder = finished
+    assert main(["run", str(config), "protocol=release", "name=release", "seeds=[0]", "learn.epsilon=0.5"]) == 0
+    facts = json.loads((folder.parent / "release" / "summary.json").read_text())["stages"]["06-forget/seed-0"]
+    ours = json.loads((folder / "summary.json").read_text())["stages"]["06-forget/seed-0"]
+    assert facts["forgotten_tokens"] == facts["tokens"] > ours["forgotten_tokens"], "every token has a weight p_t"
+    assert facts["state_bytes"]["gradients"] > ours["state_bytes"]["gradients"], "clip: all keeps dense gradients"
+    assert facts["selected"] != ours["selected"]
+
+
+def test_rewards_from_a_file(copied, tmp_path, capsys):
+    config, folder = copied
+    given = tmp_path / "rewards.jsonl"
+    files = (folder / f"05-rewards/seed-{seed}/rewards.jsonl" for seed in (0, 1))
+    rows = [row for file in files for row in file.read_text().split("\n")]
+    given.write_text("\n".join(filter(None, rows)) + "\n")
+    source = ["rewards.source=file", f"rewards.path={given}", "--rerun"]
+    assert main(["rewards", str(config), *source]) == 0
+    first = json.loads((folder / "05-rewards/seed-0/rewards.jsonl").read_text().splitlines()[0])
+    assert first == json.loads(rows[0])
+    given.write_text(json.dumps({**first, "rewards": first["rewards"][:-1]}) + "\n")
+    assert main(["rewards", str(config), *source]) == 2
+    assert f"expected {len(first['rewards'])} rewards, one per token, got {len(first['rewards']) - 1}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_stage_alone_says_what_it_waits_for(tmp_path, capsys):
+    config = tmp_path / "micro.yaml"
+    config.write_text(MICRO.format(folder=tmp_path))
+    assert main(["learn", str(config)]) == 2
+    assert "run `allo-fast pretrain CONFIG` first" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, capsys):
+    config = tmp_path / "micro.yaml"
+    config.write_text(MICRO.format(folder=tmp_path))
+    (tmp_path / "micro").mkdir()
+    (tmp_path / "micro" / "thesis.txt").write_text("precious")
+    assert main(["run", str(config)]) == 2
+    assert "not the folder of a run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "micro").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.max_prompt_tokens=3"], "no usable row; .*data.max_prompt_tokens is 3"),
+        (["model.name_or_path=/nowhere"], "/nowhere: no tokenizer that can be loaded"),
+        (["pairs.gold=never"], "no pair left: of 6 problems 6 have no correct response"),
+        (["forget.threshold=0"], "no token's reward is below forget.threshold"),
+        (["data.max_response_tokens=2", "data.format=multiple_choice"], "no usable row"),
+    ],
+)
+def test_mistakes_end_with_one_line(copied, capsys, overrides, message):
+    config, _ = copied
+    assert main(["run", str(config), *overrides, "--rerun"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and "Traceback" not in said
+
+
+def test_too_long_for_the_model(copied, capsys):
+    config, _ = copied
+    with pytest.raises(UserError, match="has .* tokens, the model reads 512"):
+        from allo_fast.data.batch import Corpus
+        from allo_fast.stages.common import check_lengths
+
+        corpus = Corpus()
+        corpus.add([5] * 510, [[5] * 3])
+        check_lengths(AutoModelForCausalLM.from_pretrained(config.parent / "micro/00-pretrain/base/model"), corpus)
+
+
+def test_options_are_judged_by_likelihood(copied, tmp_path):
+    config, folder = copied
+    data = tmp_path / "choice.jsonl"
+    rows = [{"problem": f"{i}+1\nOptions:\n{i + 1}\n{i + 2}\n99", "answer": str(i + 1)} for i in range(5)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    choice = ["data.format=multiple_choice", f"data.train={data}", f"data.test={data}", "name=choice", "seeds=[0]"]
+    choice += [f"model.name_or_path={folder / '00-pretrain/base/model'}"]
+    assert main(["run", str(config), *choice]) == 0
+    pairs = [json.loads(x) for x in (tmp_path / "choice/02-pairs/seed-0/pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 10 and pairs[0]["chosen"] == "The answer is 1"
+    answers = (tmp_path / "choice/08-evaluate/base/predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(row)["response"].startswith("The answer is ") for row in answers)
