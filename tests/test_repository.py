@@ -13,10 +13,8 @@ import allo_fast
 import allo_kernels
 
 ROOT = Path(__file__).parents[1]
-ORDER = (
-    "config data memory models logps policy selection objectives optim backend engine generation runs stages".split()
-)
-ORDER += ["figures", "report"]
+ORDER = "config data memory models logps policy selection objectives optim backend engine".split()
+ORDER += "generation runs stages figures report".split()
 PYTHON = sorted(path for folder in ("allo_fast", "kernels", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -26,12 +24,18 @@ def layer(module: str) -> int:
 
 def runtime_imports(path: Path):
     """Modules of allo_fast that a file imports when it runs, wherever the import stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("allo_fast"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "allo_fast" else []
-            yield from names or [node.module]
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    guards = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+    typing_only = {inner for guard in guards for inner in ast.walk(guard)}
+    for node in nodes:
+        if (
+            node not in typing_only
+            and isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("allo_fast")
+        ):
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "allo_fast" else []
+            yield from names or [module]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "allo_fast").rglob("*.py")), ids=lambda p: p.stem)
@@ -75,8 +79,9 @@ def test_import_kernels_is_never_ours():
 
 
 def test_it_runs_uninstalled():
-    code = "import sys; sys.path += [p for p in {!r} if 'site-packages' in p]; import allo_kernels, allo_fast; print('ran')"
-    assert "ran" in run_python(code.format(sys.path), PYTHONPATH=".:kernels")
+    installed = [path for path in sys.path if "site-packages" in path]
+    code = f"import sys; sys.path += {installed!r}; import allo_kernels, allo_fast; print('ran')"
+    assert "ran" in run_python(code, PYTHONPATH=".:kernels")
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.stem)

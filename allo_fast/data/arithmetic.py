@@ -13,8 +13,8 @@ def arithmetic_row(split: str, index: int) -> dict[str, str]:
     """Problem `index` of the endless split "train" or "test"; no problem is in both."""
     draw = random.Random(index)
     while True:
-        numbers = [draw.randint(10, 99) for _ in range(3)]
-        signs = [draw.choice("+-") for _ in range(2)]
+        numbers = [draw.randint(2, 19) for _ in range(4)]
+        signs = [draw.choice("+-") for _ in range(3)]
         problem = str(numbers[0]) + "".join(sign + str(number) for sign, number in zip(signs, numbers[1:], strict=True))
         total, steps = numbers[0], []
         for sign, number in zip(signs, numbers[1:], strict=True):
