@@ -96,7 +96,9 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
                 progress = next(work)
             except StopIteration as end:
                 return end.value
-            bar.total, bar.unit = progress.total, progress.noun
+            if bar.unit != progress.noun:
+                bar.unit = progress.noun
+                bar.reset(progress.total)
             bar.set_postfix({key: f"{value:.3g}" for key, value in progress.notes.items()}, refresh=False)
             bar.update(progress.done - bar.n)
 

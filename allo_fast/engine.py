@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,32 +68,59 @@ class Trainer:
         ]
         self.steps = [step for epoch in self.epochs for step in epoch]
         self.backend = LocalBackend(policy, config, len(self.steps), protocol)
+        self.reference: _ReferenceLogps | None = None
         self.state_bytes: dict[str, int] = {}
+
+    def prepare(self) -> Iterator[tuple[int, int]]:
+        """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
+
+        Computed once, before the first update, on the very micro-batches of the first epoch: there policy and
+        reference agree bit for bit, and no second model is ever needed. Kept in a file for a resumed run.
+        """
+        if not self.objective.needs_reference:
+            return
+        path = self.folder / "reference_logps.safetensors"
+        lengths = torch.tensor([len(response.tokens) for response in self.corpus.responses])
+        if path.exists():
+            self.reference = _ReferenceLogps(load_file(path)["logps"], lengths)
+            return
+        found = _ReferenceLogps(torch.zeros(int(lengths.sum())), lengths)
+        micros = [micro for step in self.epochs[0] for micro in step]
+        for done, examples in enumerate(micros, start=1):
+            batch = self._collate(examples).to(self.policy.model.device)
+            with torch.no_grad():
+                found.put(batch, self.policy.response_logps(batch))
+            yield done, len(micros)
+        partial = path.with_suffix(".partial")
+        save_file({"logps": found.flat}, partial)
+        os.rename(partial, path)
+        self.reference = found
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
-        reference = self._reference() if self.objective.needs_reference else None
+        if self.reference is None:
+            deque(self.prepare(), maxlen=0)
         done = self.backend.load(self.folder / "checkpoint")
         log = self.folder / "metrics.jsonl"
         kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
         log.write_text("".join(kept))
         with log.open("a") as lines:
             for number in range(done, len(self.steps)):
-                metrics = self._step(number, reference)
+                metrics = self._step(number)
                 lines.write(metrics.to_json() + "\n")
                 if metrics.step % self.config.save_steps == 0:
                     lines.flush()
                     self.backend.save(self.folder / "checkpoint", metrics.step)
                 yield metrics
 
-    def _step(self, number: int, reference: "_ReferenceLogps | None") -> StepMetrics:
+    def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
         micros = [self._collate(examples) for examples in self.steps[number]]
         counts = [self.objective.count(batch) for batch in micros]
         totals: dict[str, Tensor] = {}
         for batch, count in zip(micros, counts, strict=True):
             batch = batch.to(self.policy.model.device)
-            ref = reference.of(batch) if reference else None
+            ref = self.reference.of(batch) if self.reference else None
             loss, metrics = self.objective(self.policy.response_logps(batch), ref, batch)
             share = count / max(1, sum(counts))
             self.backend.backward(loss * share)
@@ -118,23 +146,6 @@ class Trainer:
     def _collate(self, examples: Sequence[tuple[int, ...]]) -> Batch:
         share = self.policy.logps.share_prompts
         return collate(self.corpus, examples, share_prompts=share, token_weights=self.token_weights)
-
-    @torch.no_grad()
-    def _reference(self) -> "_ReferenceLogps":
-        """Computed once, before the first update, on the very micro-batches of the first epoch: there policy and
-        reference agree bit for bit, and no second model is ever needed. Kept in a file for a resumed run."""
-        path = self.folder / "reference_logps.safetensors"
-        lengths = torch.tensor([len(response.tokens) for response in self.corpus.responses])
-        if path.exists():
-            return _ReferenceLogps(load_file(path)["logps"], lengths)
-        found = _ReferenceLogps(torch.zeros(int(lengths.sum())), lengths)
-        for examples in (micro for step in self.epochs[0] for micro in step):
-            batch = self._collate(examples).to(self.policy.model.device)
-            found.put(batch, self.policy.response_logps(batch))
-        partial = path.with_suffix(".partial")
-        save_file({"logps": found.flat}, partial)
-        os.rename(partial, path)
-        return found
 
 
 class _ReferenceLogps:

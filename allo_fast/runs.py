@@ -35,7 +35,7 @@ class Stage:
 
     number: int
     run: Callable[["Unit"], Generator[Progress, None, dict]]
-    settings: tuple[str, ...]  # the top-level config keys that its outcome depends on
+    settings: tuple[str, ...]  # the config keys, or sections, that its outcome depends on
     needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
     files: Callable[[Config], list[str]] = lambda config: []  # files outside the run that it reads
@@ -70,7 +70,11 @@ class Unit:
 
     def digest(self) -> str:
         """Changes when a setting, an input file or an upstream output changes."""
-        settings = {key: self.config.model_dump()[key] for key in self.stage.settings}
+        settings = {
+            key: value
+            for key, value in _flat(self.config.model_dump()).items()
+            if any(key == prefix or key.startswith(prefix + ".") for prefix in self.stage.settings)
+        }
         upstream = {
             f"{name}/{key}": Unit(self.run, name, key).manifest()["outputs"]
             for name, key in self.stage.needs(self.config, self.key)

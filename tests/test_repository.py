@@ -28,12 +28,8 @@ def runtime_imports(path: Path):
     guards = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
     typing_only = {inner for guard in guards for inner in ast.walk(guard)}
     for node in nodes:
-        if (
-            node not in typing_only
-            and isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.startswith("allo_fast")
-        ):
+        module = getattr(node, "module", None) or ""
+        if node not in typing_only and isinstance(node, ast.ImportFrom) and module.startswith("allo_fast"):
             names = [f"{module}.{alias.name}" for alias in node.names] if module == "allo_fast" else []
             yield from names or [module]
 

@@ -3,7 +3,7 @@
 Each reads files and writes files; what it needs, and which settings it depends on, stands in this table alone.
 """
 
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config
 from allo_fast.runs import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
 
@@ -37,41 +37,64 @@ def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
     return _needs(*producer)(config, seed)
 
 
-_MODEL = ("model",)
+_MODEL = ("model.name_or_path", "model.dtype")
+_PROMPTS = (*_MODEL, "data.chat_template", "data.prompt_template")
+_DATA = (*_PROMPTS, "data.format", "data.max_prompt_tokens", "data.max_response_tokens")
 
 STAGES = {
     "pretrain": Stage(
-        0,
-        pretrain.run,
-        ("pretrain",),
-        lambda config, key: [],
-        lambda config: [] if config.model.name_or_path else ["base"],
+        number=0,
+        run=pretrain.run,
+        settings=("pretrain", *_PROMPTS),
+        needs=lambda config, key: [],
+        keys=lambda config: [] if config.model.name_or_path else ["base"],
     ),
     "sample": Stage(
-        1, sample.run, ("model", "data", "sample"), _needs(), _seeds, lambda config: _data_files(config.data.train)
+        number=1,
+        run=sample.run,
+        settings=("sample", "data.train", *_DATA),
+        needs=_needs(),
+        keys=_seeds,
+        files=lambda config: _data_files(config.data.train),
     ),
-    "pairs": Stage(2, pairs.run, ("data", "pairs"), _needs("sample"), _seeds),
-    "warmup": Stage(3, warmup.run, ("model", "data", "warmup"), _needs("pairs"), _seeds),
-    "locate": Stage(4, locate.run, ("model", "locate", "forget", "learn", "protocol"), _needs("warmup"), _seeds),
+    "pairs": Stage(number=2, run=pairs.run, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
+    "warmup": Stage(number=3, run=warmup.run, settings=("warmup", *_PROMPTS), needs=_needs("pairs"), keys=_seeds),
+    "locate": Stage(
+        number=4,
+        run=locate.run,
+        settings=("locate", "forget.ratio", "learn.ratio", "protocol", *_MODEL),
+        needs=_needs("warmup"),
+        keys=_seeds,
+    ),
     "rewards": Stage(
-        5,
-        rewards.run,
-        ("model", "data", "rewards"),
-        _needs("sample", "pairs"),
-        _seeds,
-        lambda config: _data_files(config.rewards.path),
+        number=5,
+        run=rewards.run,
+        settings=("rewards", *_PROMPTS),
+        needs=_needs("sample", "pairs"),
+        keys=_seeds,
+        files=lambda config: _data_files(config.rewards.path),
     ),
     "forget": Stage(
-        6, forget.run, ("model", "data", "forget", "protocol"), _needs("pairs", "locate", "rewards"), _seeds
+        number=6,
+        run=forget.run,
+        settings=("forget", "protocol", *_PROMPTS),
+        needs=_needs("locate", "rewards"),
+        keys=_seeds,
     ),
-    "learn": Stage(7, learn.run, ("model", "data", "learn", "protocol"), _needs("pairs", "locate", "forget"), _seeds),
+    "learn": Stage(
+        number=7,
+        run=learn.run,
+        settings=("learn", "protocol", *_PROMPTS),
+        needs=_needs("pairs", "locate", "forget"),
+        keys=_seeds,
+    ),
     "evaluate": Stage(
-        8,
-        evaluate.run,
-        ("model", "data", "evaluate"),
-        _evaluate_needs,
-        _evaluated,
-        lambda config: _data_files(config.data.test),
+        number=8,
+        run=evaluate.run,
+        settings=("evaluate", "data.test", *_DATA),
+        needs=_evaluate_needs,
+        keys=_evaluated,
+        files=lambda config: _data_files(config.data.test),
     ),
 }
 
@@ -80,6 +103,3 @@ def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
     dense = ["pretrain", "sample", "pairs", "warmup", "evaluate"]
     return [name for name in STAGES if config.method == "allo" or name in dense]
-
-
-__all__ = ["STAGES", "UserError", "stages_of"]

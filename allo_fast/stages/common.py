@@ -43,7 +43,8 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
 def sparse_policy(unit: Unit, path: str | Path, config: TrainConfig, stage: str) -> SparsePolicy:
     """The model at `path` with the entries that `locate` chose for `stage`."""
     model = load_model(path, unit.config.model)
-    selection = Selection.load(unit.needed("locate") / f"{stage}.safetensors").rebased(model)
+    located = unit.needed("locate") / f"{stage}.safetensors"
+    selection = Selection.load(located).rebased(model) if stage == "learn" else Selection.load(located, model)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
     return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
 
@@ -64,6 +65,8 @@ def pair_corpus(rows: list[dict], prompts: Prompts) -> Corpus:
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     """Drives a training loop; returns the facts every training stage records."""
     check_lengths(trainer.policy.model, trainer.corpus)
+    for done, total in trainer.prepare():
+        yield Progress(done, total, "reference batch")
     tokens = seconds = 0
     for metrics in trainer.run():
         tokens, seconds = tokens + metrics.tokens, seconds + metrics.seconds
