@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allo_fast.backend import LocalBackend
 from allo_fast.config import TrainConfig
-from allo_fast.data.batch import Batch, Corpus, collate, plan_steps
+from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
 from allo_fast.objectives import Dpo, Npo, Sft
 from allo_fast.policy import DensePolicy, SparsePolicy
 
@@ -44,8 +44,8 @@ class StepMetrics:
 class Trainer:
     """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, checkpoint.
 
-    token_weights: per response, one number per token, for objectives that weigh tokens. The examples of one step, and
-    the loss they share, do not depend on how the step is cut into micro-batches.
+    token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
+    depend on how its examples are cut into micro-batches.
     """
 
     def __init__(
@@ -62,43 +62,39 @@ class Trainer:
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
         self.token_weights = token_weights
-        self.epochs = [
-            plan_steps(corpus, config.per_device_train_batch_size, config.gradient_accumulation_steps, seed + epoch)
-            for epoch in range(config.num_train_epochs)
-        ]
+        self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
+        per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
+        self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
         self.steps = [step for epoch in self.epochs for step in epoch]
         self.backend = LocalBackend(policy, config, len(self.steps), protocol)
-        self.reference: _ReferenceLogps | None = None
+        self.reference: dict[str, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
         self.state_bytes: dict[str, int] = {}
 
     def prepare(self) -> Iterator[tuple[int, int]]:
         """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
 
-        Computed once, before the first update, on the very micro-batches of the first epoch: there policy and
-        reference agree bit for bit, and no second model is ever needed. Kept in a file for a resumed run.
+        Computed once, before the first update, on the very micro-batches that train: there policy and reference agree
+        bit for bit, and no second model is ever needed. Kept in a file for a resumed run.
         """
+        path = self.folder / "reference_logps.safetensors"
         if not self.objective.needs_reference:
             return
-        path = self.folder / "reference_logps.safetensors"
-        lengths = torch.tensor([len(response.tokens) for response in self.corpus.responses])
         if path.exists():
-            self.reference = _ReferenceLogps(load_file(path)["logps"], lengths)
+            self.reference = load_file(path)
             return
-        found = _ReferenceLogps(torch.zeros(int(lengths.sum())), lengths)
-        micros = [micro for step in self.epochs[0] for micro in step]
-        for done, examples in enumerate(micros, start=1):
-            batch = self._collate(examples).to(self.policy.model.device)
+        found = {}
+        for number in range(len(self.micro_batches)):
             with torch.no_grad():
-                found.put(batch, self.policy.response_logps(batch))
-            yield done, len(micros)
+                found[str(number)] = self.policy.response_logps(self._collate(number)).cpu()
+            yield number + 1, len(self.micro_batches)
         partial = path.with_suffix(".partial")
-        save_file({"logps": found.flat}, partial)
+        save_file(found, partial)
         os.rename(partial, path)
         self.reference = found
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
-        if self.reference is None:
+        if not self.reference:
             deque(self.prepare(), maxlen=0)
         done = self.backend.load(self.folder / "checkpoint")
         log = self.folder / "metrics.jsonl"
@@ -115,12 +111,11 @@ class Trainer:
 
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
-        micros = [self._collate(examples) for examples in self.steps[number]]
-        counts = [self.objective.count(batch) for batch in micros]
+        batches = [self._collate(micro) for micro in self.steps[number]]
+        counts = [self.objective.count(batch) for batch in batches]
         totals: dict[str, Tensor] = {}
-        for batch, count in zip(micros, counts, strict=True):
-            batch = batch.to(self.policy.model.device)
-            ref = self.reference.of(batch) if self.reference else None
+        for micro, batch, count in zip(self.steps[number], batches, counts, strict=True):
+            ref = self.reference[str(micro)].to(batch.valid.device) if self.reference else None
             loss, metrics = self.objective(self.policy.response_logps(batch), ref, batch)
             share = count / max(1, sum(counts))
             self.backend.backward(loss * share)
@@ -138,30 +133,12 @@ class Trainer:
             loss=values.pop("loss"),
             grad_norm=norm,
             learning_rate=learning_rate,
-            tokens=sum(batch.tokens for batch in micros),
+            tokens=sum(batch.tokens for batch in batches),
             seconds=time.perf_counter() - started,
             metrics=values,
         )
 
-    def _collate(self, examples: Sequence[tuple[int, ...]]) -> Batch:
+    def _collate(self, micro: int) -> Batch:
         share = self.policy.logps.share_prompts
-        return collate(self.corpus, examples, share_prompts=share, token_weights=self.token_weights)
-
-
-class _ReferenceLogps:
-    """fp32 log-probabilities of every response token of a corpus, on the CPU."""
-
-    def __init__(self, flat: Tensor, lengths: Tensor):
-        self.flat, self.starts = flat, lengths.cumsum(0) - lengths
-
-    def of(self, batch: Batch) -> Tensor:
-        where = self._where(batch)
-        return torch.where(batch.valid.cpu(), self.flat[where], 0.0).to(batch.valid.device)
-
-    def put(self, batch: Batch, logps: Tensor) -> None:
-        valid = batch.valid.cpu()
-        self.flat[self._where(batch)[valid]] = logps.cpu()[valid]
-
-    def _where(self, batch: Batch) -> Tensor:
-        columns = torch.arange(batch.valid.shape[1])
-        return (self.starts[batch.responses.cpu()][:, None] + columns).clamp(max=max(0, len(self.flat) - 1))
+        batch = collate(self.corpus, self.micro_batches[micro], share_prompts=share, token_weights=self.token_weights)
+        return batch.to(self.policy.model.device)

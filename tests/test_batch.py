@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
 
-from allo_fast.data.batch import Corpus, attention_mask, collate, plan_steps
+from allo_fast.data.batch import Corpus, attention_mask, collate, plan_micro_batches, plan_steps
 from allo_fast.logps import ResponseLogps
 
 
@@ -79,12 +79,19 @@ def test_log_probabilities_are_the_models_own():
         torch.testing.assert_close(logps[line, : len(tokens)], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_steps_are_full_and_keep_a_problem_together():
+def test_micro_batches_are_full_and_keep_a_problem_together():
     corpus = pair_corpus(problems=7)
-    steps = plan_steps(corpus, micro_size=2, micros=3, seed=0)
-    flat = [example for step in steps for micro in step for example in micro]
-    assert sorted(flat) == sorted(corpus.examples)
-    assert [[len(micro) for micro in step] for step in steps] == [[2, 2, 2], [2, 2, 2], [2]]
+    micros = plan_micro_batches(corpus, size=4, seed=0)
+    flat = [example for micro in micros for example in micro]
+    assert sorted(flat) == sorted(corpus.examples) and [len(micro) for micro in micros] == [4, 4, 4, 2]
     prompts = [corpus.responses[example[0]].prompt for example in flat]
     assert prompts == sorted(prompts, key=prompts.index), "examples of one problem are neighbours"
-    assert plan_steps(corpus, 2, 3, seed=0) == steps != plan_steps(corpus, 2, 3, seed=1)
+    assert plan_micro_batches(corpus, 4, seed=0) == micros != plan_micro_batches(corpus, 4, seed=1)
+
+
+def test_every_epoch_visits_every_micro_batch_in_another_order():
+    epochs = plan_steps(5, per_step=2, epochs=3, seed=0)
+    assert epochs[0] == [[0, 1], [2, 3], [4]]
+    for epoch in epochs[1:]:
+        assert [len(step) for step in epoch] == [2, 2, 1] and sorted(sum(epoch, [])) == list(range(5))
+    assert epochs[1] != epochs[2] != epochs[0]

@@ -7,7 +7,7 @@ import torch
 from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.config import TrainConfig
-from allo_fast.data.batch import collate, plan_steps
+from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
 from allo_fast.engine import Trainer, TrainingError
 from allo_fast.models import fingerprint, named_weights
 from allo_fast.objectives import Dpo, Npo, Sft
@@ -47,7 +47,8 @@ def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
     sparse, ours = weights_after(trainer(tmp_path / "sparse", ratio=1.0, objective=Dpo(0.5)))
     model, reference, corpus = tiny_llama(), tiny_llama(), pair_corpus()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    steps = [step for epoch in range(2) for step in plan_steps(corpus, 2, 2, seed=epoch)]
+    micros = plan_micro_batches(corpus, 2, seed=0)
+    steps = [[micros[m] for m in step] for epoch in plan_steps(len(micros), 2, epochs=2, seed=0) for step in epoch]
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda t: t if t < 1 else 0.5 * (1 + math.cos(math.pi * (t - 1) / (len(steps) - 1))),  # warm-up 1, cosine
@@ -87,10 +88,10 @@ def test_dense_and_ratio_one_agree(tmp_path):
 
 @pytest.mark.parametrize("objective", [Dpo(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, objective):
-    one, left = weights_after(trainer(tmp_path / "a", objective=objective))
-    cut, right = weights_after(
-        trainer(tmp_path / "b", objective=objective, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    )
+    settings = {"objective": objective, "num_train_epochs": 1}
+    one, left = weights_after(trainer(tmp_path / "a", **settings))
+    cuts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    cut, right = weights_after(trainer(tmp_path / "b", **settings, **cuts))
     assert [m.loss for m in one] == pytest.approx([m.loss for m in cut], rel=1e-4)
     for name in left:
         assert (left[name] - right[name]).abs().mean() < 1e-6
@@ -129,8 +130,14 @@ def test_the_first_loss_is_that_of_no_preference(tmp_path):
     assert metrics.loss == torch.tensor(2.0).log().item() and metrics.metrics["rewards/margins"] == 0
     assert metrics.metrics["key_tokens"] == 1.0, "nothing is lowest before the first update"
     assert metrics.tokens == sum(
-        batch.tokens for batch in (collate(pair_corpus(), micro) for micro in plan_steps(pair_corpus(), 2, 2, 0)[0])
+        collate(pair_corpus(), micro).tokens for micro in plan_micro_batches(pair_corpus(), 2, seed=0)[:2]
     )
+
+
+def test_the_reference_is_the_policy_before_training_bit_for_bit(tmp_path):
+    for number, per_batch in enumerate((1, 2, 3)):  # 3 cuts the two pairs of a problem apart
+        first = next(trainer(tmp_path / str(number), per_device_train_batch_size=per_batch).run())
+        assert first.metrics["rewards/chosen"] == first.metrics["rewards/rejected"] == 0
 
 
 def test_later_steps_keep_only_key_tokens(tmp_path):

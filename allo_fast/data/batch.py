@@ -66,19 +66,26 @@ class Batch:
         return grid.scatter(0, self.slots, flat).view(self.valid.shape)
 
 
-def plan_steps(corpus: Corpus, micro_size: int, micros: int, seed: int) -> list[list[list[tuple[int, ...]]]]:
-    """Optimizer steps, each a list of micro-batches of examples; the examples of one problem stay together.
-
-    Every step but the last has `micros` micro-batches of `micro_size` examples.
-    """
+def plan_micro_batches(corpus: Corpus, size: int, seed: int) -> list[list[tuple[int, ...]]]:
+    """`size` examples each, the last maybe fewer; problems are shuffled, the examples of one problem stay together."""
     by_prompt: dict[int, list[tuple[int, ...]]] = {}
     for example in corpus.examples:
         by_prompt.setdefault(corpus.responses[example[0]].prompt, []).append(example)
     order = list(by_prompt)
     random.Random(seed).shuffle(order)
     examples = [example for prompt in order for example in by_prompt[prompt]]
-    batches = [examples[i : i + micro_size] for i in range(0, len(examples), micro_size)]
-    return [batches[i : i + micros] for i in range(0, len(batches), micros)]
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def plan_steps(micro_batches: int, per_step: int, epochs: int, seed: int) -> list[list[list[int]]]:
+    """Per epoch its optimizer steps, each a list of micro-batch numbers; later epochs shuffle whole micro-batches."""
+    planned = []
+    for epoch in range(epochs):
+        order = list(range(micro_batches))
+        if epoch:
+            random.Random(seed + epoch).shuffle(order)
+        planned.append([order[i : i + per_step] for i in range(0, micro_batches, per_step)])
+    return planned
 
 
 def collate(
