@@ -11,6 +11,7 @@ import transformers
 from tqdm import tqdm
 
 from allo_fast.config import Config, UserError, load_config
+from allo_fast.data.scoring import SCORERS
 from allo_fast.engine import TrainingError
 from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.policy import Delta
@@ -86,6 +87,8 @@ def _complete(unit: Unit) -> None:
         print(f"{label}: complete")
         return
     _show(label, unit.execute())
+    facts = unit.manifest()["facts"].items()
+    print(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, int)))
 
 
 def _show(label: str, work: Generator[Progress, None, object]) -> object:
@@ -104,13 +107,13 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
 
 
 def _eval(given: argparse.Namespace) -> None:
-    config: Config = load_config(given.config, given.overrides)
+    config = load_config(given.config, given.overrides)
     with tempfile.TemporaryDirectory() as scratch:
-        config = config.model_copy(update={"output_dir": scratch})
-        unit = Unit(Run(config, STAGES), "evaluate", "base")
-        rows, quarantined = _show("eval", evaluate(unit, given.model, Path(scratch)))
-    correct = sum(row["correct"] for row in rows)
-    print(f"{given.model}: {correct} of {len(rows)} correct, {correct / len(rows):.2%}; {quarantined} rows set aside")
+        unit = Unit(Run(config.model_copy(update={"output_dir": scratch}), STAGES), "evaluate", "base")
+        unit.folder.mkdir(parents=True)
+        facts = _show("eval", evaluate(unit, given.model))
+    right = ", ".join(f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS)
+    print(f"{given.model}: {right}; {facts['problems']} problems, {facts['quarantined']} rows set aside")
 
 
 def _merge(given: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ class DataConfig(Section):
     format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     prompt_template: str | None = None  # "{}" is the problem; null: bare inside a chat template, else the paper's
+    scorer: Literal["strict", "release"] = "strict"  # which answers count as right; evaluation counts by both
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer responses are set aside
 
@@ -125,7 +126,6 @@ class LearnConfig(TrainConfig):
 class EvaluateConfig(Section):
     max_new_tokens: int = Field(512, gt=0)
     batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
-    scorer: Literal["strict", "release"] = "strict"  # both are counted; this one is the accuracy
 
 
 class Config(Section):

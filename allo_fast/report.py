@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from allo_fast import figures
-from allo_fast.data.scoring import accuracy_interval, difference_interval
+from allo_fast.data.scoring import SCORERS, accuracy_interval, difference_interval
 from allo_fast.models import load_tokenizer
 from allo_fast.runs import Run, Unit, versions, write_atomically
 from allo_fast.stages import stages_of
@@ -19,22 +19,24 @@ def summarize(run: Run) -> dict:
     units = run.units(stages_of(run.config))
     manifests = {f"{unit.stage.number:02d}-{unit.name}/{unit.key}": unit.manifest() for unit in units}
     answers = _answers(run)
+    scorer = run.config.data.scorer
     models = {}
     for model, seeds in answers.items():
-        accuracy, interval = accuracy_interval([[row["correct"] for row in rows] for rows in seeds])
+        by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in SCORERS}
+        accuracy, interval = by_scorer[scorer]
         models[model] = {
             "accuracy": accuracy,
             "n": len(seeds[0]),
             "ci95": interval,
-            "seeds": [sum(row["correct"] for row in rows) / len(rows) for rows in seeds],
-            "accuracy_release_scorer": accuracy_interval([[r["correct_release"] for r in rows] for rows in seeds])[0],
+            "seeds": [sum(row[scorer] for row in rows) / len(rows) for rows in seeds],
+            "scorers": {name: found[0] for name, found in by_scorer.items()},
         }
     summary = {
         "name": run.config.name,
         "protocol": run.config.protocol,
         "seeds": run.config.seeds,
         "models": models,
-        "differences": _differences(answers),
+        "differences": _differences(answers, scorer),
         "stages": {
             name: {"seconds": held["seconds"], "peak_bytes": held["peak_bytes"], **held["facts"]}
             for name, held in manifests.items()
@@ -47,11 +49,12 @@ def summarize(run: Run) -> dict:
 
 def table(summary: dict) -> str:
     """Accuracies and costs as text."""
-    lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}  per seed"]
+    lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
     for name, held in summary["models"].items():
         low, high = held["ci95"]
+        both = "".join(f"{accuracy:>9.1%}" for accuracy in held["scorers"].values())
         seeds = " ".join(f"{accuracy:.1%}" for accuracy in held["seeds"])
-        lines.append(f"{name:<8}{held['accuracy']:>10.1%}{f'{low:.1%} .. {high:.1%}':>20}{held['n']:>7}  {seeds}")
+        lines.append(f"{name:<8}{held['accuracy']:>10.1%}{f'{low:.1%} .. {high:.1%}':>20}{held['n']:>7}{both}  {seeds}")
     for name, held in summary["differences"].items():
         low, high = held["ci95"]
         lines.append(f"{name}: {held['points']:+.1%} ({low:+.1%} .. {high:+.1%})")
@@ -81,13 +84,13 @@ def _answers(run: Run) -> dict[str, list[list[dict]]]:
     return answers
 
 
-def _differences(answers: dict[str, list[list[dict]]]) -> dict[str, dict]:
+def _differences(answers: dict[str, list[list[dict]]], scorer: str) -> dict[str, dict]:
     """Paired by problem, which is far sharper than comparing two intervals."""
     names = list(answers)
     found = {}
     for worse, better in [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]:
         points, interval = difference_interval(
-            *([[row["correct"] for row in rows] for rows in answers[name]] for name in (better, worse))
+            *([[row[scorer] for row in rows] for rows in answers[name]] for name in (better, worse))
         )
         found[f"{better} - {worse}"] = {"points": points, "ci95": interval}
     return found

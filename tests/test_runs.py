@@ -137,8 +137,8 @@ def test_eval_of_any_model(finished, capsys):
     config, folder = finished
     assert main(["eval", str(folder / "03-warmup/seed-0/model"), str(config)]) == 0
     rows = (folder / "08-evaluate/dpo-seed-0/predictions.jsonl").read_text().splitlines()
-    correct = sum(json.loads(row)["correct"] for row in rows)
-    assert f"{correct} of 8 correct" in capsys.readouterr().out
+    correct = sum(json.loads(row)["strict"] for row in rows)
+    assert f"{correct / 8:.2%} by the strict scorer" in capsys.readouterr().out
 
 
 def test_a_second_run_does_nothing(copied):
@@ -234,6 +234,21 @@ def test_protocol_release_runs_and_differs(finished):
     assert facts["forgotten_tokens"] == facts["tokens"] > ours["forgotten_tokens"], "every token has a weight p_t"
     assert facts["state_bytes"]["gradients"] > ours["state_bytes"]["gradients"], "clip: all keeps dense gradients"
     assert facts["selected"] != ours["selected"]
+
+
+def test_release_samples_after_one_space_more(copied, monkeypatch):
+    config, _ = copied
+    asked = {}
+    for protocol in ("paper", "release"):
+
+        def record(model, tokenizer, prompts, protocol=protocol, **settings):
+            asked.setdefault(protocol, tokenizer.decode(prompts[0]))
+            return [["The answer is 1"] * 3 for _ in prompts]
+
+        monkeypatch.setattr("allo_fast.stages.sample.generate", record)
+        run = Run(load_config(config, [f"protocol={protocol}"]), STAGES, rerun=True)
+        list(Unit(run, "sample", "seed-0").execute())
+    assert asked["release"] == asked["paper"] + " "
 
 
 def test_rewards_from_a_file(copied, tmp_path, capsys):

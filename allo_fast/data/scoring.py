@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
+SCORERS = ("strict", "release")
 _Z = NormalDist().inv_cdf(0.975)
 _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 

@@ -39,7 +39,7 @@ def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
 
 _MODEL = ("model.name_or_path", "model.dtype")
 _PROMPTS = (*_MODEL, "data.chat_template", "data.prompt_template")
-_DATA = (*_PROMPTS, "data.format", "data.max_prompt_tokens", "data.max_response_tokens")
+_DATA = (*_PROMPTS, "data.format", "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
 
 STAGES = {
     "pretrain": Stage(
@@ -52,7 +52,7 @@ STAGES = {
     "sample": Stage(
         number=1,
         run=sample.run,
-        settings=("sample", "data.train", *_DATA),
+        settings=("sample", "protocol", "data.train", *_DATA),
         needs=_needs(),
         keys=_seeds,
         files=lambda config: _data_files(config.data.train),

@@ -2,7 +2,7 @@
 
 Problems with given responses: the most likely response wins, by the sum of its tokens' log-probabilities. Others: a
 greedy response whose final answer must match. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
-Writes predictions.jsonl {id, correct, correct_release, response}.
+Writes predictions.jsonl {id, strict, release (right by either scorer), response}.
 """
 
 from collections.abc import Generator
@@ -15,7 +15,7 @@ from allo_fast.config import EvaluateConfig
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.problems import Problem
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import is_correct
+from allo_fast.data.scoring import SCORERS, is_correct
 from allo_fast.generation import generate
 from allo_fast.logps import ResponseLogps
 from allo_fast.models import load_model, load_tokenizer
@@ -26,13 +26,12 @@ from allo_fast.stages.sample import usable_problems
 
 def run(unit: Unit) -> Generator[Progress, None, dict]:
     producer = {"base": None, "dpo": "warmup", "allo": "learn"}[unit.key.partition("-")[0]]
-    path = unit.needed(producer) / "model" if producer else base_path(unit)
-    rows, quarantined = yield from evaluate(unit, path, unit.folder)
-    return {"problems": len(rows), "quarantined": quarantined}
+    facts = yield from evaluate(unit, unit.needed(producer) / "model" if producer else base_path(unit))
+    return facts
 
 
-def evaluate(unit: Unit, path: str | Path, folder: Path) -> Generator[Progress, None, tuple[list[dict], int]]:
-    """The predictions of the model at `path`, and how many test rows were set aside."""
+def evaluate(unit: Unit, path: str | Path) -> Generator[Progress, None, dict]:
+    """The accuracy of the model at `path`, by either scorer, and how many test rows were set aside."""
     settings, prompts = unit.config.evaluate, make_prompts(unit, load_tokenizer(path))
     problems, quarantined = usable_problems(unit, unit.config.data.test, prompts)
     model = load_model(path, unit.config.model).eval()
@@ -45,16 +44,18 @@ def evaluate(unit: Unit, path: str | Path, folder: Path) -> Generator[Progress, 
             texts = _answers(model, prompts, chunk, settings)
         return [_judged(problem, text) for problem, text in zip(chunk, texts, strict=True)]
 
-    rows = yield from by_chunks(folder / "predictions.jsonl", problems, settings.batch_size, "problem", work)
-    return rows, len(quarantined)
+    rows = yield from by_chunks(unit.folder / "predictions.jsonl", problems, settings.batch_size, "problem", work)
+    right = {scorer: sum(row[scorer] for row in rows) for scorer in SCORERS}
+    return {"problems": len(rows), "quarantined": len(quarantined), **right}
 
 
 def _judged(problem: Problem, text: str) -> dict:
+    """Right or not by each scorer; of given responses there is one right one whatever the scorer."""
     if problem.options:
-        correct = release = text == problem.options[0]
+        right = dict.fromkeys(SCORERS, text == problem.options[0])
     else:
-        correct, release = (is_correct(text, problem.answer, scorer) for scorer in ("strict", "release"))
-    return {"id": problem.id, "correct": correct, "correct_release": release, "response": text}
+        right = {scorer: is_correct(text, problem.answer, scorer) for scorer in SCORERS}
+    return {"id": problem.id, **right, "response": text}
 
 
 @torch.no_grad()

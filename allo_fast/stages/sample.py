@@ -22,7 +22,6 @@ from allo_fast.stages.common import base_path, by_chunks, make_prompts, write_js
 def run(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
     problems, quarantined = usable_problems(unit, unit.config.data.train, prompts)
-    write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
     if problems[0].options:
         write_jsonl(unit.folder / "responses.jsonl", (_given(problem) for problem in problems))
         responses = sum(len(problem.options) for problem in problems)
@@ -32,7 +31,7 @@ def run(unit: Unit) -> Generator[Progress, None, dict]:
 
 
 def usable_problems(unit: Unit, source: str, prompts: Prompts) -> tuple[list[Problem], list[Quarantined]]:
-    """The problems of a source whose prompt and given responses are not over-long."""
+    """The problems of a source whose prompt and given responses are not over-long; the rest into quarantine.jsonl."""
     data = unit.config.data
     problems, quarantined = read_problems(source, data.format)
     kept = []
@@ -47,6 +46,7 @@ def usable_problems(unit: Unit, source: str, prompts: Prompts) -> tuple[list[Pro
             kept.append(problem)
             continue
         quarantined.append(Quarantined(problem.id, reason))
+    write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
     if not kept:
         raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
     return kept, quarantined
@@ -54,6 +54,8 @@ def usable_problems(unit: Unit, source: str, prompts: Prompts) -> tuple[list[Pro
 
 def _sample(unit: Unit, problems: list[Problem], prompts: Prompts) -> Generator[Progress, None, int]:
     settings = unit.config.sample
+    if unit.config.protocol == "release" and not prompts.chat:
+        prompts.template += " "  # the release samples after one space more than it trains after
     model = load_model(base_path(unit), unit.config.model).eval()
 
     def work(chunk: list[Problem], start: int) -> list[dict]:
@@ -67,15 +69,15 @@ def _sample(unit: Unit, problems: list[Problem], prompts: Prompts) -> Generator[
             temperature=settings.temperature,
             top_p=settings.top_p,
         )
-        return [_judged(*pair, settings.stop) for pair in zip(chunk, texts, strict=True)]
+        return [_judged(unit, problem, found) for problem, found in zip(chunk, texts, strict=True)]
 
     rows = yield from by_chunks(unit.folder / "responses.jsonl", problems, settings.batch_size, "problem", work)
     return len(rows) * settings.num_return_sequences
 
 
-def _judged(problem: Problem, texts: list[str], stops: list[str]) -> dict:
-    cut = [_cut(text, stops) for text in texts]
-    return _row(problem, [(text, is_correct(text, problem.answer)) for text in cut])
+def _judged(unit: Unit, problem: Problem, texts: list[str]) -> dict:
+    cut = [_cut(text, unit.config.sample.stop) for text in texts]
+    return _row(problem, [(text, is_correct(text, problem.answer, unit.config.data.scorer)) for text in cut])
 
 
 def _given(problem: Problem) -> dict:
