@@ -1,0 +1,1 @@
+"""Measurements with rivals in the same run: `python -m benchmarks step --help`."""
