@@ -3,7 +3,7 @@ from setuptools import setup
 setup(
     name="allo-fast",
     version="0.1.0",
-    description="ALLO alignment of language models in the memory of inference plus a few percent",
+    description="ALLO: align a language model by training a few percent of its weights",
     license="Apache-2.0",
     python_requires=">=3.11",
     # kernels/ is a source root, not a package: a top-level `kernels` would shadow the PyPI package of that name.
@@ -13,18 +13,19 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
+        "tokenizers>=0.22",
         "safetensors>=0.5",
         "numpy>=2.0",
         "pydantic>=2.10",
         "PyYAML>=6.0",
         "tqdm>=4.66",
         "matplotlib>=3.9",
+        "rapidfuzz>=3.9",
     ],
     extras_require={
         "gguf": ["gguf>=0.17", "accelerate>=1.10"],
         "hub": ["datasets>=4.0"],
-        "gpu": ["triton>=3.6", "flash-attn>=2.8"],
-        "deepspeed": ["deepspeed>=0.19"],
+        "flash-attn": ["flash-attn>=2.8"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "accelerate>=1.10"],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},

@@ -1,4 +1,4 @@
-"""ALLO alignment of language models in the memory of inference plus a few percent."""
+"""ALLO: align a language model by training a few percent of its weights."""
 
 from allo_fast.objectives import dpo_loss, key_token_weights, npo_token_loss
 from allo_fast.optim import SparseAdamW

@@ -10,7 +10,7 @@ from pathlib import Path
 import transformers
 from tqdm import tqdm
 
-from allo_fast.config import Config, UserError, load_config
+from allo_fast.config import ModelConfig, UserError, load_config
 from allo_fast.data.scoring import SCORERS
 from allo_fast.engine import TrainingError
 from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
@@ -22,7 +22,12 @@ from allo_fast.stages.evaluate import evaluate
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(given, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after --rerun
+        given.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("allo_fast").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
@@ -67,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace) -> None:
     run = Run(load_config(given.config, given.overrides), STAGES, given.rerun)
-    for unit in run.units(stages_of(run.config)) if given.name == "run" else []:
-        _complete(unit)
+    for unit in run.units(stages_of(run.config)):
+        if given.name == "run":
+            _complete(unit)
+        elif not unit.is_complete():
+            raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast run CONFIG` first")
     summary = summarize(run)
     write_report(run, summary)
     print(table(summary))
@@ -118,7 +126,7 @@ def _eval(given: argparse.Namespace) -> None:
 
 def _merge(given: argparse.Namespace) -> None:
     delta = Delta.load(given.delta)
-    model = load_model(given.base, Config.model_fields["model"].default, dtype=str(delta.dtype).removeprefix("torch."))
+    model = load_model(given.base, ModelConfig(device="cpu"), dtype=str(delta.dtype).removeprefix("torch."))
     delta.merge_into(model)
     save_model(model, load_tokenizer(given.base), given.out)
     print(given.out)

@@ -1,12 +1,13 @@
 """Where a training step happens: backward, clip, step, and the state that a resumed run needs."""
 
 import json
+import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -34,8 +35,12 @@ class LocalBackend:
         else:
             self.parameters = dict(policy.model.named_parameters())
             self.optimizer = torch.optim.AdamW(self.parameters.values(), **shared, fused=True)
-        warmup = config.warmup_steps if config.warmup_steps >= 1 else -(-total_steps * config.warmup_steps // 1)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, int(warmup), total_steps)
+        warmup = math.ceil(total_steps * config.warmup_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+        # A warm-up as long as the stage would leave its only learning rates at or near zero.
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.optimizer, min(warmup, total_steps - 1), total_steps
+        )
+        self.updated = False  # has any step moved the policy away from where it started?
 
     @property
     def learning_rate(self) -> float:
@@ -52,6 +57,7 @@ class LocalBackend:
         norm = torch.nn.utils.get_total_norm(list(dense.values()) or gradients).float()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
+        self.updated |= self.learning_rate > 0
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -63,33 +69,31 @@ class LocalBackend:
         moments = [state[key] for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return sum(moment.numel() * moment.element_size() for moment in moments)
 
-    def save(self, folder: Path, step: int) -> None:
-        """What is needed to go on after `step` steps; the frozen base is not part of it. Replaces `folder` whole."""
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def save(self, path: Path, step: int) -> None:
+        """One file with what is needed to go on after `step` steps; the frozen base is not part of it."""
         tensors = {f"values.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
-        save_file(tensors, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, "scheduler": self.scheduler.state_dict()}))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
+        found = {"step": step, "scheduler": self.scheduler.state_dict(), "updated": self.updated}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, {"progress": json.dumps(found)})
+        os.replace(partial, path)
 
     @torch.no_grad()
-    def load(self, folder: Path) -> int:
+    def load(self, path: Path) -> int:
         """Restores what `save` wrote; returns the number of steps done, 0 where there is no checkpoint."""
-        if not (folder / "state.json").is_file():
+        if not path.is_file():
             return 0
-        tensors = load_file(folder / "state.safetensors", device=str(self.policy.model.device))
-        found = json.loads((folder / "state.json").read_text())
+        with safe_open(path, "pt", device=str(self.policy.model.device)) as file:
+            tensors, found = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["progress"])
         for name, value in self.parameters.items():
             value.copy_(tensors[f"values.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                self.optimizer.state[value][key] = tensors[f"{key}.{name}"]
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+            self.optimizer.state[value] |= {key: tensors[f"{key}.{name}"] for key in keys}
         if isinstance(self.policy, SparsePolicy):
             self.policy.write_back()
         self.scheduler.load_state_dict(found["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+        self.updated = found["updated"]
         return found["step"]

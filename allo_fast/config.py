@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name_or_path: str | None = None  # local folder or hub id; null: the project pretrains a tiny Llama (`pretrain`)
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the frozen base; the warm-up trains in float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen base; the warm-up trains in float32
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
@@ -35,7 +35,7 @@ class DataConfig(Section):
     prompt_template: str | None = None  # "{}" is the problem; null: bare inside a chat template, else the paper's
     scorer: Literal["strict", "release"] = "strict"  # which answers count as right; evaluation counts by both
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
-    max_response_tokens: int = Field(1024, gt=0)  # longer responses are set aside
+    max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
 
 class SampleConfig(Section):
@@ -60,7 +60,6 @@ class TrainConfig(Section):
     per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
     gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step
     max_grad_norm: float = Field(1.0, gt=0)
-    clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -101,23 +100,27 @@ class RewardsConfig(Section):
     path: str | None = None  # source: file: JSON lines {prompt, response, rewards: one number per token}
     model: str | None = None  # what the rewriter starts from; null: the base model
     template: str | None = None  # three "{}": problem, solution, response; null: the paper's
-    max_examples: int | None = Field(None, gt=0)  # corrections to train on; null: all
+    batch_size: int = Field(8, gt=0)  # responses per forward pass when scoring
+    max_examples: int | None = Field(None, gt=0)  # corrections to train on, drawn at random; null: all
     train: RewriterConfig = RewriterConfig()
 
 
-class ForgetConfig(TrainConfig):
+class SparseTrainConfig(TrainConfig):
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
+    clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
+
+
+class ForgetConfig(SparseTrainConfig):
     learning_rate: float = Field(5e-7, gt=0)
     warmup_steps: float = Field(0.03, ge=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
-    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
     beta: float = Field(0.1, gt=0)
     threshold: float = Field(0.5, ge=0, le=1)  # tokens whose reward is below it are forgotten (protocol: paper)
 
 
-class LearnConfig(TrainConfig):
+class LearnConfig(SparseTrainConfig):
     learning_rate: float = Field(5e-6, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
-    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
     beta: float = Field(0.1, gt=0)
     epsilon: float = Field(0.1, gt=0, le=1)  # fraction of each rejected response's tokens that are key tokens
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -152,6 +155,10 @@ class Config(Section):
             raise ValueError(f"seeds: each only once, got {self.seeds}")
         if (self.rewards.source == "file") != (self.rewards.path is not None):
             raise ValueError("rewards.path goes with rewards.source: file, and only with it")
+        if self.model.name_or_path is None and not all(
+            source.startswith("arithmetic:") for source in (self.data.train, self.data.test)
+        ):
+            raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
         if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
             raise ValueError("locate.skip plus a stage's ratio is more than 1")
         return self
@@ -186,21 +193,9 @@ def save_config(config: Config, path: Path) -> None:
 
 def _parse(text: str, where: str) -> object:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {error}") from None
-    return _numbers(value)
-
-
-def _numbers(value: object) -> object:
-    """YAML 1.1 reads 1e-6 as text; people mean a number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, str):
-        mantissa, e, exponent = value.partition("e")
-        if e and mantissa.replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit():
-            return float(value)
-    return value
 
 
 def _assign(raw: dict, dotted: str, value: object) -> None:

@@ -18,6 +18,8 @@ from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, pla
 from allo_fast.objectives import Dpo, Npo, Sft
 from allo_fast.policy import DensePolicy, SparsePolicy
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 class TrainingError(RuntimeError):
     """A loss or gradient that is not finite: nothing after it could be trusted."""
@@ -68,7 +70,6 @@ class Trainer:
         self.steps = [step for epoch in self.epochs for step in epoch]
         self.backend = LocalBackend(policy, config, len(self.steps), protocol)
         self.reference: dict[str, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
-        self.state_bytes: dict[str, int] = {}
 
     def prepare(self) -> Iterator[tuple[int, int]]:
         """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
@@ -96,7 +97,7 @@ class Trainer:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
         if not self.reference:
             deque(self.prepare(), maxlen=0)
-        done = self.backend.load(self.folder / "checkpoint")
+        done = self.backend.load(self.folder / CHECKPOINT)
         log = self.folder / "metrics.jsonl"
         kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
         log.write_text("".join(kept))
@@ -106,8 +107,12 @@ class Trainer:
                 lines.write(metrics.to_json() + "\n")
                 if metrics.step % self.config.save_steps == 0:
                     lines.flush()
-                    self.backend.save(self.folder / "checkpoint", metrics.step)
+                    self.backend.save(self.folder / CHECKPOINT, metrics.step)
                 yield metrics
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the live model states by kind; gradients and moments are there once a step was made."""
+        return {**self.policy.state_bytes(), "moments": self.backend.optimizer_bytes()}
 
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
@@ -115,14 +120,13 @@ class Trainer:
         counts = [self.objective.count(batch) for batch in batches]
         totals: dict[str, Tensor] = {}
         for micro, batch, count in zip(self.steps[number], batches, counts, strict=True):
-            ref = self.reference[str(micro)].to(batch.valid.device) if self.reference else None
-            loss, metrics = self.objective(self.policy.response_logps(batch), ref, batch)
+            logps = self.policy.response_logps(batch)
+            loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
             share = count / max(1, sum(counts))
             self.backend.backward(loss * share)
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
         norm = float(self.backend.step())
-        self.state_bytes = {**self.policy.state_bytes(), "moments": self.backend.optimizer_bytes()}
         values = {name: float(value) for name, value in totals.items()}
         if not (torch.tensor([norm, values["loss"]]).isfinite().all()):
             raise TrainingError(f"step {number + 1}: loss {values['loss']}, gradient norm {norm}")
@@ -137,6 +141,12 @@ class Trainer:
             seconds=time.perf_counter() - started,
             metrics=values,
         )
+
+    def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
+        if not self.objective.needs_reference:
+            return None
+        # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
+        return self.reference[str(micro)].to(logps.device) if self.backend.updated else logps.detach()
 
     def _collate(self, micro: int) -> Batch:
         share = self.policy.logps.share_prompts

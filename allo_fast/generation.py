@@ -9,6 +9,7 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    end_tokens: set[int],
     *,
     max_new_tokens: int,
     seed: int = 0,
@@ -16,12 +17,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[list[str]]:
-    """Per prompt, its responses as text; temperature 0 is greedy. The same seed and prompts give the same texts."""
+    """Per prompt, its responses as text; temperature 0 is greedy. The same seed and prompts give the same texts.
+
+    end_tokens end a response. The model's own generation defaults play no part.
+    """
     settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_return_sequences=num_return_sequences,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(end_tokens),
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
@@ -31,6 +35,10 @@ def generate(
     ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompt for pad, prompt in rows], device=model.device)
     mask = torch.arange(width, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
     torch.manual_seed(seed)
-    output = model.generate(ids, attention_mask=mask.long(), generation_config=config)
+    own, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
+    try:
+        output = model.generate(ids, attention_mask=mask.long(), generation_config=config)
+    finally:
+        model.generation_config = own
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]

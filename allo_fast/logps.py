@@ -40,14 +40,12 @@ class ResponseLogps:
         hidden = self.hidden(batch)
         head = self.model.get_output_embeddings()
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
-        flat = token_logps(
-            picked,
-            head.weight,
-            batch.targets,
-            bias=head.bias,
-            softcap=self.softcap,
-            temperature=self.temperature,
-        )
+        weight, bias = head.weight, head.bias
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
+            dtype = torch.get_autocast_dtype(device)
+            picked, weight, bias = (None if given is None else given.to(dtype) for given in (picked, weight, bias))
+        flat = token_logps(picked, weight, batch.targets, bias=bias, softcap=self.softcap, temperature=self.temperature)
         return batch.layout(flat)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -84,8 +82,9 @@ def _why_separate(model: PreTrainedModel, logps: ResponseLogps) -> str | None:
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} takes no mask of responses"
     layers = getattr(config, "layer_types", None)
-    if getattr(config, "sliding_window", None) and (layers is None or set(layers) != {"full_attention"}):
-        return f"{name} has sliding windows"
+    partial = set(layers) != {"full_attention"} if layers else getattr(config, "sliding_window", None)
+    if partial:
+        return f"{name} has layers that do not attend to everything"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return f"{name} takes no position_ids"
     batch = _probe([2, 3]).to(model.device)

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,9 +12,13 @@ from allo_fast.config import ModelConfig, UserError
 
 
 def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device: {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_model(path: str | Path, config: ModelConfig, dtype: str | None = None) -> PreTrainedModel:
@@ -21,21 +26,23 @@ def load_model(path: str | Path, config: ModelConfig, dtype: str | None = None) 
 
     Dropout is off because policy and reference must agree at step 0. Raises UserError where there is no such model.
     """
+    device = pick_device(config.device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype or config.dtype), attn_implementation=config.attn_implementation
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: not a model that can be loaded: {str(error).splitlines()[0]}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return model.to(pick_device(config.device)).train(config.gradient_checkpointing)
+    return model.to(device).train(config.gradient_checkpointing)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

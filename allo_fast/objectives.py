@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_kernels import top_fraction_weights
 
@@ -52,23 +53,26 @@ def sft_loss(policy_logps: Tensor, valid: Tensor) -> Tensor:
 
 
 def key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    """1.0 at each row's key tokens, the floor(fraction x valid) lowest log-ratios -> fp32 [B, T]; no gradient flows.
+    """1.0 at each row's key tokens, the floor(fraction x valid) lowest log-ratios and at least one -> fp32 [B, T].
 
-    Where policy and reference agree everywhere (before the first update) nothing is lowest: every valid token is key.
+    No gradient flows through the choice. Where policy and reference agree everywhere (before the first update) nothing
+    is lowest: every valid token is key.
     """
     untouched = ((log_ratios == 0) | ~valid).all(dim=1, keepdim=True)
-    return torch.where(untouched, valid.float(), top_fraction_weights(-log_ratios, valid, fraction))
+    lowest = log_ratios.detach().masked_fill(~valid, torch.inf).argmin(dim=1, keepdim=True)
+    key = top_fraction_weights(-log_ratios, valid, fraction).scatter(1, lowest, 1.0)
+    return torch.where(untouched, 1.0, key) * valid
 
 
 def release_key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float, padded_length: int) -> Tensor:
     """The published rule, kept to measure the difference: the fraction is of the padded length, prompt included.
 
     Every token whose -log_ratio is at least the k-th largest of its row is kept, k = int(fraction x padded_length),
-    exact zeros counting as -1e10. Raises ValueError where k is 0 (the published code fails there).
+    exact zeros counting as -1e10. Raises UserError where k is 0 (the published code fails there).
     """
     k = int(padded_length * fraction)
     if k == 0:
-        raise ValueError(f"fraction: {fraction} of {padded_length} padded tokens is none")
+        raise UserError(f"learn.epsilon: {fraction} of {padded_length} padded tokens is none (protocol: release)")
     scores = torch.where((log_ratios == 0) | ~valid, -1e10, -log_ratios.detach())
     scores = F.pad(scores, (0, max(0, k - scores.shape[1])), value=-1e10)
     threshold = scores.topk(k, dim=1).values[:, -1:]

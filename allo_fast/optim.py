@@ -11,9 +11,10 @@ from allo_kernels import masked_adamw_
 class SparseAdamW(Optimizer):
     """AdamW (arXiv 1711.05101) whose state is [K]: `exp_avg` and `exp_avg_sq` in fp32, there from construction.
 
-    Element-wise equal to dense AdamW on the selected entries. Usable alone: it takes a closure, schedulers set
-    `param_groups[i]["lr"]`, and transformers.Trainer takes it as optimizers=(SparseAdamW(policy), None).
-    hf_eps: the older Hugging Face form p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected.
+    Element-wise equal to dense AdamW on the selected entries. hf_eps: the older Hugging Face form
+    p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected. A training loop that clips and clears
+    only the model's own parameters, as transformers.Trainer does, leaves both to this optimizer: max_grad_norm clips
+    by the norm of all values' gradients, clear_gradients drops them after the update.
     """
 
     def __init__(
@@ -24,8 +25,11 @@ class SparseAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         hf_eps: bool = False,
+        max_grad_norm: float | None = None,
+        clear_gradients: bool = False,
     ):
         self.policy, self.hf_eps = policy, hf_eps
+        self.max_grad_norm, self.clear_gradients = max_grad_norm, clear_gradients
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(policy.values.values()), defaults)
         for value in policy.values.values():
@@ -37,17 +41,24 @@ class SparseAdamW(Optimizer):
         self._names = {value: name for name, value in policy.values.items()}
 
     @torch.no_grad()
-    def step(self, closure=None, *, grad_scale: Tensor | None = None):
-        """One update of every entry that has a gradient; gradients are multiplied by `grad_scale` (0-d) first."""
+    def step(self, closure=None):
+        """One update of every entry that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale = self._clip_scale() if self.max_grad_norm is not None else None
         for group in self.param_groups:
             for value in group["params"]:
                 if value.grad is not None:
-                    self._update(value, group, grad_scale)
+                    self._update(value, group, scale)
+        if self.clear_gradients:
+            self.zero_grad()
         return loss
+
+    def _clip_scale(self) -> Tensor:
+        gradients = [value.grad for group in self.param_groups for value in group["params"] if value.grad is not None]
+        return (self.max_grad_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
 
     def _update(self, value: Tensor, group: dict, grad_scale: Tensor | None) -> None:
         state, name = self.state[value], self._names[value]

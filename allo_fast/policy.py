@@ -58,6 +58,7 @@ class SparsePolicy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the model is the reference, bit for bit, and nothing has a gradient."""
+        assert not self._in_reference, "reference() inside reference()"
         self._swap()
         self._in_reference = True
         try:
@@ -84,6 +85,11 @@ class SparsePolicy:
             "gradients": gradients + [*self.dense_gradients.values()],
         }
         return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in kinds.items()}
+
+    def changed(self) -> int:
+        """How many selected entries of the base differ from their originals; bfloat16 hides small updates."""
+        found = ((gather(self.weights[name].data, at), self.originals[name]) for name, at in self.positions.items())
+        return sum(int((now != before).sum()) for now, before in found)
 
     def save_delta(self, path: Path, before: Path | None = None) -> None:
         """The trained entries, over `before` (the delta that made this base out of an earlier one) when given."""
@@ -190,4 +196,5 @@ class Delta:
             raise UserError(f"delta: made for the model {self.base[:12]}, got the model {found[:12]}")
         weights = named_weights(model)
         for name, at in self.positions.items():
-            scatter_(weights[name].data, at, self.values[name])
+            weight = weights[name].data
+            scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))

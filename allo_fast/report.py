@@ -36,7 +36,7 @@ def summarize(run: Run) -> dict:
         "protocol": run.config.protocol,
         "seeds": run.config.seeds,
         "models": models,
-        "differences": _differences(answers, scorer),
+        "differences": _paired_differences(answers, scorer),
         "stages": {
             name: {"seconds": held["seconds"], "peak_bytes": held["peak_bytes"], **held["facts"]}
             for name, held in manifests.items()
@@ -84,7 +84,7 @@ def _answers(run: Run) -> dict[str, list[list[dict]]]:
     return answers
 
 
-def _differences(answers: dict[str, list[list[dict]]], scorer: str) -> dict[str, dict]:
+def _paired_differences(answers: dict[str, list[list[dict]]], scorer: str) -> dict[str, dict]:
     """Paired by problem, which is far sharper than comparing two intervals."""
     names = list(answers)
     found = {}

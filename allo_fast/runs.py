@@ -16,6 +16,8 @@ from pathlib import Path
 
 from allo_fast import memory
 from allo_fast.config import Config, UserError, load_config, save_config
+from allo_fast.engine import CHECKPOINT
+from allo_fast.models import pick_device
 
 MANIFEST = "MANIFEST.json"
 STARTED = "STARTED.json"
@@ -31,57 +33,68 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stage:
-    """run(unit) yields Progress and returns the facts that its manifest records."""
+    """execute(unit) yields Progress and returns the facts that its manifest records."""
 
     number: int
-    run: Callable[["Unit"], Generator[Progress, None, dict]]
+    execute: Callable[["Unit"], Generator[Progress, None, dict]]
     settings: tuple[str, ...]  # the config keys, or sections, that its outcome depends on
     needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
-    files: Callable[[Config], list[str]] = lambda config: []  # files outside the run that it reads
+    files: Callable[[Config], list[Path]] = lambda config: []  # existing files outside the run that it reads
 
 
 @dataclass
 class Unit:
-    run: "Run"
+    owner: "Run"
     name: str
     key: str
 
     @property
     def config(self) -> Config:
-        return self.run.config
+        return self.owner.config
 
     @property
     def stage(self) -> Stage:
-        return self.run.stages[self.name]
+        return self.owner.stages[self.name]
 
     @property
     def folder(self) -> Path:
-        return self.run.folder / f"{self.stage.number:02d}-{self.name}" / self.key
+        return self.owner.folder / f"{self.stage.number:02d}-{self.name}" / self.key
 
     @property
     def seed(self) -> int:
-        return int(self.key.rpartition("seed-")[2] or 0) if "seed-" in self.key else 0
+        return int(self.key.rpartition("seed-")[2]) if "seed-" in self.key else 0
+
+    def upstream(self) -> list["Unit"]:
+        return [Unit(self.owner, name, key) for name, key in self.stage.needs(self.config, self.key)]
 
     def needed(self, stage: str) -> Path:
         """The folder of a unit that this one reads."""
-        (key,) = [key for name, key in self.stage.needs(self.config, self.key) if name == stage]
-        return Unit(self.run, stage, key).folder
+        (unit,) = [unit for unit in self.upstream() if unit.name == stage]
+        return unit.folder
 
     def digest(self) -> str:
-        """Changes when a setting, an input file or an upstream output changes."""
+        """Changes when a setting, an input file or an upstream output changes.
+
+        Raises UserError when an upstream unit is not complete, or no longer fits its own settings and inputs.
+        """
+        for unit in self.upstream():
+            if not unit.is_complete():
+                raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast {unit.name} CONFIG` first")
         settings = {
             key: value
             for key, value in _flat(self.config.model_dump()).items()
             if any(key == prefix or key.startswith(prefix + ".") for prefix in self.stage.settings)
         }
-        upstream = {
-            f"{name}/{key}": Unit(self.run, name, key).manifest()["outputs"]
-            for name, key in self.stage.needs(self.config, self.key)
-        }
-        files = {name: sha256(Path(name)) for name in self.stage.files(self.config) if Path(name).is_file()}
+        upstream = {f"{unit.name}/{unit.key}": unit.contents() for unit in self.upstream()}
+        files = {str(path): sha256(path) for path in self.stage.files(self.config)}
         held = json.dumps([settings, upstream, files, self.seed], sort_keys=True)
         return hashlib.sha256(held.encode()).hexdigest()
+
+    def contents(self) -> dict[str, str]:
+        """SHA-256 of the outputs that another unit may read; the log of wall times is not one."""
+        outputs = self.manifest()["outputs"].items()
+        return {name: held["sha256"] for name, held in outputs if name != "metrics.jsonl"}
 
     def manifest(self) -> dict:
         """Raises UserError when the unit is not complete."""
@@ -106,14 +119,14 @@ class Unit:
             shutil.rmtree(self.folder, ignore_errors=True)  # left by other settings: not to be continued
             self.folder.mkdir(parents=True)
             write_atomically(started, json.dumps(digest))
-        memory.reset_peak()
+        device = pick_device(self.config.model.device)
+        memory.reset_peak(device)
         begun = time.perf_counter()
-        facts = yield from self.stage.run(self)
-        seconds = time.perf_counter() - begun
-        peak = memory.peak_bytes()
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        started.unlink()
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        facts = yield from self.stage.execute(self)
+        seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
+        peak = memory.peak_bytes(device)
+        scratch = [self.folder / name for name in (STARTED, CHECKPOINT)]
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in scratch)
         manifest = {
             "stage": self.name,
             "key": self.key,
@@ -122,14 +135,13 @@ class Unit:
             "seconds": seconds,
             "peak_bytes": peak,
             "facts": facts,
-            "inputs": {
-                f"{name}/{key}": Unit(self.run, name, key).manifest()["digest"]
-                for name, key in self.stage.needs(self.config, self.key)
-            },
+            "inputs": {f"{unit.name}/{unit.key}": unit.contents() for unit in self.upstream()},
             "outputs": {str(path.relative_to(self.folder)): _identity(path) for path in files},
             "versions": versions(),
         }
         write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        for path in scratch:
+            path.unlink(missing_ok=True)
 
 
 class Run:

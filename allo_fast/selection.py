@@ -51,13 +51,15 @@ class Selection:
         old, new = named_weights(before), named_weights(after)
         if different := [name for name in old if name not in new or new[name].shape != old[name].shape]:
             raise ValueError(f"after: not the same model as before; {different[0]} differs")
-        deltas = {name: _Delta(old[name], new[name]) for name in old}
+        deltas = {name: _Change(old[name], new[name]) for name in old}
+        if not any(change.abs().any() for change in deltas.values()):
+            raise UserError("no weight changed between before and after; was the learning rate ever above zero?")
         return cls.from_scores(deltas, ratio, base=fingerprint(before), exclude=exclude, skip=skip, protocol=protocol)
 
     @classmethod
     def from_scores(
         cls,
-        scores: Mapping[str, "Tensor | _Delta"],
+        scores: Mapping[str, "Tensor | _Change"],
         ratio: float,
         *,
         base: str,
@@ -75,7 +77,10 @@ class Selection:
             raise UserError(f"exclude: {idle[0]!r} matches no tensor of the model")
         kept = {n: scores[n] for n in sorted(scores) if not any(fnmatch.fnmatch(n, pattern) for pattern in exclude)}
         rule = _release_positions if protocol == "release" else _exact_positions
-        return cls(dict(rule(kept, ratio, skip)), sum(s.numel() for s in kept.values()), base)
+        selection = cls(dict(rule(kept, ratio, skip)) if kept else {}, sum(s.numel() for s in kept.values()), base)
+        if not selection.selected:
+            raise UserError(f"nothing is selected: ratio {ratio} of {selection.parameters} weights")
+        return selection
 
     @property
     def selected(self) -> int:
@@ -133,7 +138,7 @@ class Selection:
 
 
 @dataclass
-class _Delta:
+class _Change:
     """|after - before| of one tensor, computed when it is looked at and never kept."""
 
     before: Tensor
@@ -150,7 +155,7 @@ class _Delta:
 class _Magnitudes:
     """What topk_threshold iterates over, several times."""
 
-    scores: Mapping[str, "Tensor | _Delta"]
+    scores: Mapping[str, "Tensor | _Change"]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (score.abs() for score in self.scores.values())
@@ -159,32 +164,23 @@ class _Magnitudes:
 def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:
     total = sum(score.numel() for score in scores.values())
     first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
-    low = _RankCut(scores, last)
-    high = _RankCut(scores, first)
-    if low.threshold == 0:
-        logger.warning("fewer than %d weights changed; unchanged ones fill the selection", last)
-    for name, score in scores.items():
-        magnitudes = score.abs().view(-1)
-        yield name, _as_positions(low.above(magnitudes) & ~high.above(magnitudes))
+    for name, top, passed in zip(scores, _top(scores, last), _top(scores, first), strict=True):
+        yield name, _as_positions(top & ~passed)
 
 
-class _RankCut:
-    """Tells the `k` highest-ranked scores: above the threshold, or equal to it and early enough in (name, index)."""
-
-    def __init__(self, scores: Mapping, k: int):
-        magnitudes = _Magnitudes(scores)
-        self.threshold = float(topk_threshold(magnitudes, k)) if k else float("inf")
-        self.ties_left = k - sum(int((score > self.threshold).sum()) for score in magnitudes) if k else 0
-
-    def above(self, magnitudes: Tensor) -> Tensor:
-        """Must be called once per tensor, in name order."""
-        ties = magnitudes == self.threshold
-        count = int(ties.sum())
-        if count > self.ties_left:
-            ties &= ties.cumsum(0) <= self.ties_left
-            count = self.ties_left
-        self.ties_left -= count
-        return ties | (magnitudes > self.threshold)
+def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
+    """Per tensor, which of its scores are among the k highest; ties go to the lower (name, index)."""
+    magnitudes = _Magnitudes(scores)
+    threshold = float(topk_threshold(magnitudes, k)) if k else float("inf")
+    ties_left = k - sum(int((score > threshold).sum()) for score in magnitudes)
+    if k and threshold == 0:
+        logger.warning("only %d weights changed; unchanged ones fill the selection of %d", k - ties_left, k)
+    for score in magnitudes:
+        flat = score.view(-1)
+        ties = flat == threshold
+        ties &= ties.cumsum(0) <= ties_left
+        ties_left -= int(ties.sum())
+        yield ties | (flat > threshold)
 
 
 def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:

@@ -70,7 +70,6 @@ def _random_llama(folder: Path) -> Path:
 
 
 def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Row:
-    memory.reset_peak()
     config = ModelConfig(dtype=dtype)
     model = load_model(path, config)
     if method == "dense":  # as the warm-up trains: float32 weights, matrix products in the base's dtype
@@ -84,6 +83,7 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
             learning_rate=1e-5, gradient_accumulation_steps=1, num_train_epochs=steps + 1, save_steps=10**9
         )
         trainer = Trainer(policy, _pairs(model.config.vocab_size), Dpo(0.1, 0.5), settings, Path(folder))
+        memory.reset_peak(model.device)
         metrics = list(trainer.run())[1:]  # the first step warms up
     times = [1e3 * row.seconds for row in metrics]
     return Row(
@@ -93,8 +93,8 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
         median_ms=statistics.median(times),
         spread_ms=max(times) - min(times),
         tokens=metrics[0].tokens,
-        peak_mib=memory.peak_bytes() / 2**20,
-        state_bytes_per_parameter=sum(trainer.state_bytes.values()) / policy.parameters,
+        peak_mib=memory.peak_bytes(model.device) / 2**20,
+        state_bytes_per_parameter=sum(trainer.state_bytes().values()) / policy.parameters,
     )
 
 

@@ -5,7 +5,7 @@ import yaml
 
 from allo_fast.config import Config, UserError, load_config, save_config
 
-MINIMAL = "name: x\ndata: {train: a.jsonl, test: b.jsonl}\n"
+MINIMAL = "name: x\nmodel: {name_or_path: m}\ndata: {train: a.jsonl, test: b.jsonl}\n"
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
 
@@ -46,6 +46,7 @@ def test_overrides_are_yaml(tmp_path):
         ("rewards.source=file", "rewards.path goes with rewards.source: file"),
         ("locate.skip=0.99", "more than 1"),
         ("seeds=[", "not YAML"),
+        ("model.name_or_path=null", "model.name_or_path: which model?"),
     ],
 )
 def test_mistakes_are_named(tmp_path, override, message):
@@ -61,7 +62,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="expected keys and values, got NoneType"):
         load(tmp_path, "")
     with pytest.raises(UserError, match="data.train: Field required"):
-        load(tmp_path, "name: x\ndata: {test: b}\n")
+        load(tmp_path, "name: x\nmodel: {name_or_path: m}\ndata: {test: b}\n")
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

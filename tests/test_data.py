@@ -9,7 +9,7 @@ from allo_fast.config import UserError
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.problems import read_problems
 from allo_fast.data.prompts import INSTRUCTION, Prompts
-from allo_fast.data.scoring import accuracy_interval, difference_interval, edit_distance, is_correct
+from allo_fast.data.scoring import accuracy_interval, difference_interval, is_correct
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
@@ -93,6 +93,30 @@ def test_multiple_choice_in_both_layouts(tmp_path):
     assert "expected exactly one of the options" in bad[0].reason
 
 
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"question": "q", "choices": ["a"], "answerKey": "A"}, "choices.text: expected a list"),
+        (
+            {"question": "q", "choices": {"text": [1], "label": ["A"]}, "answerKey": "A"},
+            "choices.text: expected a list",
+        ),
+        ({"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "B"}, "exactly one"),
+    ],
+)
+def test_malformed_choices_are_set_aside(tmp_path, row, reason):
+    good = {"problem": "q\nOptions:\na\nb", "answer": "a"}
+    _, (bad,) = read_problems(lines(tmp_path, good, {"question": "q", **row}), "multiple_choice")
+    assert reason in bad.reason
+
+
+@pytest.mark.parametrize("prompt", [["hello"], [], [{"role": "user"}], [{"role": "user", "content": " "}]])
+def test_malformed_messages_are_set_aside(tmp_path, prompt):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    _, (bad,) = read_problems(lines(tmp_path, good, {**good, "prompt": prompt}), "preference")
+    assert bad.reason.startswith("prompt: expected chat messages with role and content")
+
+
 def test_preference_rows_as_texts_and_messages(tmp_path):
     plain = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     said = [{"role": "user", "content": "p"}]
@@ -161,6 +185,10 @@ def test_character_tokenizer_round_trip(tmp_path):
         ("The answer is", "beads", False, False),
         ("The answer is bead", "beads", False, False),
         ("The answer is 12", "2", False, False),
+        ("The answer is 1234567", "1234568", False, False),
+        ("The answer is .5", "0.50", True, False),
+        ("The answer is 5", ".5", False, False),
+        ("The answer is -3", "3", False, False),
     ],
 )
 def test_scorers(response, answer, strict, release):
@@ -176,23 +204,31 @@ def test_the_release_scorer_fails_gold_answers(name, ceiling):
         assert share == pytest.approx(expected, abs=0.01), scorer
 
 
-def test_edit_distance():
-    assert edit_distance("kitten", "sitting") == 3
-    assert (edit_distance("", "abc"), edit_distance([1, 2], [1, 2])) == (3, 0)
-
-
-def test_intervals():
+def test_intervals_of_one_seed():
     mean, (low, high) = accuracy_interval([[True] * 45 + [False] * 55])
     assert mean == 0.45 and (low, high) == pytest.approx((0.356, 0.548), abs=2e-3)  # Wilson's, by hand
     mean, interval = accuracy_interval([[False] * 10])
     assert mean == 0 and interval == pytest.approx((0, 0.2775), abs=1e-3)
+
+
+def test_intervals_of_several_seeds():
     one = [True, False] * 50
     _, single = accuracy_interval([one])
     _, copies = accuracy_interval([one, one, one])
     assert copies == pytest.approx(single, abs=1e-3), "three copies of one seed say no more than one"
+    apart = [[n < share for n in range(500)] for share in (150, 250, 350)]
+    _, (low, high) = accuracy_interval(apart)
+    assert low < 0.4 and high > 0.6, "seeds that disagree widen it"
+
+
+def test_intervals_of_differences():
+    one, base = [True, False] * 50, [False] * 100
     mean, (low, high) = difference_interval([one], [[not x for x in one]])
-    assert mean == 0 and high == pytest.approx(1.96 / 10, abs=0.01) and low == -high
-    assert difference_interval([one], [one]) == (0, (0, 0))
+    assert mean == 0 and high == pytest.approx(1.96 / 10, abs=0.01) and low == pytest.approx(-high)
+    mean, (low, high) = difference_interval([one], [one])
+    assert mean == 0 and low < 0 < high, "never differing is not certainty"
+    assert difference_interval([one, one], [base]) == difference_interval([one, one], [base, base])
+    assert difference_interval([one, one], [base])[0] == 0.5
 
 
 def with_template():
@@ -219,6 +255,16 @@ def test_prompts_with_a_chat_template():
     assert Prompts(tokenizer, chat=False, template="{}=").encode_prompt("1") == tokenizer("1=").input_ids
     rewrite = Prompts(tokenizer, rewrite="{}#{}#{}>").encode_rewrite([{"role": "user", "content": "1"}], "2", "3")
     assert rewrite == tokenizer("<user>1#2#3><a>").input_ids
+
+
+def test_a_turn_ends_as_the_template_ends_it():
+    tokenizer = with_template()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
+    prompts, turn = Prompts(tokenizer), tokenizer.convert_tokens_to_ids("<turn>")
+    assert prompts.encode_response("2")[-1] == turn != tokenizer.eos_token_id
+    assert prompts.end_tokens == {turn, tokenizer.eos_token_id}
+    assert Prompts(with_template()).encode_response("2")[-1] == tokenizer.eos_token_id
 
 
 def test_prompt_mistakes():

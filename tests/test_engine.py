@@ -8,7 +8,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
-from allo_fast.engine import Trainer, TrainingError
+from allo_fast.engine import CHECKPOINT, Trainer, TrainingError
 from allo_fast.models import fingerprint, named_weights
 from allo_fast.objectives import Dpo, Npo, Sft
 from allo_fast.policy import DensePolicy, SparsePolicy
@@ -119,10 +119,25 @@ def test_a_half_written_checkpoint_is_not_taken(tmp_path):
     run = trainer(tmp_path, save_steps=1).run()
     next(run)
     run.close()
-    torn = tmp_path / "checkpoint.partial"
-    torn.mkdir()
-    (torn / "state.safetensors").write_bytes(b"torn")
+    (tmp_path / CHECKPOINT).with_suffix(".partial").write_bytes(b"torn")
     assert [m.step for m in trainer(tmp_path).run()][0] == 2
+
+
+def test_a_weight_without_gradient_survives_a_resume(tmp_path):
+    def build():
+        model = tiny_llama()
+        model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+        return trainer(tmp_path, policy=DensePolicy(model), save_steps=1)
+
+    run = build().run()
+    next(run)
+    run.close()
+    assert [m.step for m in build().run()][0] == 2
+
+
+def test_a_short_stage_still_learns(tmp_path):
+    metrics = list(trainer(tmp_path, per_device_train_batch_size=99, num_train_epochs=1, warmup_steps=0.1).run())
+    assert [m.learning_rate for m in metrics] == [1e-2], "one step, and no warm-up that would waste it"
 
 
 def test_the_first_loss_is_that_of_no_preference(tmp_path):
@@ -142,7 +157,7 @@ def test_the_reference_is_the_policy_before_training_bit_for_bit(tmp_path):
 
 def test_later_steps_keep_only_key_tokens(tmp_path):
     later = list(trainer(tmp_path, objective=Dpo(0.5, 0.3)).run())[2:]  # the first has a learning rate of zero
-    assert all(0 < m.metrics["key_tokens"] <= 0.3 for m in later)
+    assert all(0 < m.metrics["key_tokens"] <= 0.5 for m in later)
 
 
 def test_release_clips_by_the_dense_norm(tmp_path):
@@ -174,7 +189,9 @@ def test_bf16_resident_weights_follow_fp32_values(tmp_path):
     before = copy.deepcopy(named_weights(model))
     policy = SparsePolicy(model, selection)
     list(trainer(tmp_path, policy=policy, learning_rate=1e-5).run())
-    drift = [
-        (policy.values[n] - before[n].view(-1)[at.long()].float()).abs().max() for n, at in policy.positions.items()
-    ]
-    assert all(0 < d < 1e-3 for d in drift), "updates far below bf16's rounding accumulate in the values"
+    for name, at in policy.positions.items():
+        resident, value = policy.weights[name].view(-1)[at.long()], policy.values[name].detach()
+        assert torch.equal(resident, value.bfloat16())
+        drift = (value - before[name].view(-1)[at.long()].float()).abs().max()
+        assert 0 < drift < 1e-3, "updates far below bf16's rounding accumulate in the values"
+    assert 0 < policy.changed() < selection.selected

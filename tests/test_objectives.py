@@ -85,6 +85,7 @@ def test_key_tokens_are_the_lowest_ratios_of_the_response():
     valid = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
     weights = key_token_weights(ratios, valid, 0.5)
     assert weights[0].tolist() == [0, 1, 0, 1, 0]
+    assert key_token_weights(ratios, valid, 0.1)[0].tolist() == [0, 0, 0, 1, 0], "never none, however short"
     assert weights[1].tolist() == [1, 1, 0, 0, 0], "before the first update every token is key"
 
 

@@ -111,13 +111,19 @@ def test_closure():
 
 
 def test_inside_transformers_trainer(tmp_path):
+    """Trainer neither clears nor clips `values`: the optimizer does, so at lr 0 every step sees the same gradient."""
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
     policy = SparsePolicy(model, random_selection(model))
+    optimizer = SparseAdamW(policy, lr=1e-2, max_grad_norm=1e-3, clear_gradients=True)
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8
     settings = TrainingArguments(
         tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no"
     )
-    Trainer(model, settings, train_dataset=rows, optimizers=(SparseAdamW(policy, lr=1e-2), None)).train()
+    Trainer(model, settings, train_dataset=rows, optimizers=(optimizer, None)).train()
     changed = sum(int((model.state_dict()[name] != before[name]).sum()) for name in before)
     assert 0 < changed <= random_selection(tiny_llama()).selected
+    assert all(value.grad is None for value in policy.values.values())
+    # After t steps with one gradient of norm 1e-3, the first moment's norm is (1 - 0.9^t) 1e-3.
+    first = torch.cat([optimizer.state[value]["exp_avg"] for value in policy.values.values()])
+    assert first.norm().item() == pytest.approx((1 - 0.9**3) * 1e-3, rel=0.05)

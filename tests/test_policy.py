@@ -185,7 +185,7 @@ def test_why_prompts_are_repeated_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         model = build("gemma2")[0]
         ResponseLogps(model)
-    assert "one response per row, prompts repeated: Gemma2ForCausalLM has sliding windows" in caplog.text
+    assert "one response per row, prompts repeated: Gemma2ForCausalLM has layers that do not attend" in caplog.text
 
 
 def test_a_model_whose_attention_leaks_falls_back(monkeypatch):

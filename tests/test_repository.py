@@ -15,7 +15,8 @@ import allo_kernels
 ROOT = Path(__file__).parents[1]
 ORDER = "config data memory models logps policy selection objectives optim backend engine".split()
 ORDER += "generation runs stages figures report".split()
-PYTHON = sorted(path for folder in ("allo_fast", "kernels", "tests") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
+PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
 
 
 def layer(module: str) -> int:

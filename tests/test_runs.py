@@ -26,13 +26,13 @@ data:
   prompt_template: "{{}}="
 pretrain:
   {{problems: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
-   per_device_train_batch_size: 8}}
+   per_device_train_batch_size: 8, save_steps: 1}}
 sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
 pairs: {{gold: missing}}
-warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1}}
-rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
+warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
+rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2, save_steps: 1}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
-learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1}}
+learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1, save_steps: 1}}
 evaluate: {{max_new_tokens: 12, batch_size: 4}}
 """
 
@@ -71,10 +71,10 @@ def test_the_folder_is_what_the_design_says(finished):
     stages = "00-pretrain 01-sample 02-pairs 03-warmup 04-locate 05-rewards 06-forget 07-learn 08-evaluate".split()
     assert sorted(path.name for path in folder.iterdir()) == [*stages, "config.yaml", "report.html", "summary.json"]
     manifest = json.loads((folder / "07-learn/seed-1" / MANIFEST).read_text())
-    assert {"sample", "pairs"} <= {key.split("/")[0] for key in manifest["inputs"]} | {"sample"}
+    assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1", "forget/seed-1"}
     assert set(manifest["outputs"]) >= {"model/model.safetensors", "delta.safetensors", "metrics.jsonl"}
     assert manifest["seed"] == 1 and manifest["seconds"] > 0 and manifest["peak_bytes"] > 2**20
-    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint"))
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint*"))
 
 
 def test_the_summary_is_complete(finished):
@@ -156,10 +156,12 @@ def test_a_killed_stage_continues_to_the_same_result(copied, stage):
     unit = units(config)[f"{stage}/{key}"]
     shutil.rmtree(unit.folder)
     killed = unit.execute()
-    next(killed)
+    last = next(p for p in killed if p.noun != "reference batch" and p.done >= 2)
     killed.close()
     assert not unit.is_complete()
-    list(unit.execute())
+    seen = [progress for progress in unit.execute() if progress.noun == last.noun]
+    # A step's checkpoint and a chunk's rows are written before its progress is seen, or right after.
+    assert seen[0].done in (last.done, last.done + 1) if last.noun == "step" else seen[0].done > last.done
     after = outputs(folder)
     name = str(unit.folder.relative_to(folder))
     for file, held in before[name].items():
@@ -205,16 +207,34 @@ def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
         assert f"{again}: complete" not in said
 
 
-def test_a_changed_input_file_runs_the_stage_again(copied, tmp_path):
-    config, _ = copied
-    data = tmp_path / "test.jsonl"
+def test_changed_input_files_run_the_stage_again(copied, tmp_path):
+    config, folder = copied
+    data, base = tmp_path / "test.jsonl", tmp_path / "base"
     data.write_text(json.dumps({"problem": "1+1", "solution": "The answer is 2", "answer": "2"}) + "\n")
-    config.write_text(config.read_text().replace("arithmetic:test[:8]", str(data)))
-    unit = Unit(Run(load_config(config), STAGES, rerun=True), "evaluate", "base")
+    shutil.copytree(folder / "00-pretrain/base/model", base)
+    settings = [f"data.test={data}", f"data.train={data}", f"model.name_or_path={base}"]
+    unit = Unit(Run(load_config(config, settings), STAGES, rerun=True), "evaluate", "base")
     list(unit.execute())
     assert unit.is_complete()
     data.write_text(data.read_text() * 2)
     assert not unit.is_complete()
+    list(unit.execute())
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    assert not unit.is_complete()
+
+
+def test_a_stage_does_not_trust_what_is_out_of_date(copied, capsys):
+    config, _ = copied
+    assert main(["learn", str(config), "--rerun", "forget.beta=0.9"]) == 2
+    assert "06-forget/seed-0: not complete or out of date; run `allo-fast forget CONFIG`" in capsys.readouterr().err
+    assert main(["report", str(config), "forget.beta=0.9", "--rerun"]) == 2
+
+
+def test_unknown_options_are_refused(copied):
+    with pytest.raises(SystemExit):
+        main(["run", str(copied[0]), "--return"])
 
 
 def test_method_dpo_ends_with_the_dense_model(finished, capsys):
@@ -236,19 +256,22 @@ def test_protocol_release_runs_and_differs(finished):
     assert facts["selected"] != ours["selected"]
 
 
-def test_release_samples_after_one_space_more(copied, monkeypatch):
+def test_what_the_sampler_is_asked(copied, monkeypatch):
     config, _ = copied
-    asked = {}
+    asked, seeds = {}, []
+
+    def record(model, tokenizer, prompts, end_tokens, *, seed, **settings):
+        asked.setdefault(run.config.protocol, tokenizer.decode(prompts[0]))
+        seeds.append(seed)
+        return [["The answer is 1"] * 3 for _ in prompts]
+
+    monkeypatch.setattr("allo_fast.stages.sample.generate", record)
     for protocol in ("paper", "release"):
-
-        def record(model, tokenizer, prompts, protocol=protocol, **settings):
-            asked.setdefault(protocol, tokenizer.decode(prompts[0]))
-            return [["The answer is 1"] * 3 for _ in prompts]
-
-        monkeypatch.setattr("allo_fast.stages.sample.generate", record)
         run = Run(load_config(config, [f"protocol={protocol}"]), STAGES, rerun=True)
-        list(Unit(run, "sample", "seed-0").execute())
-    assert asked["release"] == asked["paper"] + " "
+        for key in ("seed-0", "seed-1"):
+            list(Unit(run, "sample", key).execute())
+    assert asked["release"] == asked["paper"] + " ", "the release's own defect"
+    assert len(set(seeds)) == len(seeds) / 2 == 6, "a seed of its own for every chunk and run seed"
 
 
 def test_rewards_from_a_file(copied, tmp_path, capsys):

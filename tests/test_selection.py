@@ -104,6 +104,20 @@ def test_saved_and_loaded(tmp_path):
         Selection.load(tmp_path / "torn.safetensors")
 
 
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(UserError, match="nothing is selected: ratio 0.1 of 4 weights"):
+        from_scores({"a": torch.ones(4)}, 0.1)
+    with pytest.raises(UserError, match="nothing is selected: ratio 0.5 of 0 weights"):
+        from_scores({"a": torch.ones(4)}, 0.5, exclude=("*",))
+    with pytest.raises(UserError, match="no weight changed"):
+        Selection.from_delta(tiny_llama(), tiny_llama(), 0.5)
+
+
+def test_unchanged_weights_fill_up_and_it_is_said(caplog):
+    selection = from_scores({"a": torch.tensor([0.0, 1.0, 0.0, 0.0])}, 0.75)
+    assert selection.positions("a").tolist() == [0, 1, 2] and "only 1 weights changed" in caplog.text
+
+
 def test_nan_scores_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         from_scores({"a": torch.tensor([1.0, float("nan")])}, 0.5)

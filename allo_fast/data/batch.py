@@ -31,6 +31,7 @@ class Corpus:
 
     def add(self, prompt: list[int], responses: Iterable[list[int]]) -> list[int]:
         """Adds one problem; returns the indices of its responses."""
+        assert prompt, "the first token of a response needs one before it"
         self.prompts.append(prompt)
         first = len(self.responses)
         self.responses += [Response(len(self.prompts) - 1, tokens) for tokens in responses]

@@ -45,13 +45,18 @@ def read_problems(source: str, format: str) -> tuple[list[Problem], list[Quarant
     return problems, quarantined
 
 
+def split_slice(source: str) -> tuple[str, int, int | None]:
+    """ "file.jsonl[3:9]" -> ("file.jsonl", 3, 9)."""
+    match = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", source, re.DOTALL)
+    return match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+
+
 class UnusableRow(ValueError):
     """Why one row is set aside; never leaves this package."""
 
 
 def _rows(source: str) -> Iterator[tuple[str, Callable[[], dict]]]:
-    match = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", source, re.DOTALL)
-    name, start, stop = match[1], int(match[2] or 0), int(match[3]) if match[3] else None
+    name, start, stop = split_slice(source)
     if name in ("arithmetic:train", "arithmetic:test"):
         if stop is None:
             raise UserError(f"{source}: the generator is endless; name a slice like {name}[:500]")
@@ -93,7 +98,11 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Callable[[], dict]]]:
     config, _, split = rest.partition(":")
     if not split:
         raise UserError(f"{name}: expected org/name:config:split, as openai/gsm8k:main:train")
-    for index, row in enumerate(load_dataset(path, config, split=split)):
+    try:
+        rows = load_dataset(path, config, split=split)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: not to be had from the hub: {str(error).splitlines()[0]}") from None
+    for index, row in enumerate(rows):
         yield f"{name}:{index}", lambda row=row: row
 
 
@@ -120,11 +129,10 @@ def _gsm8k(row_id: str, row: dict) -> Problem:
 
 def _multiple_choice(row_id: str, row: dict) -> Problem:
     if "choices" in row:
-        question = _field(row, "question_stem" if "question_stem" in row else "question")
-        options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-        answer, solution = options.get(_field(row, "answerKey"), ""), None
-        question = "\n".join([question, "Options:", *options.values()])
-        texts = list(options.values())
+        texts, labels = (_texts(row["choices"], name) for name in ("text", "label"))
+        answer = dict(zip(labels, texts, strict=False)).get(_field(row, "answerKey"), "")
+        stem = _field(row, "question_stem" if "question_stem" in row else "question")
+        question, solution = "\n".join([stem, "Options:", *texts]), None
     else:
         question, answer, solution = _field(row, "problem"), _field(row, "answer"), row.get("solution")
         texts = [line.strip() for line in question.rpartition("\nOptions:\n")[2].splitlines()]
@@ -135,10 +143,16 @@ def _multiple_choice(row_id: str, row: dict) -> Problem:
     return Problem(row_id, question, solution or right, gold[0], (right, *wrong))
 
 
+def _texts(choices: object, name: str) -> list[str]:
+    texts = choices.get(name) if isinstance(choices, dict) else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UnusableRow(f"choices.{name}: expected a list of texts, got {texts!r}")
+    return texts
+
+
 def _preference(row_id: str, row: dict) -> Problem:
     prompt = row.get("prompt")
-    if not (isinstance(prompt, list) and prompt):
-        prompt = _field(row, "prompt")
+    prompt = _messages(prompt, "prompt") if isinstance(prompt, list) else _field(row, "prompt")
     chosen, rejected = _last_message(row, "chosen"), _last_message(row, "rejected")
     if chosen == rejected:
         raise UnusableRow("chosen and rejected are equal")
@@ -148,9 +162,16 @@ def _preference(row_id: str, row: dict) -> Problem:
 def _last_message(row: dict, name: str) -> str:
     """A response given as a text or as chat messages whose last one is the assistant's."""
     value = row.get(name)
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return _field({name: value[-1].get("content")}, name)
-    return _field(row, name)
+    return _messages(value, name)[-1]["content"] if isinstance(value, list) else _field(row, name)
+
+
+def _messages(value: list, name: str) -> list[dict]:
+    for message in value or [None]:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) and message[key].strip() for key in ("role", "content")
+        ):
+            raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
+    return value
 
 
 _FORMATS = {"problems": _problem, "gsm8k": _gsm8k, "multiple_choice": _multiple_choice, "preference": _preference}

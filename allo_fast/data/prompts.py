@@ -41,6 +41,8 @@ class Prompts:
         self.chat = bool(tokenizer.chat_template) and chat is not False
         self.template = template or ("{}" if self.chat else INSTRUCTION)
         self.rewrite = rewrite or REWRITE
+        self.end_token = self._turn_end() if self.chat else tokenizer.eos_token_id
+        self.end_tokens = {self.end_token, tokenizer.eos_token_id}
 
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         """Token ids of a question or of chat messages, ready for a response to follow."""
@@ -58,8 +60,8 @@ class Prompts:
         return self._encode(text)
 
     def encode_response(self, response: str) -> list[int]:
-        """Token ids of a response and the end-of-sequence token."""
-        return [*self.tokenizer(response, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        """Token ids of a response and what ends it: the chat template's end of turn, else the end of sequence."""
+        return [*self.tokenizer(response, add_special_tokens=False).input_ids, self.end_token]
 
     def _encode(self, text: str) -> list[int]:
         return (
@@ -68,3 +70,11 @@ class Prompts:
 
     def _apply_template(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    def _turn_end(self) -> int:
+        """The special token that closes an assistant's turn; it is not the tokenizer's eos in Gemma's, for one."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
+        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("response")[2]
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        closing = self.tokenizer(after, add_special_tokens=False).input_ids
+        return next((token for token in closing if token in special), self.tokenizer.eos_token_id)

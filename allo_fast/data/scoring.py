@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from statistics import NormalDist, fmean
+from decimal import Decimal
+from statistics import NormalDist, fmean, variance
 
 SCORERS = ("strict", "release")
 _Z = NormalDist().inv_cdf(0.975)
@@ -23,31 +24,20 @@ def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
 
 def _normalized(text: str) -> str:
     line = next((line for line in text.splitlines() if line.strip()), "")
-    text = re.sub(r"\s+", " ", line).strip(" .,;:!?*_`'\"$()[]").casefold()
-    number = re.fullmatch(r"[-+]?\$?(\d[\d,]*(?:\.\d+)?)%?", text)
-    return f"{float(text.replace(',', '').replace('$', '').rstrip('%')):g}" if number else text
-
-
-def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    text = re.sub(r"\s+", " ", line).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
+    number = re.fullmatch(r"([-+]?)\$?(\d[\d,]*\.?\d*|\.\d+)%?", text)
+    return f"{Decimal(number[1] + number[2].replace(',', '')).normalize():f}" if number else text
 
 
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
     """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i.
 
-    Answers of several seeds to one problem are not independent: the interval uses the effective sample size at which
-    a binomial has the variance seen between problems (clustered by problem), at most one a response.
+    Answers of several seeds to one problem are not independent, and seeds differ: the interval uses the effective
+    sample size at which a binomial has the variance between problems (clustered) plus that between seeds.
     """
-    per_problem = _per_problem(correct)
-    mean, variance = _mean_and_variance(per_problem)
-    count = len(per_problem)
-    effective = min(mean * (1 - mean) / variance, count * len(correct)) if variance else count
+    mean, spread = _mean_and_variance(correct)
+    count = len(correct[0])
+    effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else count
     centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
     half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5
     return mean, ((centre - half) / scale, (centre + half) / scale)
@@ -56,17 +46,21 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[f
 def difference_interval(
     better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]
 ) -> tuple[float, tuple[float, float]]:
-    """Difference of two accuracies on the same problems and its 95 % interval, paired and clustered by problem."""
-    pairs = zip(_per_problem(better), _per_problem(worse), strict=True)
-    mean, variance = _mean_and_variance([a - b for a, b in pairs])
-    return mean, (mean - _Z * variance**0.5, mean + _Z * variance**0.5)
+    """Difference of two accuracies on the same problems and its 95 % interval, paired and clustered by problem.
+
+    A model without seeds (one row) is paired with every seed of the other. Two pseudo-problems, one won and one lost
+    by half (Agresti & Min 2005), keep the interval open where the models never differ.
+    """
+    rows = max(len(better), len(worse))
+    pairs = zip((better * rows)[:rows], (worse * rows)[:rows], strict=True)
+    differences = [[int(a) - int(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    mean, _ = _mean_and_variance(differences)
+    adjusted, spread = _mean_and_variance([[*row, 0.5**0.5, -(0.5**0.5)] for row in differences])
+    return mean, (adjusted - _Z * spread**0.5, adjusted + _Z * spread**0.5)
 
 
-def _per_problem(correct: Sequence[Sequence[bool]]) -> list[float]:
-    return [fmean(answers) for answers in zip(*correct, strict=True)]
-
-
-def _mean_and_variance(values: list[float]) -> tuple[float, float]:
-    """Of their mean."""
-    mean = fmean(values)
-    return mean, sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1) / len(values)
+def _mean_and_variance(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of the mean over seeds and problems: the variance between problems plus that between seeds."""
+    per_problem, per_seed = [fmean(column) for column in zip(*values, strict=True)], [fmean(row) for row in values]
+    parts = [variance(x) / len(x) for x in (per_problem, per_seed) if len(x) > 1]
+    return fmean(per_problem), sum(parts)

@@ -3,7 +3,10 @@
 Each reads files and writes files; what it needs, and which settings it depends on, stands in this table alone.
 """
 
+from pathlib import Path
+
 from allo_fast.config import Config
+from allo_fast.data.problems import split_slice
 from allo_fast.runs import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
 
@@ -12,8 +15,19 @@ def _seeds(config: Config) -> list[str]:
     return [f"seed-{seed}" for seed in config.seeds]
 
 
-def _data_files(*sources: str | None) -> list[str]:
-    return [source.partition("[")[0] for source in sources if source]
+def _data_files(source: str | None) -> list[Path]:
+    """The file that a data source names, where it names one."""
+    path = Path(split_slice(source)[0]) if source else None
+    return [path] if path and path.is_file() else []
+
+
+def _model_files(model: str | None) -> list[Path]:
+    """The files of a local model folder."""
+    return sorted(path for path in Path(model).iterdir() if path.is_file()) if model and Path(model).is_dir() else []
+
+
+def _base_files(config: Config) -> list[Path]:
+    return _model_files(config.model.name_or_path)
 
 
 def _needs(*names: str):
@@ -44,57 +58,68 @@ _DATA = (*_PROMPTS, "data.format", "data.scorer", "data.max_prompt_tokens", "dat
 STAGES = {
     "pretrain": Stage(
         number=0,
-        run=pretrain.run,
+        execute=pretrain.execute,
         settings=("pretrain", *_PROMPTS),
         needs=lambda config, key: [],
         keys=lambda config: [] if config.model.name_or_path else ["base"],
     ),
     "sample": Stage(
         number=1,
-        run=sample.run,
+        execute=sample.execute,
         settings=("sample", "protocol", "data.train", *_DATA),
         needs=_needs(),
         keys=_seeds,
-        files=lambda config: _data_files(config.data.train),
+        files=lambda config: _data_files(config.data.train) + _base_files(config),
     ),
-    "pairs": Stage(number=2, run=pairs.run, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
-    "warmup": Stage(number=3, run=warmup.run, settings=("warmup", *_PROMPTS), needs=_needs("pairs"), keys=_seeds),
+    "pairs": Stage(number=2, execute=pairs.execute, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
+    "warmup": Stage(
+        number=3,
+        execute=warmup.execute,
+        settings=("warmup", *_PROMPTS),
+        needs=_needs("pairs"),
+        keys=_seeds,
+        files=_base_files,
+    ),
     "locate": Stage(
         number=4,
-        run=locate.run,
+        execute=locate.execute,
         settings=("locate", "forget.ratio", "learn.ratio", "protocol", *_MODEL),
         needs=_needs("warmup"),
         keys=_seeds,
+        files=_base_files,
     ),
     "rewards": Stage(
         number=5,
-        run=rewards.run,
+        execute=rewards.execute,
         settings=("rewards", *_PROMPTS),
         needs=_needs("sample", "pairs"),
         keys=_seeds,
-        files=lambda config: _data_files(config.rewards.path),
+        files=lambda config: (
+            _data_files(config.rewards.path) + _model_files(config.rewards.model) + _base_files(config)
+        ),
     ),
     "forget": Stage(
         number=6,
-        run=forget.run,
+        execute=forget.execute,
         settings=("forget", "protocol", *_PROMPTS),
         needs=_needs("locate", "rewards"),
         keys=_seeds,
+        files=_base_files,
     ),
     "learn": Stage(
         number=7,
-        run=learn.run,
+        execute=learn.execute,
         settings=("learn", "protocol", *_PROMPTS),
         needs=_needs("pairs", "locate", "forget"),
         keys=_seeds,
     ),
     "evaluate": Stage(
         number=8,
-        run=evaluate.run,
+        execute=evaluate.execute,
         settings=("evaluate", "data.test", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,
-        files=lambda config: _data_files(config.data.test),
+        files=lambda config: _data_files(config.data.test) + _base_files(config),
     ),
 }
 

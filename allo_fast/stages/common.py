@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from allo_fast.config import TrainConfig, UserError
+from allo_fast.config import SparseTrainConfig, UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.engine import Trainer
-from allo_fast.models import load_model, load_tokenizer
-from allo_fast.policy import DensePolicy, SparsePolicy
+from allo_fast.models import load_model
+from allo_fast.policy import Delta, DensePolicy, SparsePolicy
 from allo_fast.runs import Progress, Unit
 from allo_fast.selection import Selection
 
@@ -28,10 +28,6 @@ def make_prompts(unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     return Prompts(tokenizer, data.chat_template, data.prompt_template, unit.config.rewards.template)
 
 
-def load_base(unit: Unit) -> tuple[PreTrainedModel, Prompts]:
-    return load_model(base_path(unit), unit.config.model), make_prompts(unit, load_tokenizer(base_path(unit)))
-
-
 def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
     """All weights in float32, from the values that the configured dtype gives them: what the optimizer starts from is
     what the change is measured against."""
@@ -40,11 +36,17 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
     return DensePolicy(model, autocast=None if dtype == torch.float32 else dtype)
 
 
-def sparse_policy(unit: Unit, path: str | Path, config: TrainConfig, stage: str) -> SparsePolicy:
-    """The model at `path` with the entries that `locate` chose for `stage`."""
+def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after: Delta | None = None) -> SparsePolicy:
+    """The model at `path` with the entries that `locate` chose for this stage.
+
+    after: what an earlier stage changed since the selection was made; it must come from the selection's own base.
+    """
     model = load_model(path, unit.config.model)
-    located = unit.needed("locate") / f"{stage}.safetensors"
-    selection = Selection.load(located).rebased(model) if stage == "learn" else Selection.load(located, model)
+    selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors", None if after else model)
+    if after:
+        if after.base != selection.base:
+            raise UserError(f"{path}: does not come from the model that the selection was made for")
+        selection = selection.rebased(model)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
     return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
 
@@ -67,43 +69,46 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     check_lengths(trainer.policy.model, trainer.corpus)
     for done, total in trainer.prepare():
         yield Progress(done, total, "reference batch")
-    tokens = seconds = 0
     for metrics in trainer.run():
-        tokens, seconds = tokens + metrics.tokens, seconds + metrics.seconds
         notes = {"loss": metrics.loss, **metrics.metrics}
         yield Progress(metrics.step, metrics.total_steps, "step", notes)
+    rows = read_jsonl(unit.folder / "metrics.jsonl")  # of earlier sessions too
     parameters = trainer.policy.parameters
     facts = {
         "parameters": parameters,
         "examples": len(trainer.corpus.examples),
         "steps": len(trainer.steps),
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens_per_second": sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows),
     }
-    if trainer.state_bytes:
-        total = sum(trainer.state_bytes.values())
-        facts |= {"state_bytes": trainer.state_bytes, "state_bytes_per_parameter": total / parameters}
+    total = sum(trainer.state_bytes().values())
+    facts |= {"state_bytes": trainer.state_bytes(), "state_bytes_per_parameter": total / parameters}
     if isinstance(trainer.policy, SparsePolicy):
         facts["selected"] = sum(len(at) for at in trainer.policy.positions.values())
+        facts["changed"] = trainer.policy.changed()
     return facts
 
 
 def check_lengths(model: PreTrainedModel, corpus: Corpus) -> None:
     """Raises UserError when a prompt with its response is longer than the model can read."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(corpus.prompts[response.prompt]) + len(response.tokens) for response in corpus.responses)
-    if limit and longest > limit:
+    if longest > max_length(model):
         raise UserError(
-            f"a prompt with its response has {longest} tokens, the model reads {limit}; lower data.max_prompt_tokens, "
-            "data.max_response_tokens or sample.max_new_tokens"
+            f"a prompt with its response has {longest} tokens, the model reads {max_length(model)}; lower "
+            "data.max_prompt_tokens, data.max_response_tokens or sample.max_new_tokens"
         )
 
 
+def max_length(model: PreTrainedModel) -> float:
+    """Tokens that the model can read; infinite where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return _parse(path.read_bytes())
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    path.write_text(_lines(rows))
+    path.write_bytes(_lines(rows))
 
 
 def by_chunks(
@@ -120,7 +125,7 @@ def by_chunks(
     for start in range(len(rows), len(items), size):
         done = work(items[start : start + size], start)
         rows += done
-        with partial.open("a") as file:
+        with partial.open("ab") as file:
             file.write(_lines(done))
         yield Progress(len(rows), len(items), noun)
     partial.rename(path)
@@ -130,8 +135,13 @@ def by_chunks(
 def _whole_lines(path: Path) -> list[dict]:
     """Without the torn last line that a killed stage may leave."""
     data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    return _parse(data[: data.rfind(b"\n") + 1])
 
 
-def _lines(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _parse(data: bytes) -> list[dict]:
+    """By bytes: a text has more line ends than JSON lines do."""
+    return [json.loads(line) for line in data.split(b"\n") if line]
+
+
+def _lines(rows: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

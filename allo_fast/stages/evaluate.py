@@ -24,7 +24,7 @@ from allo_fast.stages.common import base_path, by_chunks, make_prompts
 from allo_fast.stages.sample import usable_problems
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     producer = {"base": None, "dpo": "warmup", "allo": "learn"}[unit.key.partition("-")[0]]
     facts = yield from evaluate(unit, unit.needed(producer) / "model" if producer else base_path(unit))
     return facts
@@ -35,10 +35,10 @@ def evaluate(unit: Unit, path: str | Path) -> Generator[Progress, None, dict]:
     settings, prompts = unit.config.evaluate, make_prompts(unit, load_tokenizer(path))
     problems, quarantined = usable_problems(unit, unit.config.data.test, prompts)
     model = load_model(path, unit.config.model).eval()
-    logps = ResponseLogps(model)
+    logps = ResponseLogps(model) if problems[0].options else None
 
     def work(chunk: list[Problem], start: int) -> list[dict]:
-        if chunk[0].options:
+        if logps:
             texts = [_likeliest(logps, prompts, problem) for problem in chunk]
         else:
             texts = _answers(model, prompts, chunk, settings)
@@ -69,4 +69,5 @@ def _likeliest(logps: ResponseLogps, prompts: Prompts, problem: Problem) -> str:
 
 def _answers(model: PreTrainedModel, prompts: Prompts, chunk: list[Problem], settings: EvaluateConfig) -> list[str]:
     encoded = [prompts.encode_prompt(problem.prompt) for problem in chunk]
-    return [texts[0] for texts in generate(model, prompts.tokenizer, encoded, max_new_tokens=settings.max_new_tokens)]
+    responses = generate(model, prompts.tokenizer, encoded, prompts.end_tokens, max_new_tokens=settings.max_new_tokens)
+    return [texts[0] for texts in responses]

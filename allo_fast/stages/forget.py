@@ -19,14 +19,14 @@ from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import base_path, make_prompts, read_jsonl, sparse_policy, train
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     corpus, weights = weighted_corpus(rows, prompts, settings.threshold if protocol == "paper" else None)
     if not corpus.examples:
         raise UserError(f"nothing to forget: no token's reward is below forget.threshold {settings.threshold}")
-    policy = sparse_policy(unit, base_path(unit), settings, "forget")
+    policy = sparse_policy(unit, base_path(unit), settings)
     trainer = Trainer(
         policy,
         corpus,

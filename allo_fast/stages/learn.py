@@ -13,15 +13,16 @@ from collections.abc import Generator
 from allo_fast.engine import Trainer
 from allo_fast.models import load_tokenizer, save_model
 from allo_fast.objectives import Dpo
+from allo_fast.policy import Delta
 from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import make_prompts, pair_corpus, read_jsonl, sparse_policy, train
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol, forgotten = unit.config.learn, unit.config.protocol, unit.needed("forget")
     prompts = make_prompts(unit, load_tokenizer(forgotten / "model"))
     corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
-    policy = sparse_policy(unit, forgotten / "model", settings, "learn")
+    policy = sparse_policy(unit, forgotten / "model", settings, after=Delta.load(forgotten / "delta.safetensors"))
     objective = Dpo(settings.beta, settings.epsilon, settings.label_smoothing, protocol)
     trainer = Trainer(policy, corpus, objective, settings, unit.folder, seed=unit.seed, protocol=protocol)
     facts = yield from train(unit, trainer)

@@ -16,7 +16,7 @@ from allo_fast.selection import Selection
 from allo_fast.stages.common import base_path
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     config, counts, facts = unit.config, {}, {}
     before = load_model(base_path(unit), config.model)
     after = load_model(unit.needed("warmup") / "model", config.model, dtype="float32")

@@ -14,7 +14,7 @@ from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import read_jsonl, write_jsonl
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     problems = read_jsonl(unit.needed("sample") / "responses.jsonl")
     settings, pairs, counts = unit.config.pairs, [], {"no_correct": 0, "no_wrong": 0}
     for row in problems:
@@ -24,7 +24,7 @@ def run(unit: Unit) -> Generator[Progress, None, dict]:
         counts["no_correct"] += not correct
         counts["no_wrong"] += not wrong
         drawn = random.Random(f"{unit.seed} {row['id']}")
-        both = list(product(correct, wrong))
+        both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen != rejected]
         for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both))):
             pairs.append({"id": row["id"], "prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
     if not pairs:

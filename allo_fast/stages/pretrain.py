@@ -21,7 +21,7 @@ from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import make_prompts, train
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, tokenizer = unit.config.pretrain, character_tokenizer()
     prompts = make_prompts(unit, tokenizer)
     corpus = Corpus()

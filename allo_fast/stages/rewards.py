@@ -8,17 +8,19 @@ smallest edit distance. Departs from the release, whose corrections a teacher wr
 Writes rewards.jsonl {prompt, response, rewards: one float per token, the end of sequence included}.
 """
 
+import json
+import random
 from collections.abc import Generator
 from pathlib import Path
 
 import torch
+from rapidfuzz.distance import Levenshtein
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import edit_distance
 from allo_fast.engine import Trainer
-from allo_fast.models import load_tokenizer, save_model
+from allo_fast.models import load_tokenizer
 from allo_fast.objectives import Sft
 from allo_fast.policy import DensePolicy
 from allo_fast.runs import Progress, Unit
@@ -27,13 +29,14 @@ from allo_fast.stages.common import (
     by_chunks,
     dense_policy,
     make_prompts,
+    max_length,
     read_jsonl,
     train,
     write_jsonl,
 )
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings = unit.config.rewards
     tokenizer = load_tokenizer(base_path(unit))
     prompts = make_prompts(unit, tokenizer)
@@ -46,17 +49,15 @@ def run(unit: Unit) -> Generator[Progress, None, dict]:
     if settings.model and load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"rewards.model: {path} has another vocabulary than {base_path(unit)}")
     policy = dense_policy(unit, path)
-    corpus = _corrections(wanted, prompts, settings.max_examples)
+    readable = [row for row in wanted if _length(row, prompts) <= max_length(policy.model)]
+    corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed), prompts)
     facts = yield from train(unit, Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed))
-    save_model(policy.model, tokenizer, unit.folder / "model")
-    rows = yield from by_chunks(
-        unit.folder / "rewards.jsonl",
-        wanted,
-        16,
-        "response",
-        lambda chunk, start: [_score(policy, prompts, row) for row in chunk],
-    )
-    return {**facts, "responses": len(rows), "source": "rewriter"}
+
+    def work(chunk: list[dict], start: int) -> list[dict]:
+        return _score(policy, prompts, chunk)
+
+    rows = yield from by_chunks(unit.folder / "rewards.jsonl", readable, settings.batch_size, "response", work)
+    return {**facts, "responses": len(rows), "too_long": len(wanted) - len(rows), "source": "rewriter"}
 
 
 def _wrong_responses(unit: Unit) -> list[dict]:
@@ -71,31 +72,51 @@ def _wrong_responses(unit: Unit) -> list[dict]:
     return list(wanted.values())
 
 
-def _corrections(wanted: list[dict], prompts: Prompts, limit: int | None) -> Corpus:
+def _length(row: dict, prompts: Prompts) -> int:
+    """Tokens of the rewriting prompt with the longest response that may follow it."""
+    after = max(len(prompts.encode_response(text)) for text in (*row["correct"], row["rejected"]))
+    return len(prompts.encode_rewrite(row["prompt"], row["solution"], row["rejected"])) + after
+
+
+def _drawn(rows: list[dict], limit: int | None, seed: int) -> list[dict]:
+    return rows if limit is None else random.Random(seed).sample(rows, min(limit, len(rows)))
+
+
+def _corrections(wanted: list[dict], prompts: Prompts) -> Corpus:
+    """Rewriting prompt -> the correct response nearest to the wrong one."""
     corpus = Corpus()
-    for row in wanted[:limit]:
+    for row in wanted:
         wrong = prompts.encode_response(row["rejected"])
         correct = map(prompts.encode_response, dict.fromkeys(row["correct"]))
-        nearest = min(correct, key=lambda tokens: edit_distance(tokens, wrong))
+        nearest = min(correct, key=lambda tokens: Levenshtein.distance(tokens, wrong))
         prompt = prompts.encode_rewrite(row["prompt"], row["solution"], row["rejected"])
         corpus.examples.append(tuple(corpus.add(prompt, [nearest])))
     return corpus
 
 
-def _score(policy: DensePolicy, prompts: Prompts, row: dict) -> dict:
+def _score(policy: DensePolicy, prompts: Prompts, rows: list[dict]) -> list[dict]:
     corpus = Corpus()
-    prompt = prompts.encode_rewrite(row["prompt"], row["solution"], row["rejected"])
-    corpus.examples.append(tuple(corpus.add(prompt, [prompts.encode_response(row["rejected"])])))
+    for row in rows:
+        prompt = prompts.encode_rewrite(row["prompt"], row["solution"], row["rejected"])
+        corpus.examples.append(tuple(corpus.add(prompt, [prompts.encode_response(row["rejected"])])))
+    batch = collate(corpus, corpus.examples).to(policy.model.device)
     with torch.no_grad():
-        rewards = policy.response_logps(collate(corpus, corpus.examples).to(policy.model.device))[0].exp().tolist()
-    return {"prompt": row["prompt"], "response": row["rejected"], "rewards": rewards}
+        rewards = policy.response_logps(batch).exp()
+    return [
+        {"prompt": row["prompt"], "response": row["rejected"], "rewards": line[valid].tolist()}
+        for row, line, valid in zip(rows, rewards, batch.valid, strict=True)
+    ]
 
 
 def _from_file(path: str, wanted: list[dict], prompts: Prompts) -> list[dict]:
     """The user's rewards for the responses of this run; every response must have one number per token."""
     if not Path(path).is_file():
         raise UserError(f"rewards.path: {path}: no such file")
-    given = {(str(row["prompt"]), row["response"]): row["rewards"] for row in read_jsonl(Path(path))}
+    given = {}
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            row = _parse_rewards(line, f"{path}:{number}")
+            given[str(row["prompt"]), row["response"]] = row["rewards"]
     rows = []
     for row in wanted:
         rewards = given.get((str(row["prompt"]), row["rejected"]))
@@ -105,3 +126,16 @@ def _from_file(path: str, wanted: list[dict], prompts: Prompts) -> list[dict]:
             raise UserError(f"{path}: {row['id']}: expected {length} rewards, one per token, got {got}")
         rows.append({"prompt": row["prompt"], "response": row["rejected"], "rewards": rewards})
     return rows
+
+
+def _parse_rewards(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not {"prompt", "response", "rewards"} <= row.keys():
+        raise UserError(f"{where}: expected the fields prompt, response and rewards")
+    rewards = row["rewards"]
+    if not isinstance(rewards, list) or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in rewards):
+        raise UserError(f"{where}: rewards: expected numbers in 0..1")
+    return row

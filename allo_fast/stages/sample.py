@@ -19,7 +19,7 @@ from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import base_path, by_chunks, make_prompts, write_jsonl
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
     problems, quarantined = usable_problems(unit, unit.config.data.train, prompts)
     if problems[0].options:
@@ -31,17 +31,18 @@ def run(unit: Unit) -> Generator[Progress, None, dict]:
 
 
 def usable_problems(unit: Unit, source: str, prompts: Prompts) -> tuple[list[Problem], list[Quarantined]]:
-    """The problems of a source whose prompt and given responses are not over-long; the rest into quarantine.jsonl."""
+    """The problems of a source whose prompt, options and solution are not over-long; the rest into quarantine.jsonl."""
     data = unit.config.data
     problems, quarantined = read_problems(source, data.format)
     kept = []
     for problem in problems:
         prompt = len(prompts.encode_prompt(problem.prompt))
-        response = max((len(prompts.encode_response(option)) for option in problem.options), default=0)
+        response = max(len(prompts.encode_response(text)) for text in (*problem.options, problem.solution))
         if prompt > data.max_prompt_tokens:
             reason = f"the prompt has {prompt} tokens, data.max_prompt_tokens is {data.max_prompt_tokens}"
         elif response > data.max_response_tokens:
-            reason = f"a response has {response} tokens, data.max_response_tokens is {data.max_response_tokens}"
+            limit = data.max_response_tokens
+            reason = f"a response or the solution has {response} tokens, data.max_response_tokens is {limit}"
         else:
             kept.append(problem)
             continue
@@ -63,6 +64,7 @@ def _sample(unit: Unit, problems: list[Problem], prompts: Prompts) -> Generator[
             model,
             prompts.tokenizer,
             [prompts.encode_prompt(problem.prompt) for problem in chunk],
+            prompts.end_tokens,
             max_new_tokens=settings.max_new_tokens,
             seed=unit.seed * 1_000_003 + start,
             num_return_sequences=settings.num_return_sequences,

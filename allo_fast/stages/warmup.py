@@ -15,7 +15,7 @@ from allo_fast.runs import Progress, Unit
 from allo_fast.stages.common import base_path, dense_policy, make_prompts, pair_corpus, read_jsonl, train
 
 
-def run(unit: Unit) -> Generator[Progress, None, dict]:
+def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
     corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
     settings = unit.config.warmup

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from allo_kernels.dispatch import choose
 
 IGNORE = -100
-_CHUNK_ELEMENTS = 1 << 22  # fp32 logits alive at once: 16 MiB
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # fp32 logits alive at once: 16 and 256 MiB
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _CHUNK_ELEMENTS // weight.shape[0])) if rows.numel() else ()
+    return rows.split(max(1, _CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])) if rows.numel() else ()
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,142 @@
+"""What single stages do, on inputs small enough to work out by hand."""
+
+import json
+import types
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import GenerationConfig
+
+from allo_fast.config import Config, UserError
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.prompts import Prompts
+from allo_fast.generation import generate
+from allo_fast.policy import DensePolicy
+from allo_fast.stages import forget, pairs, rewards
+from allo_fast.stages.common import read_jsonl, write_jsonl
+
+
+def test_json_lines_survive_every_line_separator(tmp_path):
+    rows = [{"text": "a\u2028b\u0085c\nd\re"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def run_pairs(tmp_path, rows, seed=0, **settings):
+    """The pairs stage on given responses."""
+    write_jsonl(tmp_path / "responses.jsonl", rows)
+    data = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
+    unit = types.SimpleNamespace(
+        folder=tmp_path,
+        seed=seed,
+        config=Config(name="x", data=data, pairs=settings),
+        needed=lambda stage: tmp_path,
+    )
+    list(pairs.execute(unit))
+    return [(row["chosen"], row["rejected"]) for row in read_jsonl(tmp_path / "pairs.jsonl")]
+
+
+def problem(correct, wrong, name="p"):
+    responses = [{"text": t, "correct": True} for t in correct] + [{"text": t, "correct": False} for t in wrong]
+    return {"id": name, "prompt": name, "solution": "gold", "answer": "1", "responses": responses}
+
+
+def test_pairs_are_all_correct_against_all_wrong_without_duplicates(tmp_path):
+    found = run_pairs(tmp_path, [problem(["a", "a", "b"], ["x", "y", "x", " "])])
+    assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+
+
+def test_pairs_are_drawn_by_seed_up_to_the_limit(tmp_path):
+    rows = [problem("abcd", "wxyz")]
+    draws = [run_pairs(tmp_path, rows, seed, max_pairs=3) for seed in (0, 0, 1)]
+    assert [len(set(draw)) for draw in draws] == [3, 3, 3] and draws[0] == draws[1] != draws[2]
+
+
+def test_gold_stands_in_only_where_nothing_is_correct(tmp_path):
+    rows = [problem([], ["x", "gold"], "p"), problem(["a"], ["y"], "q")]
+    assert run_pairs(tmp_path, rows) == [("a", "y")]
+    assert run_pairs(tmp_path, rows, gold="missing") == [("gold", "x"), ("a", "y")], "and never against itself"
+    with pytest.raises(UserError, match="no pair left: of 1 problems 0 have no correct response and 1 no wrong one"):
+        run_pairs(tmp_path, [problem(["a"], [])])
+
+
+TOKENIZER = character_tokenizer()
+PROMPTS = Prompts(TOKENIZER, template="{}=", rewrite="{}#{}?{}>")
+
+
+def text(ids):
+    return "".join(TOKENIZER.convert_ids_to_tokens(ids))
+
+
+def test_a_correction_is_the_nearest_correct_response():
+    row = {"prompt": "1+1", "solution": "2", "rejected": "123", "correct": ["999", "129", "12345"]}
+    corpus = rewards._corrections([row], PROMPTS)
+    assert text(corpus.prompts[0]) == "1+1#2?123>"
+    assert text(corpus.responses[0].tokens) == "129<eos>"
+
+
+def test_rewards_are_the_rewriters_probability_of_each_token():
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    rows = [
+        {"prompt": "1+1", "solution": "2", "rejected": "3", "correct": ["2"]},
+        {"prompt": "10+1", "solution": "11", "rejected": "1234", "correct": ["11"]},
+    ]
+    found = rewards._score(DensePolicy(model), PROMPTS, rows)
+    for row, scored in zip(rows, found, strict=True):
+        prompt, response = (
+            TOKENIZER(f"{row['prompt']}#{row['solution']}?{row['rejected']}>").input_ids,
+            scored["response"],
+        )
+        ids = prompt + PROMPTS.encode_response(response)
+        probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
+        expected = [probabilities[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
+        assert scored["rewards"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_tokens_a_rewriter_would_change_are_forgotten():
+    rows = [
+        {"prompt": "1+1", "response": "12", "rewards": [0.9, 0.1, 0.5]},
+        {"prompt": "2+2", "response": "3", "rewards": [0.6, 0.7]},
+        {"prompt": "1+1", "response": "4", "rewards": [0.2, 0.9]},
+    ]
+    corpus, weights = forget.weighted_corpus(rows, PROMPTS, 0.5)
+    assert weights == [[0, 1, 0], [1, 0]] and len(corpus.prompts) == 1, "nothing is forgotten of the second problem"
+    assert [text(response.tokens) for response in corpus.responses] == ["12<eos>", "4<eos>"]
+    _, release = forget.weighted_corpus(rows, PROMPTS, None)
+    assert sorted(release) == sorted(row["rewards"] for row in rows)
+
+
+def respond(model, **settings):
+    return generate(model, TOKENIZER, [[5, 6], [7]], {TOKENIZER.eos_token_id}, max_new_tokens=6, **settings)
+
+
+def test_greedy_is_greedy_whatever_the_model_was_shipped_with():
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    plain = respond(model)
+    model.generation_config = shipped = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=5.0)
+    assert [respond(model, seed=seed) for seed in range(3)] == [plain] * 3
+    assert model.generation_config is shipped
+
+
+def test_sampling_repeats_by_seed_and_padding_does_not_matter():
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    draws = [respond(model, seed=seed, temperature=1.0, num_return_sequences=2) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and [len(texts) for texts in draws[0]] == [2, 2]
+    alone = generate(model, TOKENIZER, [[7]], {TOKENIZER.eos_token_id}, max_new_tokens=6)
+    assert respond(model)[1] == alone[0]
+
+
+def test_bad_reward_files(tmp_path):
+    path = tmp_path / "rewards.jsonl"
+    for line, message in (
+        ("{", "rewards.jsonl:1: not JSON"),
+        ('{"response": "x", "rewards": []}', "expected the fields prompt, response and rewards"),
+        (json.dumps({"prompt": "p", "response": "x", "rewards": [2.0]}), "expected numbers in 0..1"),
+    ):
+        path.write_text(line)
+        with pytest.raises(UserError, match=message):
+            rewards._from_file(str(path), [], PROMPTS)
+    with pytest.raises(UserError, match="no such file"):
+        rewards._from_file(str(tmp_path / "none"), [], PROMPTS)
