@@ -183,4 +183,6 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 
 def _share(held: dict) -> str:
-    return f"{held['selected'] / held['parameters']:.2%}" if "selected" in held else ""
+    if "selected" not in held:
+        return ""
+    return f"{held['selected'] / held['parameters']:.2%}, {held['changed'] / held['selected']:.1%} moved"
