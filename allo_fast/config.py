@@ -213,7 +213,8 @@ def _explain(error: dict) -> str:
         got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
         return f"{where}: {error['msg']}{got}" if where else error["msg"].removeprefix("Value error, ")
     known = known_keys(Config)
-    near = difflib.get_close_matches(where, known, n=1, cutoff=0.0)
+    siblings = [key for key in known if key.rpartition(".")[0] == where.rpartition(".")[0]]
+    near = difflib.get_close_matches(where, siblings, n=1) or difflib.get_close_matches(where, known, n=1, cutoff=0.0)
     return f"{where}: unknown key; did you mean {near[0]}?"
 
 

@@ -36,6 +36,7 @@ def test_overrides_are_yaml(tmp_path):
     "override, message",
     [
         ("learn.learing_rate=1", "learn.learing_rate: unknown key; did you mean learn.learning_rate?"),
+        ("learn.ratios=1", "learn.ratios: unknown key; did you mean learn.ratio?"),
         ("lern.ratio=1", "lern: unknown key; did you mean learn?"),
         ("rewards.train.epochs=1", "did you mean rewards.train"),
         ("learn.ratio=1.5", "learn.ratio: .*less than or equal to 1 .got 1.5."),
