@@ -19,10 +19,10 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, pairs, counts = unit.config.pairs, [], {"no_correct": 0, "no_wrong": 0}
     for row in problems:
         correct, wrong = _unique(row, True), _unique(row, False)
-        if not correct and settings.gold == "missing":
-            correct = [row["solution"]]
         counts["no_correct"] += not correct
         counts["no_wrong"] += not wrong
+        if not correct and settings.gold == "missing":
+            correct = [row["solution"]]
         drawn = random.Random(f"{unit.seed} {row['id']}")
         both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen != rejected]
         for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both))):
