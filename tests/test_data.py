@@ -211,6 +211,13 @@ def test_intervals_of_one_seed():
     assert mean == 0 and interval == pytest.approx((0, 0.2775), abs=1e-3)
 
 
+@pytest.mark.parametrize("right", [0, 1, 39, 40])
+def test_an_interval_holds_its_mean_at_any_size(right):
+    for count in range(max(1, right), 200):
+        mean, (low, high) = accuracy_interval([[True] * right + [False] * (count - right)])
+        assert low <= mean <= high, (right, count)
+
+
 def test_intervals_of_several_seeds():
     one = [True, False] * 50
     _, single = accuracy_interval([one])

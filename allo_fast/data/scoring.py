@@ -40,7 +40,8 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[f
     effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else count
     centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
     half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5
-    return mean, ((centre - half) / scale, (centre + half) / scale)
+    # At 0 and 1 one bound is the mean itself, which rounding may miss.
+    return mean, (min(mean, (centre - half) / scale), max(mean, (centre + half) / scale))
 
 
 def difference_interval(
