@@ -274,6 +274,14 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
     assert len(set(seeds)) == len(seeds) / 2 == 6, "a seed of its own for every chunk and run seed"
 
 
+def test_bfloat16_states_are_3_1_bytes_per_parameter_at_5_percent(finished):
+    config, folder = finished
+    settings = ["name=bf16", "model.dtype=bfloat16", "seeds=[0]", "learn.ratio=0.05"]
+    assert main(["run", str(config), *settings]) == 0
+    stages = json.loads((folder.parent / "bf16" / "summary.json").read_text())["stages"]
+    assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("06-forget", "07-learn"))
+
+
 def test_rewards_from_a_file(copied, tmp_path, capsys):
     config, folder = copied
     given = tmp_path / "rewards.jsonl"
