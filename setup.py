@@ -15,6 +15,7 @@ setup(
         "transformers>=5.17",
         "tokenizers>=0.22",
         "safetensors>=0.5",
+        "triton>=3.6; sys_platform == 'linux'",
         "numpy>=2.0",
         "pydantic>=2.10",
         "PyYAML>=6.0",

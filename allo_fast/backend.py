@@ -52,13 +52,18 @@ class LocalBackend:
 
     def step(self) -> Tensor:
         """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
+        sparse = isinstance(self.optimizer, SparseAdamW)
         gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
         dense = getattr(self.policy, "dense_gradients", {})
-        norm = torch.nn.utils.get_total_norm(list(dense.values()) or gradients).float()
+        measured = list(dense.values()) or (self.optimizer.gradients() if sparse else gradients)
+        norm = torch.nn.utils.get_total_norm(measured).float()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
         self.updated |= self.learning_rate > 0
-        self.optimizer.step()
+        if sparse:
+            self.optimizer.step(grad_scale=scale)
+        else:
+            torch._foreach_mul_(gradients, scale)
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
         for gradient in dense.values():
@@ -74,6 +79,8 @@ class LocalBackend:
         tensors = {f"values.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
+        # A file cannot hold views of one vector, nor one step that all entries share.
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         found = {"step": step, "scheduler": self.scheduler.state_dict(), "updated": self.updated}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"progress": json.dumps(found)})
@@ -88,8 +95,10 @@ class LocalBackend:
             tensors, found = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["progress"])
         for name, value in self.parameters.items():
             value.copy_(tensors[f"values.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.optimizer.state[value] |= {key: tensors[f"{key}.{name}"] for key in keys}
+            state = self.optimizer.state[value]
+            for key in (key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors):
+                # Sparse state lies in flat vectors and is filled; dense state is not there before the first step.
+                state[key] = state[key].copy_(tensors[f"{key}.{name}"]) if key in state else tensors[f"{key}.{name}"]
         if isinstance(self.policy, SparsePolicy):
             self.policy.write_back()
         self.scheduler.load_state_dict(found["scheduler"])

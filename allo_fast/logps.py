@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Corpus, attention_mask, collate
-from allo_kernels import token_logps
+from allo_kernels import Positions, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,11 @@ class ResponseLogps:
 
     The decoder runs on whole rows; the head only at positions that predict a response token. `share_prompts` says how
     to collate: whether this model's attention can keep the responses of one row apart. Found out once, by trying.
+    head_entries: of the head's weight, the values that train and their positions, or None where all or none do.
     """
 
     model: PreTrainedModel
+    head_entries: Callable[[Tensor], tuple[Tensor, Positions] | None] = lambda weight: None
 
     def __post_init__(self):
         config = self.model.config.get_text_config()
@@ -40,12 +43,15 @@ class ResponseLogps:
         hidden = self.hidden(batch)
         head = self.model.get_output_embeddings()
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
-        weight, bias = head.weight, head.bias
+        weight, bias, values, positions = head.weight, head.bias, None, None
+        if torch.is_grad_enabled() and (found := self.head_entries(head._parameters.get("weight"))):
+            weight, (values, positions) = head._parameters["weight"], found
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
             dtype = torch.get_autocast_dtype(device)
             picked, weight, bias = (None if given is None else given.to(dtype) for given in (picked, weight, bias))
-        flat = token_logps(picked, weight, batch.targets, bias=bias, softcap=self.softcap, temperature=self.temperature)
+        settings = {"bias": bias, "softcap": self.softcap, "temperature": self.temperature}
+        flat = token_logps(picked, weight, batch.targets, values=values, positions=positions, **settings)
         return batch.layout(flat)
 
     def hidden(self, batch: Batch) -> Tensor:

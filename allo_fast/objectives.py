@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
-from allo_kernels import top_fraction_weights
+from allo_kernels import key_token_dpo_loss
 
 
 def npo_token_loss(policy_logps: Tensor, ref_logps: Tensor, token_weights: Tensor, *, beta: float) -> Tensor:
@@ -50,18 +50,6 @@ def dpo_loss(
 def sft_loss(policy_logps: Tensor, valid: Tensor) -> Tensor:
     """Mean negative log-probability of the valid tokens; policy_logps, valid: [B, T] -> scalar."""
     return -(policy_logps * valid).sum() / valid.sum()
-
-
-def key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    """1.0 at each row's key tokens, the floor(fraction x valid) lowest log-ratios and at least one -> fp32 [B, T].
-
-    No gradient flows through the choice. Where policy and reference agree everywhere (before the first update) nothing
-    is lowest: every valid token is key.
-    """
-    untouched = ((log_ratios == 0) | ~valid).all(dim=1, keepdim=True)
-    lowest = log_ratios.detach().masked_fill(~valid, torch.inf).argmin(dim=1, keepdim=True)
-    key = top_fraction_weights(-log_ratios, valid, fraction).scatter(1, lowest, 1.0)
-    return torch.where(untouched, 1.0, key) * valid
 
 
 def release_key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float, padded_length: int) -> Tensor:
@@ -123,15 +111,18 @@ class Dpo:
 
     def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.examples.unbind(1)
-        weights = self._key_tokens((logps.detach() - ref)[rejected], batch, rejected)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            logps[chosen].sum(1),
-            (logps[rejected] * weights).sum(1),
-            ref[chosen].sum(1),
-            (ref[rejected] * weights).sum(1),
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
+        pairs = logps[chosen], logps[rejected], ref[chosen], ref[rejected]
+        if self.epsilon is not None and self.protocol == "release":
+            losses, chosen_rewards, rejected_rewards, weights = self._release(*pairs, batch, rejected)
+        else:
+            losses, chosen_rewards, rejected_rewards, weights = key_token_dpo_loss(
+                *pairs,
+                batch.valid[chosen],
+                batch.valid[rejected],
+                fraction=1.0 if self.epsilon is None else self.epsilon,
+                beta=self.beta,
+                label_smoothing=self.label_smoothing,
+            )
         return losses.mean(), {
             "rewards/chosen": chosen_rewards.mean(),
             "rewards/rejected": rejected_rewards.mean(),
@@ -142,11 +133,9 @@ class Dpo:
             "key_tokens": weights.sum() / batch.valid[rejected].sum(),
         }
 
-    def _key_tokens(self, log_ratios: Tensor, batch: Batch, rejected: Tensor) -> Tensor:
-        valid = batch.valid[rejected]
-        if self.epsilon is None:
-            return valid.float()
-        if self.protocol == "paper":
-            return key_token_weights(log_ratios, valid, self.epsilon)
+    def _release(self, chosen, rejected, ref_chosen, ref_rejected, batch: Batch, index: Tensor) -> tuple[Tensor, ...]:
         padded_length = int((batch.prompt_lengths + batch.valid.sum(1)).max())
-        return release_key_token_weights(log_ratios, valid, self.epsilon, padded_length)
+        log_ratios = (rejected - ref_rejected).detach()
+        weights = release_key_token_weights(log_ratios, batch.valid[index], self.epsilon, padded_length)
+        sums = chosen.sum(1), (rejected * weights).sum(1), ref_chosen.sum(1), (ref_rejected * weights).sum(1)
+        return *dpo_loss(*sums, beta=self.beta, label_smoothing=self.label_smoothing), weights

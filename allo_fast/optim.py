@@ -1,5 +1,7 @@
 """AdamW over the selected entries only, with the new values written into the base in the same pass."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,51 +34,85 @@ class SparseAdamW(Optimizer):
         self.max_grad_norm, self.clear_gradients = max_grad_norm, clear_gradients
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(policy.values.values()), defaults)
-        for value in policy.values.values():
-            self.state[value] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(value),
-                "exp_avg_sq": torch.zeros_like(value),
-            }
-        self._names = {value: name for name, value in policy.values.items()}
+        device = policy.groups[0].values.device
+        self._step = torch.zeros((), dtype=torch.float32, device=device)  # on the device: nothing waits to read it
+        self._flat = [_Flat(*(torch.zeros_like(group.values) for _ in range(3))) for group in policy.groups]
+        self._views = {
+            policy.values[name]: _Flat(*parts)
+            for group, flat in zip(policy.groups, self._flat, strict=True)
+            for name, *parts in zip(group.weights, *(t.split(group.positions.counts) for t in flat), strict=True)
+        }
+        for value, view in self._views.items():
+            self.state[value] = {"step": self._step, "exp_avg": view.exp_avg, "exp_avg_sq": view.exp_avg_sq}
+        self.gradients()
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every entry that has a gradient."""
+    def step(self, closure=None, *, grad_scale: Tensor | None = None):
+        """One update of every entry; one without a gradient counts as having a gradient of zero.
+
+        grad_scale: 0-d tensor that gradients are multiplied by in the same pass, for a caller that clips.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = self._clip_scale() if self.max_grad_norm is not None else None
-        for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None:
-                    self._update(value, group, scale)
+        gradients, settings = self.gradients(), self.param_groups[0]
+        if self.max_grad_norm is not None:
+            grad_scale = (self.max_grad_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+        self._step += 1
+        beta1, beta2 = settings["betas"]
+        # Dividing eps by the same correction as sqrt(v) turns one form into the other.
+        eps = settings["eps"] / (1 - beta2 ** self._step.double()).sqrt() if self.hf_eps else settings["eps"]
+        for group, flat in zip(self.policy.groups, self._flat, strict=True):
+            masked_adamw_(
+                group.values,
+                *flat,
+                step=self._step,
+                lr=settings["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=settings["weight_decay"],
+                grad_scale=grad_scale,
+                weight=group.data,
+                positions=group.positions,
+            )
         if self.clear_gradients:
             self.zero_grad()
         return loss
 
-    def _clip_scale(self) -> Tensor:
-        gradients = [value.grad for group in self.param_groups for value in group["params"] if value.grad is not None]
-        return (self.max_grad_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    def gradients(self) -> list[Tensor]:
+        """All gradients as flat fp32 vectors, one a dtype of the base; those that lie elsewhere are copied there."""
+        for value, view in self._views.items():
+            if value.grad is None:
+                view.grad.zero_()
+            elif value.grad.data_ptr() != view.grad.data_ptr():
+                view.grad.copy_(value.grad)
+            value.grad = view.grad
+        return [flat.grad for flat in self._flat]
 
-    def _update(self, value: Tensor, group: dict, grad_scale: Tensor | None) -> None:
-        state, name = self.state[value], self._names[value]
-        state["step"] += 1
-        step, (beta1, beta2) = int(state["step"]), group["betas"]
-        masked_adamw_(
-            value.data,
-            value.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            step=step,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            # Dividing eps by the same correction as sqrt(v) turns one form into the other.
-            eps=group["eps"] / (1 - beta2**step) ** 0.5 if self.hf_eps else group["eps"],
-            weight_decay=group["weight_decay"],
-            grad_scale=grad_scale,
-            weight=self.policy.weights[name].data,
-            positions=self.policy.positions[name],
-        )
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets every gradient to zero; the flat vectors that they lie in stay, whatever `set_to_none` says."""
+        for flat in self._flat:
+            flat.grad.zero_()
+        for value, view in self._views.items():
+            value.grad = view.grad
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Copies the state into the flat vectors."""
+        super().load_state_dict(state_dict)
+        for value, view in self._views.items():
+            loaded = self.state[value]
+            view.exp_avg.copy_(loaded["exp_avg"])
+            view.exp_avg_sq.copy_(loaded["exp_avg_sq"])
+            self._step.copy_(loaded["step"])
+            self.state[value] = {"step": self._step, "exp_avg": view.exp_avg, "exp_avg_sq": view.exp_avg_sq}
+
+
+class _Flat(NamedTuple):
+    """Of all entries of one group, or the views of one tensor's: fp32 [K] each."""
+
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor

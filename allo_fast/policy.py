@@ -6,8 +6,10 @@ The base's storage holds the policy's values (rounded to its dtype). Training re
 gradient is gathered at the selected positions, so that a dense gradient lives only while its layer is in backward.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +23,30 @@ from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_fast.logps import ResponseLogps
 from allo_fast.models import fingerprint, named_weights
-from allo_kernels import gather, scatter_, swap_
+from allo_kernels import Positions, gather, scatter_, swap_
 
 if TYPE_CHECKING:
     from allo_fast.selection import Selection
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights of one dtype and their selected entries as one flat vector [K], so that one launch serves them all."""
+
+    weights: dict[str, nn.Parameter]
+    positions: Positions
+    values: Tensor  # fp32: what trains
+    originals: Tensor  # in the weights' dtype: the reference's entries
+
+    @classmethod
+    def of(cls, weights: dict[str, nn.Parameter], positions: list[Positions]) -> "Group":
+        found = [gather(weight.data, at) for weight, at in zip(weights.values(), positions, strict=True)]
+        originals = torch.cat(found)
+        return cls(weights, Positions.cat(positions), originals.to(torch.float32, copy=True), originals)
+
+    @property
+    def data(self) -> list[Tensor]:
+        return [weight.data for weight in self.weights.values()]
 
 
 class SparsePolicy:
@@ -41,15 +63,18 @@ class SparsePolicy:
         self.parameters = sum(weight.numel() for weight in model.parameters())
         weights = named_weights(model)
         self.weights = {name: weights[name] for name in selection.names}
-        self.positions = {name: selection.positions(name).to(model.device) for name in selection.names}
-        self.originals = {name: gather(self.weights[name].data, at) for name, at in self.positions.items()}
-        self.values = {n: nn.Parameter(held.to(torch.float32, copy=True)) for n, held in self.originals.items()}
+        self.groups = [self._group(dtype, selection) for dtype in {w.dtype: None for w in self.weights.values()}]
+        self.positions, self.values = {}, {}
+        for group in self.groups:
+            parts = group.values.split(group.positions.counts)
+            self.positions |= dict(zip(group.weights, group.positions.split(), strict=True))
+            self.values |= {name: nn.Parameter(part) for name, part in zip(group.weights, parts, strict=True)}
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._in_reference = False
         for module in model.modules():
             self._install(module)
-        self.logps = ResponseLogps(model)
+        self.logps = ResponseLogps(model, self._head_entries)
 
     def response_logps(self, batch: Batch) -> Tensor:
         """[R, L] fp32, differentiable in `values`."""
@@ -71,40 +96,46 @@ class SparsePolicy:
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
-        for name, value in self.values.items():
-            scatter_(self.weights[name], self.positions[name], value)
+        for group in self.groups:
+            scatter_(group.data, group.positions, group.values)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
         kinds = {
             "base": self.model.parameters(),
-            "positions": self.positions.values(),
-            "originals": self.originals.values(),
-            "values": self.values.values(),
+            "positions": [group.positions for group in self.groups],
+            "originals": [group.originals for group in self.groups],
+            "values": [group.values for group in self.groups],
             "gradients": gradients + [*self.dense_gradients.values()],
         }
-        return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in kinds.items()}
+        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
 
     def changed(self) -> int:
         """How many selected entries of the base differ from their originals; bfloat16 hides small updates."""
-        found = ((gather(self.weights[name].data, at), self.originals[name]) for name, at in self.positions.items())
-        return sum(int((now != before).sum()) for now, before in found)
+        count = 0
+        for group in self.groups:
+            parts = zip(group.data, group.positions.split(), group.originals.split(group.positions.counts), strict=True)
+            count += sum(int((gather(weight, at) != before).sum()) for weight, at, before in parts)
+        return count
 
     def save_delta(self, path: Path, before: Path | None = None) -> None:
         """The trained entries, over `before` (the delta that made this base out of an earlier one) when given."""
         delta = Delta.load(before) if before else Delta(self.base, {}, {})
-        weights = named_weights(self.model)
-        names = sorted({*self.positions, *delta.positions})
-        empty = torch.empty(0, dtype=torch.int32)
-        both = {n: [self.positions.get(n, empty).cpu(), delta.positions.get(n, empty)] for n in names}
-        positions = {name: torch.cat(parts).unique() for name, parts in both.items()}
+        weights, positions = named_weights(self.model), {}
+        for name in sorted({*self.positions, *delta.positions}):
+            parts = [given[name].to("cpu").unpack() for given in (self.positions, delta.positions) if name in given]
+            positions[name] = Positions.pack(torch.cat(parts).unique(), weights[name].numel())
         values = {n: gather(weights[n].data, at.to(weights[n].device)).cpu() for n, at in positions.items()}
         Delta(delta.base, positions, values).save(path)
 
+    def _group(self, dtype: torch.dtype, selection: "Selection") -> Group:
+        mine = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
+        return Group.of(mine, [selection.positions(name).to(self.model.device) for name in mine])
+
     def _swap(self) -> None:
-        for name, weight in self.weights.items():
-            swap_(weight.data, self.positions[name], self.originals[name])
+        for group in self.groups:
+            swap_(group.data, group.positions, group.originals)
 
     def _install(self, module: nn.Module) -> None:
         """Whoever reads a training weight as an attribute gets its alias; `_parameters` stays as it is."""
@@ -121,6 +152,13 @@ class SparsePolicy:
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
         return _Alias.apply(value, weight, self.positions.get(name), self.dense_gradients.get(name))
+
+    def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Positions] | None:
+        """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""
+        name = self._names.get(id(weight))
+        if name not in self.values or self.dense_gradients or self._in_reference:
+            return None
+        return self.values[name], self.positions[name]
 
 
 class DensePolicy:
@@ -162,29 +200,27 @@ class _Alias(torch.autograd.Function):
             ctx.dense_gradient += gradient
         if ctx.positions is None:
             return gradient.new_zeros(0, dtype=torch.float32), None, None, None
-        return gather(gradient.contiguous(), ctx.positions).float(), None, None, None
+        out = torch.empty(len(ctx.positions), dtype=torch.float32, device=gradient.device)
+        return gather(gradient.contiguous(), ctx.positions, out=out), None, None, None
 
 
 class Delta:
-    """What training changed, without the base: per tensor, sorted positions and the values there."""
+    """What training changed, without the base: per tensor, positions and the values there."""
 
-    def __init__(self, base: str, positions: dict[str, Tensor], values: dict[str, Tensor]):
+    def __init__(self, base: str, positions: dict[str, Positions], values: dict[str, Tensor]):
         self.base, self.positions, self.values = base, positions, values
 
     def save(self, path: Path) -> None:
-        parts = {f"{name}.positions": at for name, at in self.positions.items()}
-        parts |= {f"{name}.values": value for name, value in self.values.items()}
-        save_file(parts, path, {"base": self.base})
+        values = {f"{name}.values": value for name, value in self.values.items()}
+        save_positions(path, self.positions, {"base": self.base}, values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
         try:
-            with safe_open(path, "pt") as file:
-                parts, base = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {})["base"]
-        except (OSError, SafetensorError, KeyError) as error:
+            positions, about, tensors = load_positions(path)
+            return cls(about["base"], positions, {name: tensors[f"{name}.values"] for name in positions})
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a delta: {error}") from None
-        positions = {k.removesuffix(".positions"): v for k, v in parts.items() if k.endswith(".positions")}
-        return cls(base, positions, {name: parts[f"{name}.values"] for name in positions})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,3 +234,22 @@ class Delta:
         for name, at in self.positions.items():
             weight = weights[name].data
             scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))
+
+
+def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:
+    """A safetensors file of positions per tensor, of `others`, and of `about`, which goes into its metadata."""
+    parts = {name: {"low": at.low, "starts": at.starts} for name, at in positions.items()}
+    tensors = {f"{name}.{key}": part.cpu().contiguous() for name, found in parts.items() for key, part in found.items()}
+    about = {**about, "sizes": {name: at.sizes[0] for name, at in positions.items()}}
+    # One entry: safetensors writes several in an order that differs from file to file.
+    save_file(tensors | others, path, {"about": json.dumps(about)})
+
+
+def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[str, Tensor]]:
+    """Positions, `about` and all tensors. Raises OSError, SafetensorError, KeyError or ValueError for another file."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        about = json.loads((file.metadata() or {})["about"])
+    sizes = sorted(about["sizes"].items())
+    found = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
+    return found, about, tensors

@@ -14,25 +14,25 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from allo_fast.config import UserError
 from allo_fast.models import as_bytes, fingerprint, named_weights
-from allo_kernels import topk_threshold
+from allo_fast.policy import load_positions, save_positions
+from allo_kernels import Positions, topk_threshold
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """positions: per tensor name, sorted flat indices (int32, int64 in tensors of 2**31 weights or more).
+    """positions: per tensor name, where the selected weights lie.
 
     parameters: the number of weights that competed; base: fingerprint of the model it was made for.
     """
 
-    _positions: dict[str, Tensor]
+    _positions: dict[str, Positions]
     parameters: int
     base: str
 
@@ -95,33 +95,28 @@ class Selection:
         """The tensors with at least one selected weight."""
         return [name for name, positions in self._positions.items() if len(positions)]
 
-    def positions(self, name: str) -> Tensor:
-        """Sorted flat positions in tensor `name`; empty where nothing is selected."""
-        return self._positions.get(name, torch.empty(0, dtype=torch.int32))
+    def positions(self, name: str) -> Positions:
+        """Flat positions in tensor `name`; empty where nothing is selected."""
+        return self._positions[name] if name in self._positions else Positions.pack(torch.empty(0).long(), 0)
 
     def sha256(self) -> str:
         """Identifies the selected set."""
         digest = hashlib.sha256()
         for name in sorted(self.names):
-            digest.update(name.encode() + as_bytes(self._positions[name].long()))
+            digest.update(name.encode() + as_bytes(self._positions[name].unpack()))
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        save_file(
-            {name: self._positions[name] for name in self.names},
-            path,
-            {"base": self.base, "parameters": str(self.parameters)},
-        )
+        mine = {name: self._positions[name] for name in self.names}
+        save_positions(path, mine, {"base": self.base, "parameters": self.parameters}, {})
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "Selection":
         """Raises UserError when the file is not a selection, or was made for another model than `model`."""
         try:
-            with safe_open(path, "pt") as file:
-                found = file.metadata() or {}
-                positions = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            selection = cls(positions, int(found["parameters"]), found["base"])
-        except (OSError, SafetensorError, KeyError) as error:
+            positions, about, _ = load_positions(path)
+            selection = cls(positions, about["parameters"], about["base"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a selection: {error}") from None
         if model is not None:
             selection.check(model, str(path))
@@ -161,7 +156,7 @@ class _Magnitudes:
         return (score.abs() for score in self.scores.values())
 
 
-def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:
+def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
     first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
     for name, top, passed in zip(scores, _top(scores, last), _top(scores, first), strict=True):
@@ -171,10 +166,10 @@ def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tup
 def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
     """Per tensor, which of its scores are among the k highest; ties go to the lower (name, index)."""
     magnitudes = _Magnitudes(scores)
-    threshold = float(topk_threshold(magnitudes, k)) if k else float("inf")
-    ties_left = k - sum(int((score > threshold).sum()) for score in magnitudes)
+    value, above, _ = topk_threshold(magnitudes, k) if k else (float("inf"), 0, 0)
+    threshold, ties_left = float(value), k - above
     if k and threshold == 0:
-        logger.warning("only %d weights changed; unchanged ones fill the selection of %d", k - ties_left, k)
+        logger.warning("only %d weights changed; unchanged ones fill the selection of %d", above, k)
     for score in magnitudes:
         flat = score.view(-1)
         ties = flat == threshold
@@ -183,7 +178,7 @@ def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
         yield ties | (flat > threshold)
 
 
-def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Tensor]]:
+def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
     share = min(1.0, 2 * (ratio + skip))
     candidates = [score.abs().view(-1).bfloat16().topk(int(score.numel() * share)).values for score in scores.values()]
@@ -195,9 +190,8 @@ def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[t
         yield name, _as_positions((magnitudes >= low) & (magnitudes < high))
 
 
-def _as_positions(mask: Tensor) -> Tensor:
-    positions = mask.nonzero().squeeze(1)
-    return positions.to(torch.int32) if mask.numel() <= 2**31 else positions
+def _as_positions(mask: Tensor) -> Positions:
+    return Positions.pack(mask.nonzero().squeeze(1), mask.numel())
 
 
 def _floor(fraction: float, total: int) -> int:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from allo_kernels import masked_adamw_
+from allo_kernels import Positions, masked_adamw_
 
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -50,10 +50,10 @@ def test_scalars_may_be_tensors_and_gradients_scaled():
 
 
 def test_writes_the_rounded_values_through():
-    weight, positions = torch.zeros(3, 4, dtype=torch.bfloat16), torch.tensor([1, 5, 11], dtype=torch.int32)
+    weight, positions = torch.zeros(3, 4, dtype=torch.bfloat16), Positions.pack(torch.tensor([1, 5, 11]), 12)
     values, state = torch.tensor([1.0, 2.0, 3.0]), [torch.zeros(3), torch.zeros(3)]
     masked_adamw_(values, torch.ones(3), *state, step=1, weight=weight, positions=positions, **SETTINGS)
-    expected = torch.zeros(12, dtype=torch.bfloat16).scatter(0, positions.long(), values.bfloat16())
+    expected = torch.zeros(12, dtype=torch.bfloat16).scatter(0, positions.unpack(), values.bfloat16())
     assert torch.equal(weight.view(-1), expected)
 
 
@@ -69,3 +69,11 @@ def test_bad_arguments():
         masked_adamw_(one, torch.zeros(2), one, one, step=1, **SETTINGS)
     with pytest.raises(ValueError, match="expected both or neither"):
         masked_adamw_(one, one, one, one, step=1, weight=one, **SETTINGS)
+    with pytest.raises(ValueError, match="exp_avg_sq: expected a tensor on cpu, got one on meta"):
+        masked_adamw_(one, one, one, one.to("meta"), step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="values: expected a contiguous tensor"):
+        masked_adamw_(torch.zeros(4)[::2], *[torch.zeros(2)] * 3, step=1, **SETTINGS)
+    with pytest.raises(ValueError, match="lr: expected shape"):
+        masked_adamw_(one, one, one, one, step=1, **SETTINGS | {"lr": one})
+    with pytest.raises(ValueError, match="values: expected shape"):
+        masked_adamw_(one, one, one, one, step=1, weight=one, positions=Positions.pack(one.long()[:0], 1), **SETTINGS)

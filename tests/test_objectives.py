@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from allo_fast.objectives import (
     dpo_loss,
-    key_token_weights,
     npo_token_loss,
     release_key_token_weights,
     sft_loss,
 )
-from allo_kernels import token_logps
+from allo_kernels import key_token_weights, token_logps
 
 
 def test_npo_reproduces_the_release():

@@ -10,15 +10,17 @@ from transformers import Trainer, TrainingArguments
 from allo_fast.data.batch import collate
 from allo_fast.models import named_weights
 from allo_fast.optim import SparseAdamW
-from allo_fast.policy import SparsePolicy
+from allo_fast.policy import Group, SparsePolicy
+from allo_kernels import Positions
 
 
 class OneTensor:
     """What SparseAdamW needs of a policy, around a single flat weight."""
 
     def __init__(self, weight, positions):
-        self.weights, self.positions = {"w": nn.Parameter(weight, requires_grad=False)}, {"w": positions}
-        self.values = {"w": nn.Parameter(weight[positions].clone())}
+        self.weights = {"w": nn.Parameter(weight, requires_grad=False)}
+        self.groups = [Group.of(self.weights, [Positions.pack(positions, weight.numel())])]
+        self.values = {"w": nn.Parameter(self.groups[0].values)}
 
 
 def test_reproduces_the_release():
@@ -73,11 +75,11 @@ def test_equals_dense_adamw_on_the_selected_entries():
     for name, weight in named_weights(dense).items():
         weight.grad = torch.zeros_like(weight)
         if name in policy.values:
-            weight.grad.view(-1)[policy.positions[name].long()] = policy.values[name].grad
+            weight.grad.view(-1)[policy.positions[name].unpack()] = policy.values[name].grad
     SparseAdamW(policy, lr=1e-2, weight_decay=0.1).step()
     optimizer.step()
     for name, at in policy.positions.items():
-        wanted = named_weights(dense)[name].view(-1)[at.long()]
+        wanted = named_weights(dense)[name].view(-1)[at.unpack()]
         torch.testing.assert_close(policy.values[name].detach(), wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -123,7 +125,7 @@ def test_inside_transformers_trainer(tmp_path):
     Trainer(model, settings, train_dataset=rows, optimizers=(optimizer, None)).train()
     changed = sum(int((model.state_dict()[name] != before[name]).sum()) for name in before)
     assert 0 < changed <= random_selection(tiny_llama()).selected
-    assert all(value.grad is None for value in policy.values.values())
+    assert not any(value.grad.any() for value in policy.values.values())
     # After t steps with one gradient of norm 1e-3, the first moment's norm is (1 - 0.9^t) 1e-3.
     first = torch.cat([optimizer.state[value]["exp_avg"] for value in policy.values.values()])
     assert first.norm().item() == pytest.approx((1 - 0.9**3) * 1e-3, rel=0.05)

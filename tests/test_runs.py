@@ -112,7 +112,7 @@ def test_forgetting_trains_only_the_selected_weights(finished):
     changed = 0
     for name, weight in after.items():
         outside = torch.ones(weight.numel(), dtype=torch.bool)
-        outside[selection.positions(name).long()] = False
+        outside[selection.positions(name).unpack()] = False
         assert torch.equal(weight.view(-1)[outside], before[name].view(-1)[outside])
         changed += int((weight != before[name]).sum())
     assert changed > 0.5 * selection.selected

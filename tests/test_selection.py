@@ -17,7 +17,7 @@ def masks(selection, shapes):
     found = {}
     for name, shape in shapes.items():
         mask = torch.zeros(shape, dtype=torch.uint8)
-        mask.view(-1)[selection.positions(name).long()] = 1
+        mask.view(-1)[selection.positions(name).unpack()] = 1
         found[name] = mask
     return found
 
@@ -39,7 +39,7 @@ def test_exactly_floor_of_ratio_times_n(ratio):
     # 0.29 * 200 is 57.99999999999999 in binary: the decimal that was written decides.
     assert selection.selected == {0.05: 10, 0.29: 58, 1.0: 200, 1 / 3: 66}[ratio]
     ranked = torch.cat([scores["a"].abs(), scores["b"].abs().flatten()]).sort(descending=True).values
-    kept = [scores[name].flatten()[selection.positions(name).long()].abs() for name in scores]
+    kept = [scores[name].flatten()[selection.positions(name).unpack()].abs() for name in scores]
     assert torch.equal(torch.cat(kept).sort(descending=True).values, ranked[: selection.selected])
 
 
@@ -47,15 +47,15 @@ def test_ties_go_to_the_lower_name_and_index_in_any_order():
     scores = {"b": torch.ones(4), "a": torch.tensor([1.0, 2.0, 1.0, 0.0])}
     for order in (["a", "b"], ["b", "a"]):
         selection = from_scores({name: scores[name] for name in order}, 0.5)
-        assert {name: selection.positions(name).tolist() for name in scores} == {"a": [0, 1, 2], "b": [0]}
+        assert {name: selection.positions(name).unpack().tolist() for name in scores} == {"a": [0, 1, 2], "b": [0]}
 
 
 def test_skip_takes_a_band_and_complements_the_top():
     scores = {"a": torch.randperm(100).float()}
     band = from_scores(scores, 0.1, skip=0.05)
-    assert sorted(scores["a"][band.positions("a").long()].tolist()) == list(range(85, 95))
+    assert sorted(scores["a"][band.positions("a").unpack()].tolist()) == list(range(85, 95))
     last = from_scores(scores, 0.1, skip=0.9)
-    assert sorted(scores["a"][last.positions("a").long()].tolist()) == list(range(10))
+    assert sorted(scores["a"][last.positions("a").unpack()].tolist()) == list(range(10))
 
 
 def test_excluded_tensors_do_not_compete():
@@ -75,7 +75,7 @@ def test_from_delta_counts_tied_weights_once_and_reads_in_fp32():
     total = sum(w.numel() for w in before.parameters())
     selection = Selection.from_delta(before, after, 1.5 / total)
     assert selection.parameters == total
-    assert selection.positions("model.embed_tokens.weight").tolist() == [7]
+    assert selection.positions("model.embed_tokens.weight").unpack().tolist() == [7]
 
 
 def test_a_different_model_is_refused():
@@ -115,7 +115,7 @@ def test_a_selection_of_nothing_is_refused():
 
 def test_unchanged_weights_fill_up_and_it_is_said(caplog):
     selection = from_scores({"a": torch.tensor([0.0, 1.0, 0.0, 0.0])}, 0.75)
-    assert selection.positions("a").tolist() == [0, 1, 2] and "only 1 weights changed" in caplog.text
+    assert selection.positions("a").unpack().tolist() == [0, 1, 2] and "only 1 weights changed" in caplog.text
 
 
 def test_nan_scores_are_refused():

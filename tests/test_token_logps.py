@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from allo_kernels import token_logps
+from allo_kernels import Positions, token_logps
 from allo_kernels import token_logps as public
 
 
@@ -55,11 +55,34 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 
     module = __import__("sys").modules["allo_kernels.token_logps"]
     original = module._chunks
-    monkeypatch.setattr(module, "_chunks", lambda found, weight: rows.append(len(found)) or original(found, weight))
+
+    def counting(found, *rest):
+        rows.append(len(found.targets))
+        return original(found, *rest)
+
+    monkeypatch.setattr(module, "_chunks", counting)
     logps = token_logps(hidden, weight.detach(), targets)
     (logps * upstream).sum().backward()
     assert rows == [int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())]
     assert weight.grad is None and hidden.grad is not None
+
+
+# Widths that share 64, 1 and 4096 with a block of positions; budgets that cut the vocabulary into several chunks.
+@pytest.mark.parametrize("n, d, v", [(5, 64, 3000), (5, 3, 70_000), (2, 4096, 50)])
+@pytest.mark.parametrize("impl", ["torch", "triton"] if torch.cuda.is_available() else ["torch"])
+def test_selected_entries_get_the_dense_gradient_gathered(n, d, v, impl, monkeypatch):
+    module = __import__("sys").modules["allo_kernels.token_logps"]
+    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1 << 18, "cuda": 1 << 18})
+    hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
+    positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
+    values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
+    (token_logps(hidden, weight, targets, values=values, positions=positions) * upstream).sum().backward()
+    assert weight.grad is None
+    compact = values.grad, hidden.grad.clone()
+    hidden.grad = None
+    (token_logps(hidden, weight, targets) * upstream).sum().backward()
+    torch.testing.assert_close(compact[0], weight.grad.view(-1)[positions.unpack()], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compact[1], hidden.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_no_rows_at_all():
@@ -76,6 +99,18 @@ def test_no_rows_at_all():
         ({"weight": torch.zeros(5, 3)}, "hidden, weight"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets: expected shape"),
         ({"targets": torch.tensor([0, 5])}, "targets: expected -100 or 0..4, got 0..5"),
+        ({"targets": torch.zeros(2, dtype=torch.int32)}, "targets: expected torch.int64"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "targets: expected a tensor on cpu"),
+        ({"hidden": torch.zeros(2, 4).double()}, "hidden: expected torch.bfloat16 or"),
+        ({"weight": torch.zeros(5, 4).half()}, "weight: expected torch.float32, got torch.float16"),
+        ({"weight": torch.zeros(4, 5).T}, "weight: expected a contiguous tensor"),
+        ({"bias": torch.zeros(4)}, "bias: expected shape"),
+        ({"bias": torch.zeros(5).long()}, "bias: expected torch.bfloat16 or"),
+        ({"softcap": 0.0}, "softcap: expected a positive number"),
+        ({"temperature": 0.0}, "temperature: expected a positive number"),
+        ({"values": torch.zeros(1)}, "values, positions: expected both or neither"),
+        ({"values": torch.zeros(1), "positions": Positions.pack(torch.tensor([3]), 9)}, "weight: expected"),
+        ({"values": torch.zeros(2), "positions": Positions.pack(torch.tensor([3]), 20)}, "values: expected shape"),
         ({"impl": "cuda"}, "impl: expected"),
     ],
 )
@@ -83,8 +118,3 @@ def test_bad_arguments(change, message):
     given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "targets": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         token_logps(**given | change)
-
-
-def test_triton_says_that_it_is_not_there():
-    with pytest.raises(NotImplementedError, match="token_logps has no Triton kernel"):
-        token_logps(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.int64), impl="triton")

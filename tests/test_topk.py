@@ -14,13 +14,41 @@ def test_threshold_is_that_of_a_full_sort(dtype, k):
     scores[1::10] = scores[1]  # many ties
     chunks = [scores[:700].view(70, 10), scores[700:701], scores[701:]]
     expected = scores.float().abs().sort(descending=True).values[k - 1]
-    assert topk_threshold(chunks, k).item() == expected.item()
+    found = topk_threshold(chunks, k)
+    assert found.value.item() == expected.item()
+    assert found.above == (scores.float().abs() > expected).sum() and found.ties == (scores.abs() == expected).sum()
 
 
 def test_extremes():
-    assert topk_threshold([torch.tensor([0.0, -0.0])], 2) == 0
-    assert topk_threshold([torch.tensor([float("inf"), 1e-45, -1.0])], 3).item() == torch.tensor(1e-45).item()
-    assert topk_threshold([torch.tensor([float("inf"), 1.0])], 1) == float("inf")
+    assert topk_threshold([torch.tensor([0.0, -0.0])], 2) == (0, 0, 2)
+    assert topk_threshold([torch.tensor([float("inf"), 1e-45, -1.0])], 3).value.item() == torch.tensor(1e-45).item()
+    assert topk_threshold([torch.tensor([float("inf"), 1.0])], 1) == (float("inf"), 0, 1)
+
+
+class Counted(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_sixteen_bits_take_two_passes():
+    for dtypes, passes in (([torch.bfloat16, torch.float16], 2), ([torch.bfloat16, torch.float32], 3)):
+        chunks = Counted(torch.ones(2, dtype=dtype) for dtype in dtypes)
+        assert topk_threshold(chunks, 2) == (1.0, 0, 4)
+        assert chunks.passes - 1 == passes  # one to see that it is no generator
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_bad_scores(impl):
+    for message, chunks in (
+        ("score_chunks: 2 scores are NaN", [torch.tensor([1.0, float("nan")]), torch.tensor([-float("nan")])]),
+        ("score_chunks: expected torch.bfloat16 or", [torch.ones(2, dtype=torch.double)]),
+        ("score_chunks: expected something that can be iterated again", (torch.ones(2) for _ in range(2))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            topk_threshold(chunks, 1, impl=impl)
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -45,5 +73,9 @@ def test_top_fraction_of_a_decimal():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="valid: expected shape"):
         top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), 0.5)
+    with pytest.raises(ValueError, match="valid: expected torch.bool"):
+        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 3), 0.5)
+    with pytest.raises(ValueError, match=r"scores: expected \[B, T\]"):
+        top_fraction_weights(torch.zeros(3), torch.ones(3, dtype=torch.bool), 0.5)
     with pytest.raises(ValueError, match="fraction: expected 0..1"):
         top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 1.5)

@@ -1,9 +1,15 @@
-"""AdamW on compact state, written through into the resident weight."""
+"""AdamW on compact state, written through into the resident weights."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from allo_kernels.compact import scatter_
+from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_scalar, check_shape
+from allo_kernels.compact import check_entries, check_weights, scatter_torch_
 from allo_kernels.dispatch import choose
+from allo_kernels.positions import Positions
 
 
 def masked_adamw_(
@@ -18,38 +24,47 @@ def masked_adamw_(
     beta2: float,
     eps: float | Tensor,
     weight_decay: float,
-    grad_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    positions: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    positions: Positions | None = None,
     impl: str = "auto",
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) on the selected entries, in place.
 
-    values, exp_avg, exp_avg_sq: fp32 [K]; grad: [K], any float dtype, multiplied by `grad_scale`; step counts from 1.
-    With `weight` and `positions` [K] the new values are also written, rounded to nearest, into
-    `weight.view(-1)[positions]`. step, lr, eps and grad_scale may be 0-d tensors on the device: nothing waits for the
-    host. Raises ValueError for shapes that differ, for state that is not fp32, and for a weight without positions.
+        g = grad_scale grad     m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr weight_decay) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+
+    values (p), exp_avg (m), exp_avg_sq (v): fp32 [K]; grad: [K], bf16, fp16 or fp32; step counts from 1.
+    With `weight` and `positions` the new values are also written, rounded to nearest, into
+    `weight.view(-1)[positions]`; weight may be the list of tensors that `positions` were concatenated for, and is then
+    still written by the same launch. step, lr, eps and grad_scale may be 0-d tensors on the device: nothing waits for
+    the host, and a captured CUDA graph reads them anew.
+    Raises ValueError, naming the argument, for a wrong shape, dtype or device, state that is not contiguous, and a
+    weight without positions.
     """
-    for name, tensor in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if str(tensor.dtype) != "torch.float32":
-            raise ValueError(f"{name}: expected torch.float32, got {tensor.dtype}")
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if tensor.shape != values.shape:
-            raise ValueError(f"{name}: expected shape {tuple(values.shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grad", grad)):
+        check_dtype(name, tensor, *(FLOATS if name == "grad" else (torch.float32,)))
+        check_shape(name, tensor, (values.numel(),))
+        check_device(name, tensor, values.device)
+        check_contiguous(name, tensor)
+    for name, scalar in (("step", step), ("lr", lr), ("eps", eps), ("grad_scale", grad_scale)):
+        check_scalar(name, scalar, values.device)
     if (weight is None) != (positions is None):
-        raise ValueError("weight and positions: expected both or neither")
-    run = choose("masked_adamw_", impl, {"torch": _masked_adamw_torch}, cuda=values.is_cuda)
+        raise ValueError("weight, positions: expected both or neither")
+    if positions is not None:
+        check_weights("weight", weight, positions)
+        check_entries("values", values, positions)
+    run = choose("masked_adamw_", impl, _masked_adamw_torch_, "adamw_triton.masked_adamw_", values.device)
     run(values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions)
 
 
-def _masked_adamw_torch(
+def _masked_adamw_torch_(
     values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions
 ) -> None:
     grad = grad.float() if grad_scale is None else grad.float() * grad_scale
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    values.mul_(1 - lr * weight_decay)
-    values.sub_(denominator.reciprocal_().mul_(exp_avg).mul_(lr / (1 - beta1**step)))
+    before = torch.as_tensor(step, dtype=torch.float32, device=values.device) - 1
+    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": float(eps), "weight_decay": weight_decay}
+    one_each = ([values], [grad], [exp_avg], [exp_avg_sq], [], [before])
+    adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)
     if weight is not None:
-        scatter_(weight, positions, values, impl="torch")
+        scatter_torch_(weight, positions, values)

@@ -1,70 +1,111 @@
-"""Reading and writing the selected entries of a dense tensor.
+"""Reading and writing the selected entries of dense tensors."""
 
-`positions` are sorted, unique flat indices, int32 or int64, on the tensor's device; `dense` is contiguous.
-"""
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from allo_kernels.dispatch import choose
-
-_CHUNK = 1 << 22  # entries indexed at once: bounds the int64 copy of int32 positions to 32 MiB
+from allo_kernels.positions import Positions, blocks_of
 
 
 def gather(
-    dense: Tensor, positions: Tensor, *, out: Tensor | None = None, accumulate: bool = False, impl: str = "auto"
+    dense: Tensor,
+    positions: Positions,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    square_sum: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """`dense.view(-1)[positions]` -> [K], in `out`'s dtype when given, added to it when `accumulate`.
+    """`dense.view(-1)[positions]` -> [K], in `out`'s dtype when given, added to it in fp32 when `accumulate`.
 
-    Raises ValueError when `dense` is not contiguous or `out` does not have one entry per position.
+    square_sum: 0-d fp32, set to the sum of squares of the result, for a gradient norm without another pass.
+    Raises ValueError, naming the argument, for a dtype other than bf16, fp16 or fp32, another device, a shape that
+    does not fit, a tensor that is not contiguous, and `accumulate` without `out`.
     """
-    _check(dense, positions)
-    if out is not None and out.shape != positions.shape:
-        raise ValueError(f"out: expected shape {tuple(positions.shape)}, got {tuple(out.shape)}")
-    return choose("gather", impl, {"torch": _gather_torch}, cuda=dense.is_cuda)(dense, positions, out, accumulate)
+    check_weights("dense", dense, positions)
+    if out is None:
+        if accumulate:
+            raise ValueError("out: expected a tensor to accumulate into")
+        out = torch.empty(len(positions), dtype=dense.dtype, device=dense.device)
+    check_entries("out", out, positions)
+    if square_sum is not None:
+        check_shape("square_sum", square_sum, ())
+        check_dtype("square_sum", square_sum, torch.float32)
+        check_device("square_sum", square_sum, dense.device)
+    run = choose("gather", impl, gather_torch, "compact_triton.gather", dense.device)
+    return run(dense, positions, out, accumulate, square_sum)
 
 
-def scatter_(dense: Tensor, positions: Tensor, values: Tensor, *, impl: str = "auto") -> Tensor:
-    """`dense.view(-1)[positions] = values` in place, rounded to `dense`'s dtype; returns `dense`.
+def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
+    """`dense.view(-1)[positions] = values` [K] in place, rounded to nearest in `dense`'s dtype.
 
-    Raises ValueError when `dense` is not contiguous or the numbers of positions and values differ.
+    dense: a tensor, or the tensors of one dtype that `positions` were concatenated for. Raises ValueError as `gather`.
     """
-    _check(dense, positions, values)
-    return choose("scatter_", impl, {"torch": _scatter_torch}, cuda=dense.is_cuda)(dense, positions, values)
+    check_weights("dense", dense, positions)
+    check_entries("values", values, positions)
+    choose("scatter_", impl, scatter_torch_, "compact_triton.scatter_", values.device)(dense, positions, values)
 
 
-def swap_(dense: Tensor, positions: Tensor, values: Tensor, *, impl: str = "auto") -> None:
+def swap_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
     """Exchanges `dense.view(-1)[positions]` and `values` [K] in place, bit for bit; two swaps change nothing.
 
-    Raises ValueError when the dtypes differ (an exchange must not round), else as `scatter_`.
+    dense: as in `scatter_`. Raises ValueError when the dtypes differ (an exchange must not round), and as `gather`.
     """
-    _check(dense, positions, values)
-    if dense.dtype != values.dtype:
-        raise ValueError(f"values: expected {dense.dtype} like dense, got {values.dtype}")
-    choose("swap_", impl, {"torch": _swap_torch}, cuda=dense.is_cuda)(dense, positions, values)
+    check_weights("dense", dense, positions)
+    check_entries("values", values, positions)
+    for tensor in tensors(dense)[:1]:
+        check_dtype("values", values, tensor.dtype)
+    choose("swap_", impl, _swap_torch_, "compact_triton.swap_", values.device)(dense, positions, values)
 
 
-def _check(dense: Tensor, positions: Tensor, values: Tensor | None = None) -> None:
-    if not dense.is_contiguous():
-        raise ValueError(f"dense: expected a contiguous tensor, got strides {dense.stride()}")
-    if values is not None and values.shape != positions.shape:
-        raise ValueError(f"values: expected shape {tuple(positions.shape)}, got {tuple(values.shape)}")
+def tensors(dense: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [dense] if isinstance(dense, Tensor) else dense
 
 
-def _gather_torch(dense: Tensor, positions: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
-    picked = dense.view(-1).index_select(0, positions)
-    if out is None:
-        return picked
-    return out.add_(picked) if accumulate else out.copy_(picked)
+def check_weights(name: str, dense: Tensor | Sequence[Tensor], positions: Positions) -> None:
+    if not isinstance(positions, Positions):
+        raise ValueError(f"positions: expected Positions (see Positions.pack), got {type(positions).__name__}")
+    given = tensors(dense)
+    if tuple(tensor.numel() for tensor in given) != positions.sizes:
+        raise ValueError(f"{name}: expected {positions.sizes} weights, got {tuple(t.numel() for t in given)}")
+    for tensor in given:
+        check_dtype(name, tensor, *(FLOATS if tensor is given[0] else (given[0].dtype,)))
+        check_device(name, tensor, positions.device)
+        check_contiguous(name, tensor)
 
 
-def _scatter_torch(dense: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    flat = dense.view(-1)
-    for index, value in zip(positions.split(_CHUNK), values.split(_CHUNK), strict=True):
-        flat.scatter_(0, index.long(), value.to(dense.dtype))
-    return dense
+def check_entries(name: str, tensor: Tensor, positions: Positions) -> None:
+    check_shape(name, tensor, (len(positions),))
+    check_dtype(name, tensor, *FLOATS)
+    check_device(name, tensor, positions.device)
+    check_contiguous(name, tensor)
 
 
-def _swap_torch(dense: Tensor, positions: Tensor, values: Tensor) -> None:
-    held = _gather_torch(dense, positions, None, False)
-    _scatter_torch(dense, positions, values)
-    values.copy_(held)
+def gather_torch(dense, positions, out, accumulate=False, square_sum=None, first_block: int = 0) -> Tensor:
+    """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
+    for entries, index in positions.chunks(first_block, first_block + blocks_of(dense.numel())):
+        picked = torch.take(dense, index)
+        out[entries] = out[entries].float() + picked if accumulate else picked.to(out.dtype)
+    if square_sum is not None:
+        square_sum.copy_(out.float().square().sum())
+    return out
+
+
+def scatter_torch_(dense, positions, values) -> None:
+    for tensor, part, mine in _each(dense, positions, values):
+        for entries, index in part.chunks(0, part.blocks):
+            tensor.view(-1).index_copy_(0, index, mine[entries].to(tensor.dtype))
+
+
+def _swap_torch_(dense, positions, values) -> None:
+    for tensor, part, mine in _each(dense, positions, values):
+        held = gather_torch(tensor, part, torch.empty_like(mine))
+        scatter_torch_(tensor, part, mine)
+        mine.copy_(held)
+
+
+def _each(dense, positions: Positions, values: Tensor) -> Iterator[tuple[Tensor, Positions, Tensor]]:
+    return zip(tensors(dense), positions.split(), values.split(positions.counts), strict=True)

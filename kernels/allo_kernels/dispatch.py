@@ -1,28 +1,56 @@
-"""Which implementation runs: decided once per operation, said once in the log."""
+"""Which implementation runs: decided once per operation and device, said once in the log."""
 
 import functools
+import importlib
+import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
+
+import torch
 
 logger = logging.getLogger("allo_kernels")
+OLDEST = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix units
 
 
-def choose(op: str, impl: str, implementations: Mapping[str, Callable], *, cuda: bool) -> Callable:
-    """The implementation of `op` that `impl` ("auto", "triton" or "torch") names.
+def choose(op: str, impl: str, definition: Callable, kernel: str, device: torch.device) -> Callable:
+    """The implementation of `op` that `impl` names: "torch" its `definition`, "triton" its kernel, "auto" the faster.
 
-    `auto` is Triton on CUDA tensors where the operation has a Triton kernel, else PyTorch.
-    Raises ValueError for any other name and NotImplementedError for a kernel that does not exist.
+    kernel: "module.function" in this package, imported only when it runs. `auto` is Triton on CUDA devices that can
+    run it, else PyTorch. Raises ValueError for any other name, and for "triton" where Triton cannot run.
     """
-    if impl == "auto":
-        impl = "triton" if cuda and "triton" in implementations else "torch"
-        _announce(op, impl)
-    if impl not in ("triton", "torch"):
+    if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
-    if impl not in implementations:
-        raise NotImplementedError(f"{op} has no Triton kernel yet; use impl='auto' or impl='torch'")
-    return implementations[impl]
+    if impl == "auto":
+        impl = _automatic(op, device)
+    elif impl == "triton" and (reason := _why_not(device)):
+        raise ValueError(f"impl: 'triton' cannot run {op} here: {reason}")
+    if impl == "torch":
+        return definition
+    module, function = kernel.split(".")
+    return getattr(importlib.import_module(f"allo_kernels.{module}"), function)
 
 
 @functools.cache
-def _announce(op: str, impl: str) -> None:
-    logger.info("%s: %s", op, impl)
+def _automatic(op: str, device: torch.device) -> str:
+    reason = "the CPU runs PyTorch" if device.type == "cpu" else _why_not(device)
+    say = logger.warning if reason and device.type == "cuda" else logger.info
+    say("%s: %s%s", op, "torch" if reason else "triton", f" ({reason})" if reason else "")
+    return "torch" if reason else "triton"
+
+
+def _why_not(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if interpreting() else "a CPU tensor needs TRITON_INTERPRET=1 set before Triton is imported"
+    if device.type != "cuda":
+        return f"no kernels for {device.type} devices"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= OLDEST else f"compute capability {found[0]}.{found[1]} is older than 8.0"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernel bodies in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

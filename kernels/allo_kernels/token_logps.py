@@ -1,21 +1,43 @@
 """Log-probabilities of target tokens from hidden states, without the logits [N, V] ever existing."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
+from allo_kernels.compact import check_entries, check_weights, gather_torch
 from allo_kernels.dispatch import choose
+from allo_kernels.positions import SPAN, Positions
 
 IGNORE = -100
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # fp32 logits alive at once: 16 and 256 MiB
+# Backward holds this much of d loss / d logits: enough columns for full-speed matrix products, little to keep.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
+    """What does not vary over tokens, and the two functions that look at logits tile by tile."""
+
     softcap: float | None
     temperature: float
+    positions: Positions | None
+    target_and_lse: Callable
+    d_logits: Callable
+    gather: Callable
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens that count, next to each other: hidden [n, D], targets [n]; backward also lse [n], upstream [n]."""
+
+    hidden: Tensor
+    targets: Tensor
+    lse: Tensor | None = None
+    upstream: Tensor | None = None
 
 
 def token_logps(
@@ -26,67 +48,118 @@ def token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
+    values: Tensor | None = None,
+    positions: Positions | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """log softmax(softcap(hidden @ weight.T + bias) / temperature)[n, targets[n]] -> fp32 [N].
 
-    hidden: [N, D]; weight: [V, D]; targets: int64 [N], -100 for a row that gives 0 and no gradient; bias: [V] or None;
-    softcap: z -> softcap * tanh(z / softcap). Differentiable in hidden, weight and bias for any upstream gradient [N];
-    backward works only on rows whose upstream gradient is not zero, and makes dW only when the weight asks for it.
-    Raises ValueError for shapes that do not fit and targets outside the vocabulary.
+    hidden: [N, D]; weight: [V, D], both bf16, fp16 or fp32; targets: int64 [N], -100 for a row that gives 0 and no
+    gradient; bias: [V] or None; softcap: z -> softcap * tanh(z / softcap).
+    Differentiable for any upstream gradient [N] in hidden, weight and bias, or instead of the whole weight in its
+    selected entries: `values` fp32 [K], which must already lie in `weight` at `positions`, get the gradient [K] and no
+    [V, D] gradient is made. Backward recomputes logits, works only on rows whose upstream gradient is not zero, and
+    makes no product that nobody asked for.
+    Raises ValueError, naming the argument, for a wrong shape, dtype or device, a weight that is not contiguous,
+    targets outside the vocabulary, and values without positions.
     """
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    if hidden.ndim != 2 or weight.shape != (vocabulary, hidden.shape[1]):
+    _check(hidden, weight, targets, bias, softcap, temperature, values, positions)
+    kernels = choose("token_logps", impl, _definition, "token_logps_triton.kernels", hidden.device)
+    if values is not None:
+        weight = weight.detach()
+    return _TokenLogps.apply(hidden, weight, bias, values, targets, Head(softcap, temperature, positions, *kernels()))
+
+
+def _check(hidden, weight, targets, bias, softcap, temperature, values, positions) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"hidden, weight: expected [N, D] and [V, D], got {[*hidden.shape]} and {[*weight.shape]}")
-    if targets.shape != (rows,):
-        raise ValueError(f"targets: expected shape ({rows},), got {tuple(targets.shape)}")
+    check_dtype("hidden", hidden, *FLOATS)
+    check_dtype("weight", weight, hidden.dtype)
+    check_contiguous("weight", weight)
+    check_shape("targets", targets, hidden.shape[:1])
+    check_dtype("targets", targets, torch.int64)
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias), ("values", values)):
+        if tensor is not None:
+            check_device(name, tensor, hidden.device)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1])
+        check_dtype("bias", bias, *FLOATS)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if (values is None) != (positions is None):
+        raise ValueError("values, positions: expected both or neither")
+    if positions is not None:
+        check_weights("weight", weight, positions)
+        check_entries("values", values, positions)
     kept = targets[targets != IGNORE]
-    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < vocabulary:
-        raise ValueError(f"targets: expected -100 or 0..{vocabulary - 1}, got {int(kept.min())}..{int(kept.max())}")
-    run = choose("token_logps", impl, {"torch": _TokenLogps.apply}, cuda=hidden.is_cuda)
-    return run(hidden, weight, bias, targets, _Head(softcap, temperature))
+    if kept.numel():
+        low, high = torch.stack(kept.aminmax()).tolist()
+        if not 0 <= low <= high < len(weight):
+            raise ValueError(f"targets: expected -100 or 0..{len(weight) - 1}, got {low}..{high}")
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Row chunks: forward keeps one log-sum-exp per row, backward recomputes the logits of the rows it needs."""
+    """Forward keeps one log-sum-exp per row; backward goes over the vocabulary in chunks, each finished at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head):
-        logps = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks((targets != IGNORE).nonzero().squeeze(1), weight):
-            logits = _logits(hidden[rows], weight, bias, head)[0]
-            chosen = logits.gather(1, targets[rows, None]).squeeze(1)
-            logps[rows] = chosen - logits.logsumexp(1)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+    def forward(ctx, hidden, weight, bias, values, targets, head):
+        at = _where(targets != IGNORE)
+        rows = Rows(_pick(hidden, at), _pick(targets, at))
+        chosen, lse = head.target_and_lse(rows, weight, bias, head)
+        ctx.save_for_backward(hidden, weight, bias, targets, _spread(lse, at, targets))
         ctx.head = head
-        return logps
+        return _spread(chosen - lse, at, targets)
 
     @staticmethod
-    def backward(ctx, grad_logps):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for rows in _chunks(((targets != IGNORE) & (grad_logps != 0)).nonzero().squeeze(1), weight):
-            logits, slope = _logits(hidden[rows], weight, bias, ctx.head)
-            d_logits = logits.softmax(1).mul_(-grad_logps[rows, None])  # dlogp/dz = onehot - softmax
-            d_logits.scatter_add_(1, targets[rows, None], grad_logps[rows, None].float())
-            d_logits.div_(ctx.head.temperature)
-            d_logits = (d_logits if slope is None else d_logits.mul_(slope)).to(weight.dtype)
+    def backward(ctx, upstream):
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
+        at = _where((targets != IGNORE) & (upstream != 0))
+        rows = Rows(*(_pick(tensor, at) for tensor in (hidden, targets, lse, upstream)))
+        d_hidden = torch.zeros(rows.hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias) if need_bias else None
+        d_values = torch.zeros(len(ctx.head.positions), device=hidden.device) if need_values else None
+        for first, last in _chunks(rows, weight, need_values):
+            part = weight[first:last]
+            d_logits = ctx.head.d_logits(rows, part, None if bias is None else bias[first:last], first, ctx.head)
             if need_hidden:
-                d_hidden[rows] = (d_logits @ weight).to(hidden.dtype)
+                _add_product(d_hidden, d_logits, part)
             if need_weight:
-                _add_product(d_weight, d_logits.T, hidden[rows].to(weight.dtype))
+                torch.mm(d_logits.T, rows.hidden, out=d_weight[first:last])
+            if need_values:
+                d_part, block = d_logits.T @ rows.hidden, first * weight.shape[1] // SPAN
+                ctx.head.gather(d_part, ctx.head.positions, d_values, first_block=block)
             if need_bias:
-                d_bias += d_logits.sum(0, dtype=torch.float32)
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if need_weight else None,
-            d_bias.to(bias.dtype) if need_bias else None,
-            None,
-            None,
-        )
+                d_bias[first:last] = d_logits.sum(0, dtype=torch.float32)
+        d_hidden = _spread(d_hidden.to(hidden.dtype), at, targets) if need_hidden else None
+        return d_hidden, d_weight, d_bias, d_values, None, None
+
+
+def _where(counts: Tensor) -> Tensor | None:
+    """Which rows count; None when all do, so that nothing is copied."""
+    return None if bool(counts.all()) else counts.nonzero().squeeze(1)
+
+
+def _pick(tensor: Tensor, at: Tensor | None) -> Tensor:
+    return tensor.contiguous() if at is None else tensor.index_select(0, at)
+
+
+def _spread(rows: Tensor, at: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of `_pick`, zero at the rows that do not count."""
+    return rows if at is None else rows.new_zeros(len(like), *rows.shape[1:]).index_copy_(0, at, rows)
+
+
+def _chunks(rows: Rows, weight: Tensor, compact: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of the vocabulary; for a compact gradient they begin where a block of positions does."""
+    budget = _CHUNK_BYTES[weight.device.type] // weight.element_size()
+    columns = budget // max(1, *rows.hidden.shape) if compact else budget // max(1, len(rows.targets))
+    step = SPAN // math.gcd(SPAN, weight.shape[1]) if compact else 16
+    columns = max(step, columns // step * step)
+    if len(rows.targets):
+        yield from ((first, min(first + columns, len(weight))) for first in range(0, len(weight), columns))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -96,13 +169,34 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])) if rows.numel() else ()
+def _definition() -> tuple[Callable, Callable, Callable]:
+    return _target_and_lse_torch, _d_logits_torch, gather_torch
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits [n, V] and, where they are capped, the derivative of the cap."""
-    logits = F.linear(hidden, weight, bias).float()
+def _target_and_lse_torch(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """The target's logit and the log of the sum of all exponentials, fp32 [n] each."""
+    chosen, parts = torch.zeros(len(rows.targets), device=weight.device), []
+    for first, last in _chunks(rows, weight, False):
+        logits = _logits(rows.hidden, weight[first:last], None if bias is None else bias[first:last], head)[0]
+        parts.append(logits.logsumexp(1))
+        mine = ((rows.targets >= first) & (rows.targets < last)).nonzero().squeeze(1)
+        chosen[mine] = logits[mine, rows.targets[mine] - first]
+    return chosen, torch.stack(parts).logsumexp(0) if parts else chosen
+
+
+def _d_logits_torch(rows: Rows, weight: Tensor, bias: Tensor | None, first: int, head: Head) -> Tensor:
+    """d (upstream . logps) / d logits [n, columns] in the weight's dtype, of the columns from `first` on."""
+    logits, slope = _logits(rows.hidden, weight, bias, head)
+    scale = rows.upstream / head.temperature
+    found = logits.sub_(rows.lse[:, None]).exp_().mul_(-scale[:, None])  # d logp / d logit = onehot - softmax
+    mine = ((rows.targets >= first) & (rows.targets < first + len(weight))).nonzero().squeeze(1)
+    found[mine, rows.targets[mine] - first] += scale[mine]
+    return (found if slope is None else found.mul_(slope)).to(weight.dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits [n, columns] and, where they are capped, the derivative of the cap."""
+    logits = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
     slope = None
     if head.softcap is not None:
         tanh = torch.tanh(logits / head.softcap)

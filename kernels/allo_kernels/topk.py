@@ -1,66 +1,109 @@
 """Exact top-k without sorting: over a stream of tensors, and per row of a batch."""
 
 from collections.abc import Iterable
+from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from allo_kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from allo_kernels.dispatch import choose
 
-# A non-negative float orders like its bits. Three passes of 11 + 11 + 10 bits find the k-th largest exactly.
-_DIGITS = ((20, 11), (9, 11), (0, 9))
+# A non-negative float orders like its bits: its 31 bits in digits of 11, 11 and 9 find the k-th largest exactly.
+DIGITS = ((20, 11), (9, 11), (0, 9))  # (shift, width)
+INFINITY_BITS = 0x7F800000
 
 
-def topk_threshold(score_chunks: Iterable[Tensor], k: int, *, impl: str = "auto") -> Tensor:
-    """The exact k-th largest |score| over all chunks -> 0-d fp32 tensor; O(1) memory beside one chunk.
+class Threshold(NamedTuple):
+    """The k-th largest score, 0-d fp32 on the CPU; how many scores lie above it, and how many equal it."""
 
-    score_chunks: float tensors of any shape; iterated three times, so a list or an object with its own `__iter__`,
-    never a generator. The per-digit histograms are sums, so shards can add theirs.
-    Raises ValueError when k is not in 1..(number of scores) or a score is NaN.
+    value: Tensor
+    above: int
+    ties: int
+
+
+def topk_threshold(score_chunks: Iterable[Tensor], k: int, *, impl: str = "auto") -> Threshold:
+    """The exact k-th largest |score| over all chunks, bitwise that of a full sort; O(1) memory beside one chunk.
+
+    score_chunks: bf16, fp16 or fp32 tensors of any shape, on any devices; iterated once per digit (three times, twice
+    when all are bf16 or fp16), so a list or an object with its own `__iter__`, never a generator.
+    The per-digit histograms are sums, so shards can add theirs.
+    Raises ValueError when k is not in 1..(number of scores), a score is NaN, or a chunk has another dtype.
     """
-    return choose("topk_threshold", impl, {"torch": _topk_threshold_torch}, cuda=False)(score_chunks, k)
-
-
-def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float, *, impl: str = "auto") -> Tensor:
-    """Per row, 1.0 at the floor(fraction * number of valid) largest valid scores, else 0.0; ties to the lower index.
-
-    scores: [B, T], no gradient flows through the choice; valid: bool [B, T]; returns fp32 [B, T].
-    Raises ValueError when the shapes differ or fraction is outside 0..1.
-    """
-    if scores.shape != valid.shape:
-        raise ValueError(f"valid: expected shape {tuple(scores.shape)}, got {tuple(valid.shape)}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected 0..1, got {fraction}")
-    run = choose("top_fraction_weights", impl, {"torch": _top_fraction_weights_torch}, cuda=scores.is_cuda)
-    return run(scores, valid, fraction)
-
-
-def _topk_threshold_torch(score_chunks: Iterable[Tensor], k: int) -> Tensor:
-    prefix, above = 0, 0  # the bits found so far, and how many scores are larger than everything that has them
-    for shift, width in _DIGITS:
-        counts = torch.zeros(1 << width, dtype=torch.int64)
+    if iter(score_chunks) is score_chunks:
+        raise ValueError("score_chunks: expected something that can be iterated again, got a generator")
+    prefix, above, narrow = 0, 0, True  # the bits found so far; how many scores exceed all that have them
+    for shift, width in DIGITS:
+        if narrow and shift == 0:  # the low bits of 16-bit floats are all zero
+            prefix <<= width
+            break
+        total = torch.zeros((1 << width) + 1, dtype=torch.int64)
         for chunk in score_chunks:
-            bits = _magnitude_bits(chunk)
-            bits = bits[bits >> (shift + width) == prefix]
-            counts += torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width).cpu()
+            check_dtype("score_chunks", chunk, *FLOATS)
+            narrow &= chunk.dtype != torch.float32
+            run = choose("topk_threshold", impl, _histogram_torch, "topk_triton.histogram", chunk.device)
+            total += run(chunk.detach().reshape(-1), shift, width, prefix).cpu()
+        counts, nans = total[:-1], int(total[-1])
+        if nans:
+            raise ValueError(f"score_chunks: {nans} scores are NaN")
         if not above + int(counts.sum()) >= k >= 1:
             raise ValueError(f"k: expected 1..{above + int(counts.sum())}, got {k}")
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = int((above + at_least >= k).nonzero().max())
         above += int(at_least[digit] - counts[digit])
         prefix = prefix << width | digit
-    return torch.tensor(prefix, dtype=torch.int32).view(torch.float32)
+        ties = int(counts[digit])
+    return Threshold(torch.tensor(prefix, dtype=torch.int32).view(torch.float32), above, ties)
 
 
-def _magnitude_bits(chunk: Tensor) -> Tensor:
-    if chunk.isnan().any():
-        raise ValueError("score_chunks: a score is NaN")
-    return chunk.float().abs().flatten().view(torch.int32)
+def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float, *, impl: str = "auto") -> Tensor:
+    """Per row, 1.0 at the floor(fraction * number of valid) largest valid scores, else 0.0; ties to the lower index.
+
+    scores: bf16, fp16 or fp32 [B, T], no gradient flows through the choice; valid: bool [B, T]; returns fp32 [B, T].
+    Raises ValueError for a wrong shape, dtype or device, and when fraction is outside 0..1.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"scores: expected [B, T], got shape {tuple(scores.shape)}")
+    check_dtype("scores", scores, *FLOATS)
+    check_mask("valid", valid, scores)
+    check_fraction(fraction)
+    kernel = "pair_loss_triton.top_fraction_weights"
+    run = choose("top_fraction_weights", impl, top_fraction_weights_torch, kernel, scores.device)
+    return run(scores.detach().contiguous(), valid.contiguous(), fraction)
 
 
-def _top_fraction_weights_torch(scores: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    ranked = scores.detach().masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    # In fp64 the product of a decimal fraction and a count can fall just below the integer it should be.
-    keep = torch.floor(fraction * valid.sum(dim=1, keepdim=True).double() + 1e-9)
-    weights = (torch.arange(scores.shape[1], device=scores.device) < keep).float().expand_as(ranked)
+def check_mask(name: str, mask: Tensor, like: Tensor) -> None:
+    check_shape(name, mask, like.shape)
+    check_dtype(name, mask, torch.bool)
+    check_device(name, mask, like.device)
+
+
+def check_fraction(fraction: float) -> None:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: expected 0..1, got {fraction}")
+
+
+def as_ratio(fraction: float) -> tuple[int, int]:
+    """The decimal that was written, as integers: 0.29 of 100 is 29, which it is not in binary."""
+    return Fraction(str(fraction)).limit_denominator(10**9).as_integer_ratio()
+
+
+def _histogram_torch(scores: Tensor, shift: int, width: int, prefix: int) -> Tensor:
+    """How often each `width`-bit digit at `shift` follows the bits of `prefix`, then the NaNs: int64 [bins + 1]."""
+    bits = scores.float().abs().view(torch.int32)
+    nans = (bits > INFINITY_BITS).sum()[None]
+    bits = bits[bits >> (shift + width) == prefix]
+    return torch.cat([torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width), nans])
+
+
+def top_fraction_weights_torch(scores: Tensor, valid: Tensor, fraction: float) -> Tensor:
+    numerator, denominator = as_ratio(fraction)
+    return first_weights(scores, valid, valid.sum(dim=1) * numerator // denominator)
+
+
+def first_weights(scores: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
+    """Per row, 1.0 at the keep[b] largest valid scores."""
+    ranked = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    weights = (torch.arange(scores.shape[1], device=scores.device) < keep[:, None]).float()
     return torch.zeros_like(weights).scatter_(1, ranked, weights)

@@ -1,0 +1,106 @@
+"""The Triton kernel of adamw.py: compact state updated and written through in one pass, one launch for a model."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allo_kernels.compact_triton import ENTRIES, WARPS, block_pointer, target_of
+from allo_kernels.launch import launch, to_nearest
+
+_FLAT = 4096  # entries per program where no weight is written, about as many as a block of weights has
+
+
+@triton.jit
+def _bias_correction(LOG2_BETA: tl.constexpr, step):
+    """1 - beta^step; in fp64, because at beta 0.999 its first values would keep four digits in fp32."""
+    return 1.0 - tl.exp2(tl.full((), LOG2_BETA, tl.float64) * step.to(tl.float64))
+
+
+@triton.jit
+def _masked_adamw_kernel(
+    values,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    eps,
+    grad_scale,
+    low,
+    starts,
+    weight,
+    size,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    weight_decay,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    WRITE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TABLE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    step, lr, eps = tl.load(step), tl.load(lr).to(tl.float32), tl.load(eps).to(tl.float32)
+    grad_scale = tl.load(grad_scale).to(tl.float32)
+    step_size = (lr.to(tl.float64) / _bias_correction(LOG2_BETA1, step)).to(tl.float32)
+    inverse_root = (1.0 / tl.sqrt(_bias_correction(LOG2_BETA2, step))).to(tl.float32)
+    decay = 1.0 - lr * weight_decay
+    if WRITE:
+        begin, last = tl.load(starts + block), tl.load(starts + block + 1)
+        base = block_pointer(weight, block, DTYPE, TABLE)
+    else:
+        begin = block * FLAT
+        last = tl.minimum(begin + FLAT, size)
+    for first in range(begin, last, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < last
+        g = tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32) * grad_scale
+        m = tl.load(exp_avg + entry, mask=inside, other=0.0) * beta1 + g * one_minus_beta1
+        v = tl.load(exp_avg_sq + entry, mask=inside, other=0.0) * beta2 + g * g * one_minus_beta2
+        p = tl.load(values + entry, mask=inside, other=0.0) * decay
+        p -= step_size * m / (tl.sqrt(v) * inverse_root + eps)
+        tl.store(exp_avg + entry, m, mask=inside)
+        tl.store(exp_avg_sq + entry, v, mask=inside)
+        tl.store(values + entry, p, mask=inside)
+        if WRITE:
+            at = base + tl.load(low + entry, mask=inside, other=0).to(tl.int64)
+            tl.store(at, to_nearest(p, DTYPE), mask=inside)
+
+
+def masked_adamw_(
+    values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions
+) -> None:
+    size = values.numel()
+    if positions is None:
+        blocks, low, starts, target, kind = -(-size // _FLAT), values, values, values, {"DTYPE": None, "TABLE": False}
+    else:
+        blocks, low, starts = positions.blocks, positions.low, positions.starts
+        target, kind = target_of(weight, positions)
+    scalars = [_on_device(scalar, values) for scalar in (step, lr, eps, 1.0 if grad_scale is None else grad_scale)]
+    launch(
+        _masked_adamw_kernel,
+        (blocks,),
+        *(values, grad, exp_avg, exp_avg_sq, *scalars, low, starts, target, size),
+        *(beta1, beta2, 1 - beta1, 1 - beta2, weight_decay),
+        LOG2_BETA1=math.log2(beta1) if beta1 else -math.inf,
+        LOG2_BETA2=math.log2(beta2) if beta2 else -math.inf,
+        WRITE=positions is not None,
+        FLAT=_FLAT,
+        ENTRIES=ENTRIES,
+        num_warps=WARPS,
+        **kind,
+    )
+
+
+def _on_device(scalar: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-d tensor; making one of a number is a launch, not a copy, so nothing waits."""
+    if isinstance(scalar, Tensor):
+        return scalar
+    return torch.full((), scalar, dtype=torch.float32, device=like.device)

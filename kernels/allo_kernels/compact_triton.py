@@ -1,0 +1,127 @@
+"""Triton kernels of compact.py: one program per block of 65536 weights, over the entries selected there.
+
+Entries are sorted, so a program's accesses to the dense tensor run forward and share 32-byte sectors where the
+selection is dense. Every address is a 64-bit block address plus 16 bits.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allo_kernels.launch import TL_DTYPES, launch, to_nearest
+from allo_kernels.positions import SPAN, Positions, blocks_of
+
+# About 3300 entries a block at 5 %: a few turns of 1024, enough loads in flight without holding many registers.
+ENTRIES, WARPS = 1024, 4
+_SPAN = tl.constexpr(SPAN)
+
+
+@triton.jit
+def block_pointer(dense, block, DTYPE: tl.constexpr, TABLE: tl.constexpr):
+    """First weight of a block: of one tensor, or by a table with every block's address."""
+    if TABLE:
+        return tl.load(dense + block).to(tl.pointer_type(DTYPE))
+    else:
+        return dense + block * _SPAN
+
+
+@triton.jit
+def _gather_kernel(
+    dense, low, starts, out, squares, ACCUMULATE: tl.constexpr, SQUARES: tl.constexpr, ENTRIES: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    last = tl.load(starts + block + 1)
+    total = tl.zeros((ENTRIES,), tl.float32)
+    for first in range(tl.load(starts + block), last, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < last
+        at = block * _SPAN + tl.load(low + entry, mask=inside, other=0).to(tl.int64)
+        picked = tl.load(dense + at, mask=inside, other=0.0).to(tl.float32)
+        if ACCUMULATE:
+            picked += tl.load(out + entry, mask=inside, other=0.0).to(tl.float32)
+        rounded = to_nearest(picked, out.dtype.element_ty)
+        tl.store(out + entry, rounded, mask=inside)
+        if SQUARES:
+            total += rounded.to(tl.float32) * rounded.to(tl.float32)
+    if SQUARES:
+        tl.store(squares + block, tl.sum(total))
+
+
+@triton.jit
+def _scatter_kernel(
+    dense, low, starts, values, DTYPE: tl.constexpr, TABLE: tl.constexpr, SWAP: tl.constexpr, ENTRIES: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    base = block_pointer(dense, block, DTYPE, TABLE)
+    last = tl.load(starts + block + 1)
+    for first in range(tl.load(starts + block), last, ENTRIES):
+        entry = first + tl.arange(0, ENTRIES)
+        inside = entry < last
+        at = base + tl.load(low + entry, mask=inside, other=0).to(tl.int64)
+        value = tl.load(values + entry, mask=inside, other=0.0)
+        if SWAP:
+            tl.store(values + entry, tl.load(at, mask=inside, other=0.0), mask=inside)
+        tl.store(at, to_nearest(value, DTYPE), mask=inside)
+
+
+def gather(
+    dense: Tensor, positions: Positions, out: Tensor, accumulate=False, square_sum=None, first_block: int = 0
+) -> Tensor:
+    """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
+    blocks = blocks_of(dense.numel())
+    starts = positions.starts[first_block:]
+    # Sums per program, added in their order afterwards: atomics would add them in another order each time.
+    squares = None if square_sum is None else torch.empty(blocks, dtype=torch.float32, device=dense.device)
+    launch(
+        _gather_kernel,
+        (blocks,),
+        *(dense, positions.low, starts, out, squares),
+        ACCUMULATE=accumulate,
+        SQUARES=squares is not None,
+        ENTRIES=ENTRIES,
+        num_warps=WARPS,
+    )
+    if square_sum is not None:
+        torch.sum(squares, dim=0, out=square_sum)
+    return out
+
+
+def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, swap: bool = False) -> None:
+    target, constants = target_of(dense, positions)
+    launch(
+        _scatter_kernel,
+        (positions.blocks,),
+        *(target, positions.low, positions.starts, values),
+        SWAP=swap,
+        ENTRIES=ENTRIES,
+        num_warps=WARPS,
+        **constants,
+    )
+
+
+def swap_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor) -> None:
+    scatter_(dense, positions, values, swap=True)
+
+
+def target_of(dense: Tensor | Sequence[Tensor], positions: Positions) -> tuple[Tensor, dict]:
+    """What `block_pointer` needs: a tensor, or the table of its blocks' addresses, and its constants."""
+    if isinstance(dense, Tensor):
+        return dense, {"DTYPE": TL_DTYPES[dense.dtype], "TABLE": False}
+    dtype = dense[0].dtype if dense else torch.float32
+    addresses = _block_addresses(
+        tuple(weight.data_ptr() for weight in dense), positions.sizes, dtype.itemsize, positions.device
+    )
+    return addresses, {"DTYPE": TL_DTYPES[dtype], "TABLE": True}
+
+
+@functools.lru_cache(maxsize=64)
+def _block_addresses(pointers: tuple[int, ...], sizes: tuple[int, ...], itemsize: int, device: torch.device) -> Tensor:
+    """int64 [blocks]; made once for a model, whose weights do not move."""
+    step = SPAN * itemsize
+    pairs = zip(pointers, sizes, strict=True)
+    table = [pointer + block * step for pointer, size in pairs for block in range(blocks_of(size))]
+    return torch.tensor(table, dtype=torch.int64, device=device)

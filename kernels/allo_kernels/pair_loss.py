@@ -1,0 +1,76 @@
+"""DPO on the key tokens of the rejected responses: their choice, the loss and its gradient in one operation."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from allo_kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from allo_kernels.dispatch import choose
+from allo_kernels.topk import as_ratio, check_fraction, check_mask, first_weights
+
+
+def key_token_dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_valid: Tensor,
+    rejected_valid: Tensor,
+    *,
+    fraction: float,
+    beta: float,
+    label_smoothing: float = 0.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Direct preference optimization on key tokens (ALLO, arXiv 2406.12606; DPO, arXiv 2305.18290).
+
+        r = policy - ref     K = the floor(fraction x valid) tokens of the rejected response with the lowest r
+        d = beta (sum of chosen r - sum over K of rejected r)
+        loss = -(1 - s) log sigmoid(d) - s log sigmoid(-d)
+
+    At least one token of a response is key; all valid ones are where r is zero everywhere, that is before the first
+    update. Ties go to the lower index. No gradient flows through the choice. fraction 1 is DPO on whole responses.
+    All tensors are [B, T]: log-probabilities in bf16, fp16 or fp32, valid in bool; chosen and rejected may differ in T.
+    Returns losses [B], chosen_rewards [B], rejected_rewards [B] (detached, beta times the sums), key_weights [B, T],
+    all fp32; losses are differentiable in chosen_logps and rejected_logps.
+    Raises ValueError, naming the argument, for a wrong shape, dtype or device and for a fraction outside 0..1.
+    """
+    given = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+    }
+    for name, tensor in given.items():
+        like = chosen_logps if "chosen" in name else rejected_logps
+        if tensor.ndim != 2 or len(tensor) != len(chosen_logps):
+            raise ValueError(f"{name}: expected [{len(chosen_logps)}, T], got shape {tuple(tensor.shape)}")
+        check_dtype(name, tensor, *FLOATS)
+        check_shape(name, tensor, like.shape)
+        check_device(name, tensor, chosen_logps.device)
+    check_mask("chosen_valid", chosen_valid, chosen_logps)
+    check_mask("rejected_valid", rejected_valid, rejected_logps)
+    check_fraction(fraction)
+    kernel = "pair_loss_triton.key_token_dpo_loss"
+    run = choose("key_token_dpo_loss", impl, _key_token_dpo_loss_torch, kernel, chosen_logps.device)
+    return run(*given.values(), chosen_valid, rejected_valid, fraction, beta, label_smoothing)
+
+
+def _key_token_dpo_loss_torch(
+    chosen_logps, rejected_logps, ref_chosen, ref_rejected, chosen_valid, rejected_valid, fraction, beta, smoothing
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ratios = rejected_logps.float() - ref_rejected.float()
+    weights = key_token_weights(ratios.detach(), rejected_valid, fraction)
+    chosen = beta * ((chosen_logps.float() - ref_chosen.float()) * chosen_valid).sum(1)
+    rejected = beta * (ratios * weights).sum(1)
+    margin = chosen - rejected
+    losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+    return losses, chosen.detach(), rejected.detach(), weights
+
+
+def key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float) -> Tensor:
+    """1.0 at each row's key tokens, as `key_token_dpo_loss` chooses them; log_ratios, valid: [B, T] -> fp32 [B, T]."""
+    count, (numerator, denominator) = valid.sum(dim=1), as_ratio(fraction)
+    keep = (count * numerator // denominator).clamp(min=1)
+    untouched = ((log_ratios == 0) | ~valid).all(dim=1)
+    return first_weights(-log_ratios, valid, torch.where(untouched, count, keep)) * valid

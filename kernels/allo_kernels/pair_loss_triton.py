@@ -1,0 +1,203 @@
+"""The Triton kernels of pair_loss.py and of top_fraction_weights: one program per row, one launch per batch.
+
+A row's k-th lowest number is found by four histograms over the digits of its bits, the same radix search as in topk.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from allo_kernels.launch import launch
+from allo_kernels.topk import as_ratio
+
+_LONGEST = 2048  # tokens looked at per turn
+
+
+@triton.jit
+def _load(row, at, inside):
+    return tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _ordered(number):
+    """int64 that orders as the float does; both zeros are equal."""
+    bits = (number + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(bits < 0, 0xFFFFFFFF - (bits & 0xFFFFFFFF), bits + 0x80000000)
+
+
+@triton.jit
+def _keys(scores, reference, valid, at, length, NEGATE: tl.constexpr):
+    """Scores (or score - reference) of a turn, what orders them lowest first, and which count."""
+    inside = at < length
+    inside &= tl.load(valid + at, mask=inside, other=0) != 0
+    number = _load(scores, at, inside)
+    if NEGATE:
+        number = -number
+    else:
+        number -= _load(reference, at, inside)
+    return number, _ordered(number), inside
+
+
+@triton.jit
+def _kth_lowest(scores, reference, valid, length, keep, NEGATE: tl.constexpr, TOKENS: tl.constexpr):
+    """Key of the row's keep-th lowest number, and how many of its equals are kept."""
+    bins = tl.arange(0, 256)
+    prefix = tl.zeros((), tl.int64)
+    for shift in tl.static_range(24, -1, -8):
+        counts = tl.zeros((256,), tl.int32)
+        for first in range(0, length, TOKENS):
+            _, key, inside = _keys(scores, reference, valid, first + tl.arange(0, TOKENS), length, NEGATE)
+            matches = inside & ((key >> (shift + 8)) == prefix)
+            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=matches)
+        found = tl.sum((tl.cumsum(counts, 0) < keep).to(tl.int32))
+        keep -= tl.sum(tl.where(bins < found, counts, 0))
+        prefix = prefix * 256 + found
+    return prefix, keep
+
+
+@triton.jit
+def _kept(key, inside, kth, equals, seen):
+    """Which of this turn's tokens are kept, and how many equals of the k-th were met so far."""
+    tie = inside & (key == kth)
+    rank = seen + tl.cumsum(tie.to(tl.int32), 0)
+    return inside & ((key < kth) | (tie & (rank <= equals))), seen + tl.sum(tie.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["length", "numerator", "denominator"])
+def _top_fraction_kernel(scores, valid, weights, length, numerator, denominator, TOKENS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * length
+    scores += row
+    valid += row
+    count = tl.zeros((), tl.int64)
+    for first in range(0, length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        count += tl.sum((tl.load(valid + at, mask=at < length, other=0) != 0).to(tl.int64))
+    keep = (count * numerator // denominator).to(tl.int32)
+    kth, equals = _kth_lowest(scores, scores, valid, length, keep, True, TOKENS)
+    seen = tl.zeros((), tl.int32)
+    for first in range(0, length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        _, key, inside = _keys(scores, scores, valid, at, length, True)
+        kept, seen = _kept(key, inside, kth, equals, seen)
+        tl.store(weights + row + at, kept.to(tl.float32), mask=at < length)
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit(do_not_specialize=["chosen_length", "rejected_length", "numerator", "denominator"])
+def _key_token_dpo_kernel(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    chosen_valid,
+    rejected_valid,
+    losses,
+    chosen_rewards,
+    rejected_rewards,
+    weights,
+    d_chosen,
+    d_rejected,
+    chosen_length,
+    rejected_length,
+    numerator,
+    denominator,
+    beta,
+    smoothing,
+    TOKENS: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    chosen_row, rejected_row = pair * chosen_length, pair * rejected_length
+    chosen_sum = tl.zeros((), tl.float32)
+    for first in range(0, chosen_length, TOKENS):
+        at = chosen_row + first + tl.arange(0, TOKENS)
+        ratio, _, inside = _keys(chosen, ref_chosen, chosen_valid, at, chosen_row + chosen_length, False)
+        chosen_sum += tl.sum(tl.where(inside, ratio, 0.0))
+    rejected += rejected_row
+    ref_rejected += rejected_row
+    rejected_valid += rejected_row
+    count = tl.zeros((), tl.int64)
+    moved = tl.zeros((), tl.int64)
+    for first in range(0, rejected_length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        ratio, _, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        count += tl.sum(inside.to(tl.int64))
+        moved += tl.sum((inside & (ratio != 0.0)).to(tl.int64))
+    keep = tl.where(moved == 0, count, tl.maximum(count * numerator // denominator, 1)).to(tl.int32)
+    kth, equals = _kth_lowest(rejected, ref_rejected, rejected_valid, rejected_length, keep, False, TOKENS)
+    rejected_sum = tl.zeros((), tl.float32)
+    seen = tl.zeros((), tl.int32)
+    for first in range(0, rejected_length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        ratio, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        kept, seen = _kept(key, inside, kth, equals, seen)
+        rejected_sum += tl.sum(tl.where(kept, ratio, 0.0))
+    margin = beta * chosen_sum - beta * rejected_sum
+    tl.store(chosen_rewards + pair, beta * chosen_sum)
+    tl.store(rejected_rewards + pair, beta * rejected_sum)
+    tl.store(losses + pair, (1.0 - smoothing) * _softplus(-margin) + smoothing * _softplus(margin))
+    slope = beta * ((1.0 - smoothing) * tl.sigmoid(-margin) - smoothing * tl.sigmoid(margin))  # -d loss / d chosen sum
+    for first in range(0, chosen_length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        inside = at < chosen_length
+        counts = tl.load(chosen_valid + chosen_row + at, mask=inside, other=0) != 0
+        tl.store(d_chosen + chosen_row + at, tl.where(counts, -slope, 0.0), mask=inside)
+    seen = tl.zeros((), tl.int32)
+    for first in range(0, rejected_length, TOKENS):
+        at = first + tl.arange(0, TOKENS)
+        _, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        kept, seen = _kept(key, inside, kth, equals, seen)
+        tl.store(weights + rejected_row + at, kept.to(tl.float32), mask=at < rejected_length)
+        tl.store(d_rejected + rejected_row + at, tl.where(kept, slope, 0.0), mask=at < rejected_length)
+
+
+def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float) -> Tensor:
+    rows, length = scores.shape
+    weights = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    arguments = (scores, valid, weights, length, *as_ratio(fraction))
+    launch(_top_fraction_kernel, (rows,), *arguments, TOKENS=_tokens(length), num_warps=4)
+    return weights
+
+
+def key_token_dpo_loss(
+    chosen_logps, rejected_logps, ref_chosen, ref_rejected, chosen_valid, rejected_valid, fraction, beta, smoothing
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fixed = (ref_chosen, ref_rejected, chosen_valid, rejected_valid)
+    return _KeyTokenDpo.apply(chosen_logps, rejected_logps, fixed, (*as_ratio(fraction), beta, smoothing))
+
+
+class _KeyTokenDpo(torch.autograd.Function):
+    """The gradient per token is known with the loss; backward only multiplies it."""
+
+    @staticmethod
+    def forward(ctx, chosen_logps, rejected_logps, fixed, settings):
+        inputs = [tensor.detach().contiguous() for tensor in (chosen_logps, rejected_logps, *fixed)]
+        pairs = torch.empty((3, len(chosen_logps)), dtype=torch.float32, device=chosen_logps.device)
+        d_chosen = torch.empty_like(inputs[0], dtype=torch.float32)
+        weights, d_rejected = (torch.empty_like(inputs[1], dtype=torch.float32) for _ in range(2))
+        lengths = (chosen_logps.shape[1], rejected_logps.shape[1])
+        launch(
+            _key_token_dpo_kernel,
+            (len(chosen_logps),),
+            *(*inputs, *pairs, weights, d_chosen, d_rejected, *lengths, *settings),
+            TOKENS=_tokens(max(lengths)),
+            num_warps=4,
+        )
+        ctx.save_for_backward(d_chosen, d_rejected)
+        ctx.dtypes = chosen_logps.dtype, rejected_logps.dtype
+        outputs = (*pairs.unbind(), weights)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        found = (d * upstream[:, None] for d in ctx.saved_tensors)
+        return *(d.to(dtype) for d, dtype in zip(found, ctx.dtypes, strict=True)), None, None
+
+
+def _tokens(length: int) -> int:
+    return min(_LONGEST, triton.next_power_of_2(max(16, length)))

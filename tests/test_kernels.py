@@ -1,0 +1,72 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from allo_kernels import Positions, dispatch, gather, scatter_, token_logps
+from allo_kernels.check_cases import cases
+from allo_kernels.positions import SPAN
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.op}-{case.name}" for case in CASES])
+def test_equals_its_definition(case):
+    wrong = [finding for finding in case.run(DEVICE) if not finding.passed]
+    assert not wrong
+
+
+def test_addresses_beyond_32_bits():
+    """4 GiB of address space of which a few pages are touched; block 32768 starts at 2**31, byte 2**32."""
+    dense = torch.empty(2**31 + SPAN, dtype=torch.bfloat16, device=DEVICE)
+    ends = [5, 2**31 - 1, 2**31 + 7]
+    positions = Positions.pack(torch.tensor(ends, device=DEVICE), dense.numel())
+    scatter_(dense, positions, torch.tensor([1.0, 2.0, 3.0], device=DEVICE), impl="triton")
+    assert dense[ends].tolist() == [1, 2, 3]
+    dense[ends] = torch.tensor([4.0, 5.0, 6.0], device=DEVICE).bfloat16()
+    assert gather(dense, positions, impl="triton").tolist() == [4, 5, 6]
+
+
+def test_the_choice_is_said_once(caplog, monkeypatch):
+    dispatch._automatic.cache_clear()
+    with caplog.at_level(logging.INFO, "allo_kernels"):
+        for _ in range(2):
+            assert dispatch.choose("op", "auto", len, "topk.as_ratio", torch.device("cpu")) is len
+    assert caplog.messages == ["op: torch (the CPU runs PyTorch)"]
+
+
+# What a machine with a GPU would say, without the GPU.
+@pytest.mark.parametrize(
+    "capability, triton, expected, level",
+    [((9, 0), True, "op: triton", "INFO"), ((7, 5), True, "7.5 is older than 8.0", "WARNING")]
+    + [((9, 0), False, "Triton is not installed", "WARNING")],
+)
+def test_an_old_gpu_or_no_triton_runs_the_definition(capability, triton, expected, level, caplog, monkeypatch):
+    dispatch._automatic.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: triton or None)
+    kernel = dispatch.importlib.import_module("allo_kernels.topk").as_ratio
+    with caplog.at_level(logging.INFO, "allo_kernels"):
+        chosen = dispatch.choose("op", "auto", len, "topk.as_ratio", torch.device("cuda"))
+    assert chosen is (kernel if level == "INFO" else len)
+    assert [record.levelname for record in caplog.records] == [level] and expected in caplog.text
+    if level == "WARNING":
+        with pytest.raises(ValueError, match=f"impl: 'triton' cannot run op here: .*{expected}"):
+            dispatch.choose("op", "triton", len, "topk.as_ratio", torch.device("cuda"))
+    dispatch._automatic.cache_clear()
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot run token_logps here: a CPU tensor needs TRITON_INTERPRET=1"):
+        token_logps(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1).long(), impl="triton")
+
+
+def test_nothing_imports_triton_before_a_kernel_runs():
+    code = "import sys, allo_kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

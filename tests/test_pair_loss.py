@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from allo_fast.objectives import dpo_loss
+from allo_kernels import key_token_dpo_loss, key_token_weights
+
+
+def pair(seed=0, chosen=5, rejected=8):
+    draw = torch.Generator().manual_seed(seed)
+    logps = [-torch.rand(2, length, generator=draw) for length in (chosen, rejected, chosen, rejected)]
+    valid = [torch.ones(2, length, dtype=torch.bool) for length in (chosen, rejected)]
+    valid[1][1, 6:] = False
+    return [*logps, *valid]
+
+
+def test_fraction_1_is_dpo_on_whole_responses():
+    chosen, rejected, ref_chosen, ref_rejected, chosen_valid, rejected_valid = given = pair()
+    settings = {"beta": 0.3, "label_smoothing": 0.1}
+    sums = [side.sum(1) for side in (chosen, rejected * rejected_valid, ref_chosen, ref_rejected * rejected_valid)]
+    losses, *rewards, weights = key_token_dpo_loss(*given, fraction=1.0, **settings)
+    for ours, wanted in zip((losses, *rewards), dpo_loss(*sums, **settings), strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert torch.equal(weights, rejected_valid.float())
+
+
+def test_by_hand():
+    zeros, valid = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    ratios = torch.tensor([[0.2, -0.4, 0.1]], requires_grad=True)
+    chosen = torch.tensor([[0.5, 0.0, 0.0]], requires_grad=True)
+    found = key_token_dpo_loss(chosen, ratios, zeros, zeros, valid, valid, fraction=0.34, beta=2.0)
+    margin = torch.tensor(2 * (0.5 + 0.4))
+    assert found[3].tolist() == [[0, 1, 0]] and found[0].item() == pytest.approx(float(torch.log1p((-margin).exp())))
+    found[0].sum().backward()
+    slope = 2 * float(torch.sigmoid(-margin))
+    torch.testing.assert_close(ratios.grad, torch.tensor([[0.0, slope, 0.0]]))
+    torch.testing.assert_close(chosen.grad, torch.full((1, 3), -slope))
+
+
+def test_key_tokens():
+    ratios = torch.tensor([[3.0, -1.0, 2.0, -5.0, 0.0], [0.0] * 5, [1.0] * 5])
+    valid = torch.tensor([[True] * 4 + [False], [True] * 5, [False] * 5])
+    assert key_token_weights(ratios, valid, 0.5).tolist() == [[0, 1, 0, 1, 0], [1] * 5, [0] * 5]
+    assert key_token_weights(ratios, valid, 0.0)[0].tolist() == [0, 0, 0, 1, 0], "never none"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_bad_arguments(impl):
+    names = "chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_valid rejected_valid".split()
+    for message, change in (
+        (r"chosen_logps: expected \[2, T\]", {"chosen_logps": torch.zeros(2)}),
+        (r"rejected_logps: expected \[2, T\]", {"rejected_logps": torch.zeros(3, 8)}),
+        ("ref_chosen_logps: expected shape", {"ref_chosen_logps": torch.zeros(2, 4)}),
+        ("ref_rejected_logps: expected torch.bfloat16", {"ref_rejected_logps": torch.zeros(2, 8).double()}),
+        ("ref_rejected_logps: expected a tensor on cpu", {"ref_rejected_logps": torch.zeros(2, 8, device="meta")}),
+        ("chosen_valid: expected torch.bool", {"chosen_valid": torch.ones(2, 5)}),
+        ("rejected_valid: expected shape", {"rejected_valid": torch.ones(2, 7).bool()}),
+        ("fraction: expected 0..1", {"fraction": -0.1}),
+    ):
+        given = dict(zip(names, pair(), strict=True)) | {"fraction": 0.1, "beta": 0.1} | change
+        with pytest.raises(ValueError, match=message):
+            key_token_dpo_loss(**given, impl=impl)
