@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
@@ -32,14 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("allo_fast").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     try:
-        given.command(given)
+        return given.command(given) or 0
     except (UserError, TrainingError) as error:
         print(f"allo-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("allo-fast: interrupted; the same command continues", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("gguf", type=Path)
     command.add_argument("out", type=Path)
     command.set_defaults(command=lambda given: convert_gguf(given.gguf, given.out))
+    command = commands.add_parser("kernels", help="check, compile ahead of time, or measure the kernels")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="check | aot | bench [--json FILE]")
+    command.set_defaults(command=_kernels)
     command = commands.add_parser("env", help="versions and devices")
     command.set_defaults(command=_env)
     return parser
@@ -130,6 +133,11 @@ def _merge(given: argparse.Namespace) -> None:
     delta.merge_into(model)
     save_model(model, load_tokenizer(given.base), given.out)
     print(given.out)
+
+
+def _kernels(given: argparse.Namespace) -> int:
+    """In a process of its own: whether Triton compiles or interprets is settled when it is first imported."""
+    return subprocess.call([sys.executable, "-m", "allo_kernels", *given.arguments])
 
 
 def _env(given: argparse.Namespace) -> None:

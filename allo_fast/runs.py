@@ -14,10 +14,10 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from allo_fast import memory
 from allo_fast.config import Config, UserError, load_config, save_config
 from allo_fast.engine import CHECKPOINT
 from allo_fast.models import pick_device
+from allo_kernels import memory
 
 MANIFEST = "MANIFEST.json"
 STARTED = "STARTED.json"

@@ -1,12 +1,11 @@
-"""`python -m benchmarks step`"""
+"""`python -m benchmarks step | gpu`"""
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks import step
 
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     command = commands.add_parser("step", help="one DPO step, dense against sparse: time, peak memory, state bytes")
@@ -15,9 +14,26 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that train")
     command.add_argument("--steps", type=int, default=5, help="steps measured")
     command.add_argument("--out", type=Path, help="JSON file")
+    command.set_defaults(command=_step)
+    command = commands.add_parser("gpu", help="check and measure the kernels on this machine's GPU")
+    command.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    command.set_defaults(command=_gpu)
     given = parser.parse_args(arguments)
+    return given.command(given)
+
+
+def _step(given: argparse.Namespace) -> int:
+    from benchmarks import step
+
     step.run(given.model, given.dtype, given.ratio, given.steps, given.out)
+    return 0
+
+
+def _gpu(given: argparse.Namespace) -> int:  # without what the engine needs: a bare GPU machine may not have it
+    from benchmarks import gpu
+
+    return int(bool(gpu.run(given.out).failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_fast import memory
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import Corpus
 from allo_fast.engine import Trainer
@@ -24,6 +23,7 @@ from allo_fast.objectives import Dpo
 from allo_fast.policy import DensePolicy, SparsePolicy
 from allo_fast.runs import versions
 from allo_fast.selection import Selection
+from allo_kernels import memory
 
 
 @dataclass(frozen=True)

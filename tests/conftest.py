@@ -3,6 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton, which asks then: without a GPU, its kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data.batch import Corpus
@@ -27,8 +31,6 @@ TINY = {
 
 def pytest_configure(config):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
     torch.set_num_threads(1)  # two xdist workers share two cores
 
 

@@ -13,7 +13,7 @@ import allo_fast
 import allo_kernels
 
 ROOT = Path(__file__).parents[1]
-ORDER = "config data memory models logps policy selection objectives optim backend engine".split()
+ORDER = "config data models logps policy selection objectives optim backend engine".split()
 ORDER += "generation runs stages figures report".split()
 SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))

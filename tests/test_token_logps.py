@@ -73,6 +73,7 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 def test_selected_entries_get_the_dense_gradient_gathered(n, d, v, impl, monkeypatch):
     module = __import__("sys").modules["allo_kernels.token_logps"]
     monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1 << 18, "cuda": 1 << 18})
+    monkeypatch.setattr(module, "_MIN_COLUMNS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
     positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()

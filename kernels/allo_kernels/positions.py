@@ -109,6 +109,7 @@ class Positions:
         for block in range(first, last, _CHUNK):
             starts = self.starts[block : min(block + _CHUNK, last) + 1]
             entries = slice(int(starts[0]), int(starts[-1]))
-            bases = torch.arange(len(starts) - 1, device=self.device).add_(block - first).mul_(SPAN)
-            high = torch.repeat_interleave(bases, starts.diff(), output_size=entries.stop - entries.start)
-            yield entries, high.add_(self.low[entries].to(torch.int64))
+            index = self.low[entries].to(torch.int64)
+            bases = range((block - first) * SPAN, (block - first + len(starts) - 1) * SPAN, SPAN)
+            torch._foreach_add_(index.split(starts.diff().tolist()), list(bases))
+            yield entries, index

@@ -14,8 +14,9 @@ from allo_kernels.dispatch import choose
 from allo_kernels.positions import SPAN, Positions
 
 IGNORE = -100
-# Backward holds this much of d loss / d logits: enough columns for full-speed matrix products, little to keep.
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+# How much of d loss / d logits exists at once: what a CPU's cache holds, and what keeps a GPU's matrix units busy.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
+_MIN_COLUMNS = 1024  # narrower matrix products would be slower, however many the rows
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _chunks(rows: Rows, weight: Tensor, compact: bool) -> Iterator[tuple[int, in
     budget = _CHUNK_BYTES[weight.device.type] // weight.element_size()
     columns = budget // max(1, *rows.hidden.shape) if compact else budget // max(1, len(rows.targets))
     step = SPAN // math.gcd(SPAN, weight.shape[1]) if compact else 16
-    columns = max(step, columns // step * step)
+    columns = max(step, max(columns, _MIN_COLUMNS) // step * step)
     if len(rows.targets):
         yield from ((first, min(first + columns, len(weight))) for first in range(0, len(weight), columns))
 
@@ -175,13 +176,16 @@ def _definition() -> tuple[Callable, Callable, Callable]:
 
 def _target_and_lse_torch(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The target's logit and the log of the sum of all exponentials, fp32 [n] each."""
-    chosen, parts = torch.zeros(len(rows.targets), device=weight.device), []
-    for first, last in _chunks(rows, weight, False):
+    chunks = list(_chunks(rows, weight, False))
+    chosen = torch.zeros(len(rows.targets), device=weight.device)
+    parts = chosen.new_empty(len(chunks), len(rows.targets))
+    for part, (first, last) in zip(parts, chunks, strict=True):
         logits = _logits(rows.hidden, weight[first:last], None if bias is None else bias[first:last], head)[0]
-        parts.append(logits.logsumexp(1))
+        torch.logsumexp(logits, 1, out=part)
         mine = ((rows.targets >= first) & (rows.targets < last)).nonzero().squeeze(1)
         chosen[mine] = logits[mine, rows.targets[mine] - first]
-    return chosen, torch.stack(parts).logsumexp(0) if parts else chosen
+        del logits  # else two chunks are alive while the next is made
+    return chosen, parts.logsumexp(0)
 
 
 def _d_logits_torch(rows: Rows, weight: Tensor, bias: Tensor | None, first: int, head: Head) -> Tensor:

@@ -1,0 +1,105 @@
+"""`allo-fast kernels check | aot | bench`, and uninstalled `python -m allo_kernels ...`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "liger-kernel")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m allo_kernels", description=__doc__)
+    add_arguments(parser)
+    given = parser.parse_args(arguments)
+    return given.command(given)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = {
+        check: "every kernel against its definition, on the GPU or in Triton's interpreter",
+        aot: "compile every kernel for sm_80 and sm_90, no GPU needed; a spill is a failure",
+        bench: "time, memory, bandwidth and FLOP rate of every operation beside its rivals",
+    }
+    for function, text in about.items():
+        command = commands.add_parser(function.__name__, help=text)
+        command.add_argument("--json", type=Path, metavar="FILE", help="also every row, with machine and versions")
+        command.set_defaults(command=lambda given, function=function: _finish(function(), given.json))
+
+
+def check() -> Iterator[dict]:
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is now
+    from allo_kernels.check_cases import cases
+
+    device = this_device()
+    for case in cases():
+        for finding in case.run(device):
+            text = f"{finding.output}: error {finding.error:.3g}, allowed {finding.allowed:.3g}"
+            yield {"text": f"{finding.op} {finding.case}  {text}", **asdict(finding), "passed": finding.passed}
+
+
+def aot() -> Iterator[dict]:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from allo_kernels.aot import compile_all
+
+    for row in compile_all():
+        used = f"registers {row.registers}, shared {row.shared_bytes} B, stack {row.stack_bytes} B, spills {row.spills}"
+        name = f"{row.target} {row.model} {row.kernel} ({row.variant})"
+        yield {"text": f"{name}  {used}{', wgmma' * row.wgmma}", **asdict(row), "passed": row.passed}
+
+
+def bench() -> Iterator[dict]:
+    from allo_kernels import bench
+
+    device, rows = this_device(), []
+    for ceilings, row in bench.run(device, bench.GPU if device.type == "cuda" else bench.CPU):
+        rows.append(row)
+        yield {"text": "", **asdict(row), "ceilings": asdict(ceilings)}
+    print(bench.as_markdown(rows))
+    print(f"ceilings: copy {ceilings.gbytes_per_s:.3g} GB/s, matrix product {ceilings.tflops:.3g} TFLOP/s")
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def machine() -> dict[str, str]:
+    """Device, versions and date, for whoever reads the numbers later."""
+    device = this_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    found = {"device": name, "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _finish(found: Iterator[dict], path: Path | None) -> int:
+    started, rows, failed = time.perf_counter(), [], 0
+    for row in found:
+        text = row.pop("text")
+        rows.append(row)
+        if "passed" in row:
+            failed += not row["passed"]
+            text = f"{'pass' if row['passed'] else 'FAIL'}  {text}"
+        if text:
+            print(text, flush=True)
+    print(f"{len(rows)} rows, {failed} failed, {time.perf_counter() - started:.0f} s")
+    if path:
+        path.write_text(json.dumps({**machine(), "rows": rows}, indent=1))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
