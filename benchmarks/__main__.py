@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | gpu`"""
+"""`python -m benchmarks step | positions | gpu`"""
 
 import argparse
 import sys
@@ -15,6 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=5, help="steps measured")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_step)
+    command = commands.add_parser("positions", help="formats for the selected positions: bytes and decoding time")
+    command.add_argument("--weights", type=int, default=100_000_000)
+    command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
+    command.set_defaults(command=_positions)
     command = commands.add_parser("gpu", help="check and measure the kernels on this machine's GPU")
     command.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     command.set_defaults(command=_gpu)
@@ -26,6 +30,13 @@ def _step(given: argparse.Namespace) -> int:
     from benchmarks import step
 
     step.run(given.model, given.dtype, given.ratio, given.steps, given.out)
+    return 0
+
+
+def _positions(given: argparse.Namespace) -> int:
+    from benchmarks import positions
+
+    positions.run(given.weights, tuple(given.ratios))
     return 0
 
 

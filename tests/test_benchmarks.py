@@ -1,6 +1,19 @@
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
 
+import pytest
+import torch
+
+from allo_kernels import bench
+from allo_kernels.check_cases import cases
+from benchmarks import gpu
 from benchmarks.__main__ import main
+
+CASES = list(islice(cases(), 2))
 
 
 def test_step_runs_and_counts(tmp_path, capsys):
@@ -9,3 +22,47 @@ def test_step_runs_and_counts(tmp_path, capsys):
     assert dense["state_bytes_per_parameter"] == 16 and sparse["state_bytes_per_parameter"] <= 3.1
     assert sparse["selected"] == int(0.05 * sparse["parameters"]) and dense["tokens"] == sparse["tokens"]
     assert "state_bytes_per_parameter" in capsys.readouterr().out
+
+
+def test_gpu_smoke(tmp_path, capsys):
+    """What a GPU machine runs, in miniature, on whatever is here."""
+    sizes = bench.Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
+    broken = replace(CASES[0], make=lambda device: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, None))
+    found = gpu.run(tmp_path / "new", sizes, [*CASES[:2], broken])
+    assert [row["passed"] for row in found.failed] == [False] and len(found.checks) > 2
+    written = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert written["torch"] and written["date"] and written["ceilings"]["tflops"] > 0
+    ran = [row for row in written["rows"] if not row["absent"]]
+    assert all(row["median_ms"] > 0 and row["peak_mib"] >= 0 for row in ran)
+    assert {row["contender"] for row in ran if row["speedup"] == 1} >= {"allo-fast", "allo-fast, 5 % selected"}
+    liger = next(row for row in written["rows"] if row["contender"].startswith("Liger"))
+    assert (
+        "liger-kernel is not installed" in liger["absent"] or "it needs a GPU" in liger["absent"] or liger["median_ms"]
+    )
+    table = (tmp_path / "new" / "gpu.md").read_text()
+    assert f"{len(found.checks)} checks, 1 failed" in table and table.count("\n|") == 2 + len(written["rows"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_says_that_there_is_none(tmp_path):
+    with pytest.raises(SystemExit, match="no CUDA device; `allo-fast kernels bench` measures a CPU"):
+        main(["gpu", "--out", str(tmp_path)])
+
+
+def test_gpu_needs_no_engine():
+    """A bare GPU machine has torch, triton and numpy, not what the engine's configuration needs."""
+    code = "import sys, benchmarks.gpu; sys.exit(any(name in sys.modules for name in ('pydantic', 'allo_fast')))"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ".:kernels"}).returncode == 0
+
+
+def test_bytes_counted_by_hand():
+    # 16 weights of bf16 in a sector: all of it moves unless none of them is selected.
+    assert bench._sector_bytes(1600, torch.bfloat16) == pytest.approx(3200 * (1 - 0.95**16))
+
+
+def test_positions(capsys):
+    main(["positions", "--weights", "200001", "--ratios", "0.05"])
+    rows = [line.split() for line in capsys.readouterr().out.replace("16 bits", "16bits").splitlines()[1:]]
+    found = {name: float(size) for _, name, size, _ in rows}
+    assert found["bitmask"] == 0.125 and found["int32"] == pytest.approx(0.2, rel=0.02)
+    assert found["16bits"] == pytest.approx(0.1, rel=0.02)

@@ -68,22 +68,23 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 
 
 # Widths that share 64, 1 and 4096 with a block of positions; budgets that cut the vocabulary into several chunks.
-@pytest.mark.parametrize("n, d, v", [(5, 64, 3000), (5, 3, 70_000), (2, 4096, 50)])
-@pytest.mark.parametrize("impl", ["torch", "triton"] if torch.cuda.is_available() else ["torch"])
-def test_selected_entries_get_the_dense_gradient_gathered(n, d, v, impl, monkeypatch):
+@pytest.mark.parametrize("n, d, v", [(5, 64, 3000), (5, 3, 30_000), (2, 4096, 50)])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
     module = __import__("sys").modules["allo_kernels.token_logps"]
-    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1 << 18, "cuda": 1 << 18})
+    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(module, "_MIN_COLUMNS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
     positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
-    (token_logps(hidden, weight, targets, values=values, positions=positions) * upstream).sum().backward()
+    d_hidden, d_weight = torch.autograd.grad((full_logits(hidden, weight, targets) * upstream).sum(), [hidden, weight])
+    settings = {"values": values, "positions": positions, "impl": impl}
+    (token_logps(hidden, weight, targets, **settings) * upstream).sum().backward()
+    torch.testing.assert_close(values.grad, d_weight.view(-1)[positions.unpack()], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-5, atol=1e-6)
     assert weight.grad is None
-    compact = values.grad, hidden.grad.clone()
-    hidden.grad = None
-    (token_logps(hidden, weight, targets) * upstream).sum().backward()
-    torch.testing.assert_close(compact[0], weight.grad.view(-1)[positions.unpack()], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(compact[1], hidden.grad, rtol=1e-5, atol=1e-6)
+    (token_logps(hidden, weight, targets, impl=impl) * upstream).sum().backward()
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-5, atol=1e-6)
 
 
 def test_no_rows_at_all():

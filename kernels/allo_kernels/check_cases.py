@@ -75,7 +75,7 @@ def _topk_cases(large: bool) -> Iterator[Case]:
 
 def _pair_cases(large: bool) -> Iterator[Case]:
     shapes = ((1, 1, 1), (3, 7, 50), (2, 70, 2100)) + (((64, 512, 5000),) if large else ())
-    for (b, chosen, rejected), fraction in itertools.product(shapes, (0.0, 0.1, 0.29, 1.0)):
+    for (b, chosen, rejected), fraction in itertools.product(shapes, (0.0, 0.1, 0.4, 0.65, 1.0)):
         name = f"B{b}-T{chosen}-T{rejected}-f{fraction}"
         yield Case("key_token_dpo_loss", name, lambda d, s=(b, chosen, rejected), f=fraction: _pair_case(d, *s, f))
         yield Case("top_fraction_weights", name, lambda d, s=(b, rejected), f=fraction: _fraction_case(d, *s, f))
@@ -250,5 +250,5 @@ def _fraction_case(device, rows, length, fraction):
     random = _random(device)
     scores, valid = random(rows, length), random(rows, length) < 0.8
     scores[:, ::3] = 0.5
-    scores[:, 1::7] = -0.0
+    scores[:, 1::7], scores[:, 2::7] = -0.0, 0.0  # at fraction 0.65 the last one kept is a zero
     return lambda impl: {"weights": top_fraction_weights(scores, valid, fraction, impl=impl)}, None

@@ -1,0 +1,48 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from allo_kernels import aot
+from allo_kernels.__main__ import main
+
+
+def test_every_kernel_compiles_for_both_targets_without_a_spill(tmp_path):
+    path = tmp_path / "aot.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "allo_kernels", "aot", "--json", str(path)]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": "kernels"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["passed"] and row["registers"] for row in rows) and ", wgmma" in done.stdout
+    kernels = "target_and_lse d_logits gather scatter masked_adamw histogram top_fraction key_token_dpo".split()
+    found = {(row["kernel"], row["target"], row["model"]) for row in rows}
+    assert found == {(kernel, target, model) for kernel in kernels for target in aot.TARGETS for model in aot.MODELS}
+
+
+# Each kind of failure alone; fp32 has no matrix instructions to show.
+def test_what_fails():
+    good = aot.Compiled("Llama-3-8B", "d_logits", "bf16", "sm_90", 195, 1024, 0, 0, True, 0)
+    assert good.passed and replace(good, wgmma=False, variant="fp32").passed
+    for change in ({"stack_bytes": 8}, {"spills": 1}, {"wgmma": False}, {"narrow_products": 1}):
+        assert not replace(good, **change).passed
+
+
+def test_the_interpreter_cannot_compile(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1: compiling needs a process without it"):
+        next(aot.compile_all())
+
+
+def test_one_failure_fails_the_command(monkeypatch, capsys, tmp_path):
+    good = aot.Compiled("Llama-3-8B", "gather", "bf16", "sm_80", 32, 0, 0, 0, False, 0)
+    monkeypatch.setattr(aot, "compile_all", lambda: iter([good, replace(good, spills=2)]))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["aot", "--json", str(tmp_path / "rows.json")]) == 1
+    said = capsys.readouterr().out
+    assert "pass  sm_80 Llama-3-8B gather" in said and "FAIL" in said and "2 rows, 1 failed" in said
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["passed"] for row in written["rows"]] == [True, False] and written["torch"] and written["device"]
