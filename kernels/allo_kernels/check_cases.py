@@ -74,7 +74,7 @@ def _topk_cases(large: bool) -> Iterator[Case]:
 
 
 def _pair_cases(large: bool) -> Iterator[Case]:
-    shapes = ((1, 1, 1), (3, 7, 50), (2, 70, 2100)) + (((64, 512, 5000),) if large else ())
+    shapes = ((1, 1, 1), (3, 7, 50), (3, 70, 2100)) + (((64, 512, 5000),) if large else ())
     for (b, chosen, rejected), fraction in itertools.product(shapes, (0.0, 0.1, 0.4, 0.65, 1.0)):
         name = f"B{b}-T{chosen}-T{rejected}-f{fraction}"
         yield Case("key_token_dpo_loss", name, lambda d, s=(b, chosen, rejected), f=fraction: _pair_case(d, *s, f))

@@ -11,7 +11,7 @@ from torch import Tensor
 from allo_kernels.launch import launch
 from allo_kernels.topk import as_ratio
 
-_LONGEST = 2048  # tokens looked at per turn
+_LONGEST, _WARPS = 2048, 8  # tokens looked at per turn
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float) -> Tens
     rows, length = scores.shape
     weights = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     arguments = (scores, valid, weights, length, *as_ratio(fraction))
-    launch(_top_fraction_kernel, (rows,), *arguments, TOKENS=_tokens(length), num_warps=4)
+    launch(_top_fraction_kernel, (rows,), *arguments, TOKENS=_tokens(length), num_warps=_WARPS)
     return weights
 
 
@@ -185,7 +185,7 @@ class _KeyTokenDpo(torch.autograd.Function):
             (len(chosen_logps),),
             *(*inputs, *pairs, weights, d_chosen, d_rejected, *lengths, *settings),
             TOKENS=_tokens(max(lengths)),
-            num_warps=4,
+            num_warps=_WARPS,
         )
         ctx.save_for_backward(d_chosen, d_rejected)
         ctx.dtypes = chosen_logps.dtype, rejected_logps.dtype
