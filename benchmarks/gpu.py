@@ -12,6 +12,7 @@ from pathlib import Path
 
 from allo_kernels import bench
 from allo_kernels.__main__ import machine, this_device
+from allo_kernels.bench_cases import GPU, Sizes
 from allo_kernels.check import Case
 from allo_kernels.check_cases import cases
 
@@ -44,7 +45,7 @@ class Results:
         return f"{about}\n\n{checked}{failures}\n\nCeilings: {ceilings}\n\n{bench.as_markdown(self.rows)}\n"
 
 
-def run(out: Path, sizes: bench.Sizes | None = None, suite: Iterable[Case] | None = None) -> Results:
+def run(out: Path, sizes: Sizes | None = None, suite: Iterable[Case] | None = None) -> Results:
     """Raises SystemExit where there is no GPU, unless told what to run (tests do)."""
     device = this_device()
     if device.type != "cuda" and sizes is None:
@@ -57,7 +58,7 @@ def run(out: Path, sizes: bench.Sizes | None = None, suite: Iterable[Case] | Non
     print(
         f"{len(results.checks)} checks, {len(results.failed)} failed, {time.perf_counter() - started:.0f} s", flush=True
     )
-    for ceilings, row in bench.run(device, sizes or bench.GPU):
+    for ceilings, row in bench.run(device, sizes or GPU):
         results.ceilings = asdict(ceilings)
         results.rows.append(row)
         results.write()

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from allo_kernels import bench
+from allo_kernels.bench_cases import Sizes, _sector_bytes
 from allo_kernels.check_cases import cases
 from benchmarks import gpu
 from benchmarks.__main__ import main
@@ -26,7 +26,7 @@ def test_step_runs_and_counts(tmp_path, capsys):
 
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
-    sizes = bench.Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
+    sizes = Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
     broken = replace(CASES[0], make=lambda device: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, None))
     found = gpu.run(tmp_path / "new", sizes, [*CASES[:2], broken])
     assert [row["passed"] for row in found.failed] == [False] and len(found.checks) > 2
@@ -57,7 +57,7 @@ def test_gpu_needs_no_engine():
 
 def test_bytes_counted_by_hand():
     # 16 weights of bf16 in a sector: all of it moves unless none of them is selected.
-    assert bench._sector_bytes(1600, torch.bfloat16) == pytest.approx(3200 * (1 - 0.95**16))
+    assert _sector_bytes(1600, torch.bfloat16) == pytest.approx(3200 * (1 - 0.95**16))
 
 
 def test_positions(capsys):

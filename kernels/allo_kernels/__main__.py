@@ -59,9 +59,10 @@ def aot() -> Iterator[dict]:
 
 def bench() -> Iterator[dict]:
     from allo_kernels import bench
+    from allo_kernels.bench_cases import CPU, GPU
 
     device, rows = this_device(), []
-    for ceilings, row in bench.run(device, bench.GPU if device.type == "cuda" else bench.CPU):
+    for ceilings, row in bench.run(device, GPU if device.type == "cuda" else CPU):
         rows.append(row)
         yield {"text": "", **asdict(row), "ceilings": asdict(ceilings)}
     print(bench.as_markdown(rows))

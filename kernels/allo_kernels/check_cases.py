@@ -49,6 +49,8 @@ def _adamw_cases(large: bool) -> Iterator[Case]:
     for sizes_, grad, weight in itertools.product(sizes, (FP32, BF16), (BF16, FP32, None)):
         name = f"P{'+'.join(map(str, sizes_))}-grad-{NAMES[grad]}-weight-{NAMES.get(weight)}"
         yield Case("masked_adamw_", name, lambda d, s=sizes_, g=grad, w=weight: _adamw_case(d, s, "5%", g, w))
+    if large:
+        yield Case("masked_adamw_", "in a CUDA graph", _graph_case)
     yield Case("masked_adamw_", "K0", lambda d: _adamw_case(d, (5,), "none", FP32, BF16))
 
 
@@ -160,6 +162,39 @@ def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         p = p * (1 - 3e-4) - 3e-3 * (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
     return outputs, {"values": p, "exp_avg": m, "exp_avg_sq": v}
+
+
+def _graph_case(device):
+    """Two replays with another step and learning rate each: a graph must read them from the device, not remember them."""
+    positions, random = _selected(device, (70_001, 3), "5%"), _random(device)
+    start, grad = random(len(positions)), random(len(positions))
+    settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+
+    def outputs(impl):
+        step, lr = torch.tensor(1.0, device=device), torch.tensor(1e-2, device=device)
+        weights = [torch.zeros(size, dtype=BF16, device=device) for size in positions.sizes]
+        state = {"values": start.clone(), "exp_avg": torch.zeros_like(start), "exp_avg_sq": torch.zeros_like(start)}
+
+        def update():
+            masked_adamw_(
+                *_with(state, grad), step=step, lr=lr, weight=weights, positions=positions, impl=impl, **settings
+            )
+
+        update()  # compiles, and makes the table of addresses
+        again = update
+        if impl == "triton":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                update()
+            again = graph.replay
+        for _ in range(2):
+            step += 1
+            lr *= 0.5
+            again()
+        return state | {"weights": torch.cat(weights).float()}
+
+    truth = outputs("torch")
+    return outputs, {name: tensor.double() for name, tensor in truth.items()}
 
 
 def _with(state, grad):
