@@ -59,6 +59,8 @@ def _token_logps_cases(large: bool) -> Iterator[Case]:
     shapes = ((1, 3, 5), (63, 40, 300), (37, 64, 130)) + (((1000, 576, 49_152), (2048, 1024, 151_936)) if large else ())
     heads = ((None, 1.0, False), (5.0, 0.7, True), (5.0, 1.0, False), (None, 1.0, True))
     for (n, d, v), (cap, temperature, bias), dtype in itertools.product(shapes, heads, (BF16, FP16, FP32)):
+        if n >= 1000 and (cap, temperature, bias) not in heads[:2]:
+            continue
         name = f"N{n}-D{d}-V{v}-{NAMES[dtype]}-cap{cap}-T{temperature}" + "-bias" * bias
         yield Case(
             "token_logps",
@@ -144,17 +146,12 @@ def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype):
     scale = torch.tensor(0.37, device=device)
 
     def outputs(impl):
-        state = {"values": start.clone(), "exp_avg": torch.zeros_like(start), "exp_avg_sq": torch.zeros_like(start)}
-        weights = [torch.zeros(size, dtype=weight_dtype or FP32, device=device) for size in sizes]
+        state, weights = _adamw_state(start, positions, weight_dtype or FP32)
         where = {"weight": weights, "positions": positions} if weight_dtype else {}
         for number, grad in enumerate(grads, 1):
             step = torch.tensor(float(number), device=device)
             masked_adamw_(*_with(state, grad), step=step, grad_scale=scale, impl=impl, **where, **settings)
-        if weight_dtype:  # untouched entries stay zero, touched ones are the rounded values
-            wanted = [torch.zeros_like(weight) for weight in weights]
-            scatter_(wanted, positions, state["values"], impl="torch")
-            state["wrong in weight"] = (torch.cat(weights) != torch.cat(wanted)).sum()
-        return state
+        return state | ({"wrong in weight": _wrong(weights, positions, state["values"])} if weight_dtype else {})
 
     p, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
     for number, grad in enumerate(grads, 1):
@@ -164,21 +161,32 @@ def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype):
     return outputs, {"values": p, "exp_avg": m, "exp_avg_sq": v}
 
 
+def _adamw_state(start, positions, dtype):
+    weights = [torch.zeros(size, dtype=dtype, device=start.device) for size in positions.sizes]
+    zeros = {name: torch.zeros_like(start) for name in ("exp_avg", "exp_avg_sq")}
+    return {"values": start.clone(), **zeros}, weights
+
+
+def _wrong(weights, positions, values):
+    """How many weights are not what they should be: zero where nothing is selected, else the rounded value."""
+    wanted = [torch.zeros_like(weight) for weight in weights]
+    scatter_(wanted, positions, values, impl="torch")
+    return (torch.cat(weights) != torch.cat(wanted)).sum()
+
+
 def _graph_case(device):
-    """Two replays with another step and learning rate each: a graph must read them from the device, not remember them."""
+    """Two replays, each with another step and learning rate: a graph must read them from the device."""
     positions, random = _selected(device, (70_001, 3), "5%"), _random(device)
     start, grad = random(len(positions)), random(len(positions))
     settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
     def outputs(impl):
         step, lr = torch.tensor(1.0, device=device), torch.tensor(1e-2, device=device)
-        weights = [torch.zeros(size, dtype=BF16, device=device) for size in positions.sizes]
-        state = {"values": start.clone(), "exp_avg": torch.zeros_like(start), "exp_avg_sq": torch.zeros_like(start)}
+        state, weights = _adamw_state(start, positions, BF16)
+        where = {"weight": weights, "positions": positions}
 
         def update():
-            masked_adamw_(
-                *_with(state, grad), step=step, lr=lr, weight=weights, positions=positions, impl=impl, **settings
-            )
+            masked_adamw_(*_with(state, grad), step=step, lr=lr, impl=impl, **where, **settings)
 
         update()  # compiles, and makes the table of addresses
         again = update
@@ -191,10 +199,10 @@ def _graph_case(device):
             step += 1
             lr *= 0.5
             again()
-        return state | {"weights": torch.cat(weights).float()}
+        return state | {"wrong in weight": _wrong(weights, positions, state["values"])}
 
-    truth = outputs("torch")
-    return outputs, {name: tensor.double() for name, tensor in truth.items()}
+    exact = outputs("torch")
+    return outputs, {name: exact[name].double() for name in ("values", "exp_avg", "exp_avg_sq")}
 
 
 def _with(state, grad):
