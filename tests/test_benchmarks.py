@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
+from allo_kernels import bench
 from allo_kernels.bench_cases import Sizes, _sector_bytes
 from allo_kernels.check_cases import cases
 from benchmarks import gpu
@@ -66,3 +67,12 @@ def test_positions(capsys):
     found = {name: float(size) for _, name, size, _ in rows}
     assert found["bitmask"] == 0.125 and found["int32"] == pytest.approx(0.2, rel=0.02)
     assert found["16bits"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_a_rival_may_fail_but_we_may_not():
+    def fails():
+        raise RuntimeError("no compiler\nsecond line")
+
+    assert bench._try("torch.compile", fails) == "failed: RuntimeError: no compiler"
+    with pytest.raises(RuntimeError, match="no compiler"):
+        bench._try("allo-fast, compact", fails)

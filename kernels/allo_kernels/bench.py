@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from allo_kernels import memory
-from allo_kernels.bench_cases import Benchmark, Sizes, benchmarks
+from allo_kernels.bench_cases import OURS, Benchmark, Sizes, benchmarks
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def measure_ceilings(device: torch.device, sizes: Sizes) -> Ceilings:
 
 
 def _rows(benchmark: Benchmark, device: torch.device, sizes: Sizes, ceilings: Ceilings) -> Iterator[Row]:
-    runnable = {name: run for name, run in benchmark.contenders.items() if not isinstance(run, str)}
-    times = _time(runnable, device, sizes.rounds)
+    tried = {name: run if isinstance(run, str) else _try(name, run) for name, run in benchmark.contenders.items()}
+    times = _time({name: run for name, run in tried.items() if not isinstance(run, str)}, device, sizes.rounds)
     ours = next(iter(times.values()))[0]
-    for name, contender in benchmark.contenders.items():
+    for name, contender in tried.items():
         if isinstance(contender, str):
             yield Row(benchmark.op, benchmark.shape, name, absent=contender)
             continue
@@ -83,6 +83,17 @@ def _rows(benchmark: Benchmark, device: torch.device, sizes: Sizes, ceilings: Ce
             of_ceiling=max(bandwidth / ceilings.gbytes_per_s, rate / ceilings.tflops),
             speedup=median / ours,
         )
+
+
+def _try(name: str, run: Callable[[], object]) -> Callable[[], object] | str:
+    """`run`, or for a rival that fails here (a missing compiler, too little memory) what it said."""
+    try:
+        run()
+    except Exception as error:
+        if name.startswith(OURS):
+            raise
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}"
+    return run
 
 
 def _time(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, tuple[float, float]]:

@@ -38,6 +38,7 @@ class Sizes:
 GPU = Sizes(32, 1 << 24, (8192, 4096, 128_256), 1 << 29, 64, torch.bfloat16, 0)
 CPU = Sizes(1, 100_000_000, (512, 576, 49_152), 10_000_000, 64, torch.float32, 11)
 RATIO = 0.05
+OURS = "allo-fast"
 
 
 @dataclass(frozen=True)
