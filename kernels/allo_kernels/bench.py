@@ -92,7 +92,7 @@ def _try(name: str, run: Callable[[], object]) -> Callable[[], object] | str:
     except Exception as error:
         if name.startswith(OURS):
             raise
-        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}"
+        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return run
 
 
