@@ -88,6 +88,7 @@ def test_a_training_run_on_the_kernels(monkeypatch, tmp_path):
         settings = TrainConfig(learning_rate=1e-2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
         trainer = Trainer(policy, corpus, Dpo(0.3, epsilon=0.5), settings, folder)
         losses = [metrics.loss for metrics in trainer.run()]
+        policy.write_back()
         with policy.reference():
             logps = policy.response_logps(collate(corpus, corpus.examples))
         return torch.tensor(losses), torch.cat([value.detach() for value in policy.values.values()]), logps
