@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path)
     command.set_defaults(command=lambda given: convert_gguf(given.gguf, given.out))
     command = commands.add_parser("kernels", help="check, compile ahead of time, or measure the kernels")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="check | aot | bench [--json FILE]")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="check | aot | bench [--json FILE] | --help")
     command.set_defaults(command=_kernels)
     command = commands.add_parser("env", help="versions and devices")
     command.set_defaults(command=_env)

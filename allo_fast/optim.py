@@ -58,6 +58,8 @@ class SparseAdamW(Optimizer):
                 loss = closure()
         gradients, settings = self.gradients(), self.param_groups[0]
         if self.max_grad_norm is not None:
+            if grad_scale is not None:
+                raise ValueError("grad_scale: this optimizer clips by itself; construct it with max_grad_norm=None")
             grad_scale = (self.max_grad_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
         self._step += 1
         beta1, beta2 = settings["betas"]
@@ -100,10 +102,12 @@ class SparseAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Copies the state into the flat vectors."""
+        """Copies the state into the flat vectors. Raises ValueError when a moment has another shape than its values."""
         super().load_state_dict(state_dict)
         for value, view in self._views.items():
             loaded = self.state[value]
+            if any(loaded[key].shape != value.shape for key in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"state_dict: expected moments of shape {tuple(value.shape)}")
             view.exp_avg.copy_(loaded["exp_avg"])
             view.exp_avg_sq.copy_(loaded["exp_avg_sq"])
             self._step.copy_(loaded["step"])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
@@ -195,6 +196,7 @@ class _Alias(torch.autograd.Function):
         return weight.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         if ctx.dense_gradient is not None:
             ctx.dense_gradient += gradient
@@ -250,6 +252,8 @@ def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[s
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         about = json.loads((file.metadata() or {})["about"])
+    if not isinstance(about, dict) or not isinstance(about["sizes"], dict):
+        raise ValueError(f"metadata: expected an object with sizes, got {about!r:.80}")
     sizes = sorted(about["sizes"].items())
     found = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
     return found, about, tensors

@@ -115,7 +115,9 @@ class Selection:
         """Raises UserError when the file is not a selection, or was made for another model than `model`."""
         try:
             positions, about, _ = load_positions(path)
-            selection = cls(positions, about["parameters"], about["base"])
+            selection = cls(positions, int(about["parameters"]), about["base"])
+            if selection.parameters < max(1, selection.selected):
+                raise ValueError(f"{selection.selected} of {selection.parameters} parameters")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a selection: {error}") from None
         if model is not None:
@@ -130,6 +132,10 @@ class Selection:
         """Raises UserError when it was made for another model."""
         if (found := fingerprint(model)) != self.base:
             raise UserError(f"{where}: made for the model {self.base[:12]}, got the model {found[:12]}")
+        weights = named_weights(model)
+        for name in self.names:
+            if name not in weights or weights[name].numel() != self._positions[name].sizes[0]:
+                raise UserError(f"{where}: {name} is not a tensor of the model, or has another size")
 
 
 @dataclass

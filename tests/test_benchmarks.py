@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from allo_kernels import bench
-from allo_kernels.bench_cases import Sizes, _sector_bytes
+from allo_kernels.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.check_cases import cases
 from benchmarks import gpu
 from benchmarks.__main__ import main
@@ -28,7 +28,9 @@ def test_step_runs_and_counts(tmp_path, capsys):
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
     sizes = Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
-    broken = replace(CASES[0], make=lambda device: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, None))
+    broken = replace(
+        CASES[0], build=lambda device, *_: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, None)
+    )
     found = gpu.run(tmp_path / "new", sizes, [*CASES[:2], broken])
     assert [row["passed"] for row in found.failed] == [False] and len(found.checks) > 2
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())
@@ -69,10 +71,13 @@ def test_positions(capsys):
     assert found["16bits"] == pytest.approx(0.1, rel=0.02)
 
 
-def test_a_rival_may_fail_but_we_may_not():
-    def fails():
+def test_what_fails_is_a_row_and_fails_the_run(tmp_path, monkeypatch):
+    def fails(*_):
         raise RuntimeError("no compiler\nsecond line")
 
-    assert bench._try("torch.compile", fails) == "failed: RuntimeError: no compiler"
-    with pytest.raises(RuntimeError, match="no compiler"):
-        bench._try("allo-fast, compact", fails)
+    contenders = {"allo-fast": fails, "torch": lambda: None}
+    monkeypatch.setattr(bench, "benchmarks", lambda *_: iter([Benchmark("op", "shape", contenders)]))
+    sizes = Sizes(1, 1000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
+    found = gpu.run(tmp_path, sizes, [replace(CASES[0], build=fails)])
+    assert [row.absent for row in found.rows] == ["failed: RuntimeError: no compiler", ""]
+    assert [row["output"] for row in found.failed] == ["RuntimeError: no compiler", "allo-fast"]

@@ -67,6 +67,7 @@ def test_bad_arguments(impl):
     for message, function, *arguments in (
         ("dense: expected a contiguous tensor", gather, dense.T, positions),
         ("dense: expected .* weights, got", gather, dense[:4], positions),
+        ("dense: expected one tensor, got list", gather, [dense], positions),
         ("dense: expected .* or torch.float32, got torch.int64", gather, dense.long(), positions),
         ("dense: expected a tensor on cpu, got one on meta", gather, meta, positions),
         ("positions: expected Positions", gather, dense, torch.tensor([1, 2])),
@@ -86,3 +87,14 @@ def test_bad_arguments(impl):
         with pytest.raises(ValueError, match=message):
             gather(dense, positions, impl=impl, **settings)
     assert torch.equal(dense, case()[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_autograd_sees_what_is_written(impl):
+    dense, positions = case(torch.float32)
+    factor = torch.ones(5, 7, requires_grad=True)
+    product = (dense * factor).sum()
+    scatter_(dense, positions, torch.zeros(4), impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    assert not gather(torch.ones(5, 7, requires_grad=True), positions, impl=impl).requires_grad

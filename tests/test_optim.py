@@ -129,3 +129,25 @@ def test_inside_transformers_trainer(tmp_path):
     # After t steps with one gradient of norm 1e-3, the first moment's norm is (1 - 0.9^t) 1e-3.
     first = torch.cat([optimizer.state[value]["exp_avg"] for value in policy.values.values()])
     assert first.norm().item() == pytest.approx((1 - 0.9**3) * 1e-3, rel=0.05)
+
+
+def test_clipping_twice_is_refused():
+    policy = OneTensor(torch.ones(2), torch.tensor([1]))
+    with pytest.raises(ValueError, match="grad_scale: this optimizer clips by itself"):
+        SparseAdamW(policy, max_grad_norm=1.0).step(grad_scale=torch.tensor(0.5))
+
+
+def test_state_of_another_selection_is_refused():
+    one, two = (SparseAdamW(OneTensor(torch.ones(4), torch.arange(k))) for k in (1, 2))
+    with pytest.raises(ValueError, match="state_dict: expected moments of shape"):
+        two.load_state_dict(one.state_dict())
+
+
+def test_gradients_dropped_and_made_again():
+    """zero_grad of a model sets gradients to None; the next ones lie elsewhere and still count."""
+    policy = OneTensor(torch.zeros(2), torch.tensor([0, 1]))
+    optimizer = SparseAdamW(policy, lr=1.0)
+    for gradient in (None, torch.ones(2)):
+        policy.values["w"].grad = gradient
+        optimizer.step()
+    assert policy.weights["w"].tolist() == pytest.approx([-0.1 / 0.19 / (0.001 / 0.001999) ** 0.5] * 2, rel=1e-5)

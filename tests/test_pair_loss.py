@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from allo_fast.objectives import dpo_loss
-from allo_kernels import key_token_dpo_loss, key_token_weights
+from allo_kernels import key_token_dpo_loss, key_token_weights, top_fraction_weights
 
 
 def pair(seed=0, chosen=5, rejected=8):
@@ -59,3 +61,36 @@ def test_bad_arguments(impl):
         given = dict(zip(names, pair(), strict=True)) | {"fraction": 0.1, "beta": 0.1} | change
         with pytest.raises(ValueError, match=message):
             key_token_dpo_loss(**given, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_a_nan_is_never_left_out(impl, nan):
+    zeros, valid = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    ratios = torch.tensor([[-1.0, nan, -2.0, -3.0]])
+    losses, *_, weights = key_token_dpo_loss(
+        zeros, ratios, zeros, zeros, valid, valid, fraction=0.5, beta=1.0, impl=impl
+    )
+    assert losses.isnan().all() and weights.tolist() == [[0, 1, 0, 1]]
+    assert top_fraction_weights(-ratios, valid, 0.5, impl=impl).tolist() == [[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_does_not_count_cannot_spoil_the_loss(impl):
+    """Padding and tokens that are not key may hold anything; a valid -inf comes before padding."""
+    zeros, ratios = torch.zeros(1, 4), torch.tensor([[-torch.inf, torch.inf, -1.0, float("nan")]])
+    chosen_valid, valid = torch.tensor([[False, False, True, False]]), torch.tensor([[False, True, True, False]])
+    found = key_token_dpo_loss(ratios, ratios, zeros, zeros, chosen_valid, valid, fraction=0.5, beta=1.0, impl=impl)
+    assert found[0].item() == pytest.approx(math.log(2)) and found[3].tolist() == [[0, 0, 1, 0]]
+    scores, valid = torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([[False, True, True]])
+    assert top_fraction_weights(scores, valid, 1.0, impl=impl).tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_small_losses_and_what_gets_a_gradient(impl):
+    given = [tensor.requires_grad_() if index < 4 else tensor for index, tensor in enumerate(pair())]
+    given[0] = (given[0].detach() + 20).requires_grad_()
+    losses = key_token_dpo_loss(*given, fraction=0.5, beta=0.3, impl=impl)[0]
+    margin = losses.detach().double().expm1().log().neg()
+    assert (losses > 1e-14).all() and (margin > 25).all(), "the loss of a settled pair is small, not zero"
+    assert torch.autograd.grad(losses.sum(), given[2], allow_unused=True, retain_graph=True) == (None,)

@@ -17,6 +17,7 @@ def test_pack_and_unpack(size, dtype):
 def test_the_end_of_the_largest_int32_tensor():
     indices = torch.tensor([0, 2**31 - 1], dtype=torch.int32)
     assert Positions.pack(indices, 2**31).unpack().tolist() == [0, 2**31 - 1]
+    assert Positions.pack(indices, 2**33).unpack().tolist() == [0, 2**31 - 1]
 
 
 def test_everything_and_nothing():
@@ -60,5 +61,14 @@ def test_what_comes_from_a_file_is_checked():
         Positions.checked(good.low, good.starts, SPAN + 9)
     with pytest.raises(ValueError, match="sorted"):
         Positions.checked(good.low[[0, 2, 1]], good.starts, SPAN + 10)
+    for low, starts, size in (
+        (good.low[None], good.starts, 9),
+        (good.low, good.starts[0], 9),
+        (good.low, good.starts, "9"),
+    ):
+        with pytest.raises(ValueError, match="low, starts, size: expected"):
+            Positions.checked(low, starts, size)
+    with pytest.raises(ValueError, match="parts: expected at least one"):
+        Positions.cat([])
     with pytest.raises(ValueError, match="low: expected torch.uint16"):
         Positions.checked(good.low.to(torch.int32), good.starts, SPAN + 10)

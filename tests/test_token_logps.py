@@ -120,3 +120,34 @@ def test_bad_arguments(change, message):
     given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "targets": torch.zeros(2, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         token_logps(**given | change)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_words_that_a_bias_rules_out(impl):
+    """Padded vocabularies: a whole tile of logits may be -inf; an fp32 bias is not rounded to the weight's dtype."""
+    hidden, weight, _, targets, upstream = inputs(6, 8, 70, torch.bfloat16, False)
+    bias = torch.linspace(-1, 1, 70)
+    bias[:32], targets = -torch.inf, targets.clamp(min=40)
+    logps = token_logps(hidden, weight, targets, bias=bias, impl=impl)
+    exact = full_logits(hidden.double(), weight.double(), targets, bias.double())
+    assert (logps - exact).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert torch.autograd.grad((logps * upstream).sum(), hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_autocast_changes_nothing(impl):
+    hidden, weight, _, targets, _ = inputs(9, 8, 40, torch.float32, False)
+    plain = token_logps(hidden, weight, targets, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = token_logps(hidden, weight, targets, impl=impl)
+        gradient = torch.autograd.grad(cast.sum(), hidden)[0]
+    assert torch.equal(cast, plain) and torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_second_derivative_is_refused(impl):
+    hidden, weight, _, targets, _ = inputs(4, 8, 20, torch.float32, False)
+    logps = token_logps(hidden, weight, targets, impl=impl)
+    (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(gradient.sum(), hidden)

@@ -88,6 +88,8 @@ def machine() -> dict[str, str]:
 
 def _finish(found: Iterator[dict], path: Path | None) -> int:
     started, rows, failed = time.perf_counter(), [], 0
+    if path:  # now, not after minutes of work
+        path.parent.mkdir(parents=True, exist_ok=True)
     for row in found:
         text = row.pop("text")
         rows.append(row)

@@ -12,6 +12,7 @@ from allo_kernels.dispatch import choose
 from allo_kernels.positions import Positions
 
 
+@torch.no_grad()
 def masked_adamw_(
     values: Tensor,
     grad: Tensor,

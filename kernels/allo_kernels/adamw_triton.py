@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from allo_kernels.compact import tensors
 from allo_kernels.compact_triton import ENTRIES, WARPS, block_pointer, target_of
 from allo_kernels.launch import launch, to_nearest
 
@@ -97,6 +99,7 @@ def masked_adamw_(
         num_warps=WARPS,
         **kind,
     )
+    increment_version([values, exp_avg, exp_avg_sq, *(tensors(weight) if positions is not None else ())])
 
 
 def _on_device(scalar: float | Tensor, like: Tensor) -> Tensor:

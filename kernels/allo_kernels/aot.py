@@ -22,7 +22,13 @@ from allo_kernels.positions import Positions, blocks_of
 from allo_kernels.token_logps import Head, Rows
 from allo_kernels.topk import DIGITS
 
-MODELS = {"Llama-3-8B": (4096, 128_256), "Qwen3-8B": (4096, 151_936), "SmolLM2-135M": (576, 49_152)}  # width, words
+MODELS = {  # width, words; the last has sizes that nothing divides
+    "Llama-3-8B": (4096, 128_256),
+    "Qwen3-8B": (4096, 151_936),
+    "SmolLM2-135M": (576, 49_152),
+    "GPT-2": (768, 50_257),
+    "uneven": (2056, 50_001),
+}
 TARGETS = {"sm_80": (8, 0), "sm_90": (9, 0)}
 _TOKENS, _PAIRS = 8192, 32
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -15,16 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """outputs(impl): what the operation gives, by name; truth: the same in fp64, None where it must be equal."""
+    """build(device, *arguments) gives outputs(impl), what the operation makes of its inputs, by name, and the truth:
+
+    the same in fp64, None where it must be equal.
+    """
 
     op: str
     name: str
-    make: Callable[[torch.device], tuple[Callable[[str], dict[str, Tensor]], dict[str, Tensor] | None]]
+    build: Callable[..., tuple[Callable[[str], dict[str, Tensor]], dict[str, Tensor] | None]]
+    arguments: tuple = ()
 
     def run(self, device: torch.device) -> list["Finding"]:
-        with _poisoned():
-            outputs, truth = self.make(device)
-            ours, again, definition = outputs("triton"), outputs("triton"), outputs("torch")
+        try:
+            with _poisoned():
+                outputs, truth = self.build(device, *self.arguments)
+                ours, again, definition = outputs("triton"), outputs("triton"), outputs("torch")
+        except Exception as error:  # a kernel that does not compile fails its case, not the others
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return [Finding(self.op, self.name, said, float("inf"), 0.0)]
         findings = []
         for name, tensor in ours.items():
             if not torch.equal(_bits(tensor), _bits(again[name])):

@@ -40,18 +40,18 @@ def _compact_cases(large: bool) -> Iterator[Case]:
     kinds = ("none", "ends", "5%") + (("all",) if not large else ())
     for sizes_, kind, dtype in itertools.product(sizes, kinds, (BF16, FP32)):
         name = f"P{'+'.join(map(str, sizes_))}-{kind}-{NAMES[dtype]}"
-        yield Case("gather", name, lambda d, s=sizes_, k=kind, t=dtype: _gather_case(d, s, k, t))
-        yield Case("scatter_", name, lambda d, s=sizes_, k=kind, t=dtype: _scatter_case(d, s, k, t))
+        yield Case("gather", name, _gather_case, (sizes_, kind, dtype))
+        yield Case("scatter_", name, _scatter_case, (sizes_, kind, dtype))
 
 
 def _adamw_cases(large: bool) -> Iterator[Case]:
     sizes = ((70_001,), (65_536, 3, 0, 131_073)) + (((1 << 24, 1 << 26),) if large else ())
     for sizes_, grad, weight in itertools.product(sizes, (FP32, BF16), (BF16, FP32, None)):
         name = f"P{'+'.join(map(str, sizes_))}-grad-{NAMES[grad]}-weight-{NAMES.get(weight)}"
-        yield Case("masked_adamw_", name, lambda d, s=sizes_, g=grad, w=weight: _adamw_case(d, s, "5%", g, w))
+        yield Case("masked_adamw_", name, _adamw_case, (sizes_, "5%", grad, weight))
     if large:
         yield Case("masked_adamw_", "in a CUDA graph", _graph_case)
-    yield Case("masked_adamw_", "K0", lambda d: _adamw_case(d, (5,), "none", FP32, BF16))
+    yield Case("masked_adamw_", "K0", _adamw_case, ((5,), "none", FP32, BF16))
 
 
 # No size is a multiple of a block; then a cap, a bias and a temperature alone and together.
@@ -62,41 +62,38 @@ def _token_logps_cases(large: bool) -> Iterator[Case]:
         if n >= 1000 and (cap, temperature, bias) not in heads[:2]:
             continue
         name = f"N{n}-D{d}-V{v}-{NAMES[dtype]}-cap{cap}-T{temperature}" + "-bias" * bias
-        yield Case(
-            "token_logps",
-            name,
-            lambda device, s=(n, d, v), h=(cap, temperature, bias), t=dtype: _token_logps_case(device, *s, *h, t),
-        )
-    yield Case("token_logps", "all ignored", lambda d: _token_logps_case(d, 5, 8, 33, None, 1.0, False, FP32, keep=0))
+        yield Case("token_logps", name, _token_logps_case, (n, d, v, cap, temperature, bias, dtype))
+    yield Case("token_logps", "all ignored", _token_logps_case, (5, 8, 33, None, 1.0, False, FP32, 0))
 
 
 def _topk_cases(large: bool) -> Iterator[Case]:
     for size, dtype in itertools.product((1, 5000) + ((1 << 26,) if large else ()), (FP32, BF16, FP16)):
         for k in sorted({1, size // 20, size} - {0}):
             name = f"P{size}-k{k}-{NAMES[dtype]}"
-            yield Case("topk_threshold", name, lambda d, s=size, k=k, t=dtype: _topk_case(d, s, k, t))
+            yield Case("topk_threshold", name, _topk_case, (size, k, dtype))
 
 
 def _pair_cases(large: bool) -> Iterator[Case]:
     shapes = ((1, 1, 1), (3, 7, 50), (3, 70, 2100)) + (((64, 512, 5000),) if large else ())
     for (b, chosen, rejected), fraction in itertools.product(shapes, (0.0, 0.1, 0.4, 0.65, 1.0)):
         name = f"B{b}-T{chosen}-T{rejected}-f{fraction}"
-        yield Case("key_token_dpo_loss", name, lambda d, s=(b, chosen, rejected), f=fraction: _pair_case(d, *s, f))
-        yield Case("top_fraction_weights", name, lambda d, s=(b, rejected), f=fraction: _fraction_case(d, *s, f))
+        yield Case("key_token_dpo_loss", name, _pair_case, (b, chosen, rejected, fraction))
+        yield Case("top_fraction_weights", name, _fraction_case, (b, rejected, fraction))
 
 
 def _random(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return lambda *shape, dtype=FP32: torch.randn(*shape, generator=draw).to(device, dtype)
+    draw = torch.Generator(device).manual_seed(seed)
+    return lambda *shape, dtype=FP32: torch.randn(*shape, generator=draw, device=device).to(dtype)
 
 
 def _selected(device: torch.device, sizes: tuple[int, ...], kind: str) -> Positions:
-    draw, parts = torch.Generator().manual_seed(1), []
+    draw, parts = torch.Generator(device).manual_seed(1), []
+    share = {"none": 0.0, "ends": 0.0, "5%": 0.05, "all": 1.1}[kind]
     for size in sizes:
-        mask = torch.rand(size, generator=draw) < {"none": 0.0, "ends": 0.0, "5%": 0.05, "all": 1.1}[kind]
+        mask = torch.rand(size, generator=draw, device=device) < share
         if kind == "ends" and size:
             mask[0] = mask[-1] = True
-        parts.append(Positions.pack(mask.nonzero().squeeze(1), size).to(device))
+        parts.append(Positions.pack(mask.nonzero().squeeze(1), size))
     return Positions.cat(parts)
 
 

@@ -10,6 +10,7 @@ from allo_kernels.dispatch import choose
 from allo_kernels.positions import Positions, blocks_of
 
 
+@torch.no_grad()
 def gather(
     dense: Tensor,
     positions: Positions,
@@ -25,6 +26,8 @@ def gather(
     Raises ValueError, naming the argument, for a dtype other than bf16, fp16 or fp32, another device, a shape that
     does not fit, a tensor that is not contiguous, and `accumulate` without `out`.
     """
+    if not isinstance(dense, Tensor):
+        raise ValueError(f"dense: expected one tensor, got {type(dense).__name__}")
     check_weights("dense", dense, positions)
     if out is None:
         if accumulate:
@@ -39,6 +42,7 @@ def gather(
     return run(dense, positions, out, accumulate, square_sum)
 
 
+@torch.no_grad()
 def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
     """`dense.view(-1)[positions] = values` [K] in place, rounded to nearest in `dense`'s dtype.
 
@@ -49,6 +53,7 @@ def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Ten
     choose("scatter_", impl, scatter_torch_, "compact_triton.scatter_", values.device)(dense, positions, values)
 
 
+@torch.no_grad()
 def swap_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
     """Exchanges `dense.view(-1)[positions]` and `values` [K] in place, bit for bit; two swaps change nothing.
 

@@ -4,14 +4,15 @@ Entries are sorted, so a program's accesses to the dense tensor run forward and 
 selection is dense. Every address is a 64-bit block address plus 16 bits.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from allo_kernels.compact import tensors
 from allo_kernels.launch import TL_DTYPES, launch, to_nearest
 from allo_kernels.positions import SPAN, Positions, blocks_of
 
@@ -29,7 +30,8 @@ def block_pointer(dense, block, DTYPE: tl.constexpr, TABLE: tl.constexpr):
         return dense + block * _SPAN
 
 
-@triton.jit
+# Entries begin anywhere, so aligned pointers would buy nothing and cost a compilation each.
+@triton.jit(do_not_specialize_on_alignment=["low", "starts", "out"])
 def _gather_kernel(
     dense, low, starts, out, squares, ACCUMULATE: tl.constexpr, SQUARES: tl.constexpr, ENTRIES: tl.constexpr
 ):
@@ -51,7 +53,7 @@ def _gather_kernel(
         tl.store(squares + block, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["low", "starts", "values"])
 def _scatter_kernel(
     dense, low, starts, values, DTYPE: tl.constexpr, TABLE: tl.constexpr, SWAP: tl.constexpr, ENTRIES: tl.constexpr
 ):
@@ -87,6 +89,7 @@ def gather(
     )
     if square_sum is not None:
         torch.sum(squares, dim=0, out=square_sum)
+    increment_version(out)
     return out
 
 
@@ -101,6 +104,7 @@ def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Ten
         num_warps=WARPS,
         **constants,
     )
+    increment_version([*tensors(dense), values] if swap else tensors(dense))
 
 
 def swap_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor) -> None:
@@ -111,17 +115,14 @@ def target_of(dense: Tensor | Sequence[Tensor], positions: Positions) -> tuple[T
     """What `block_pointer` needs: a tensor, or the table of its blocks' addresses, and its constants."""
     if isinstance(dense, Tensor):
         return dense, {"DTYPE": TL_DTYPES[dense.dtype], "TABLE": False}
-    dtype = dense[0].dtype if dense else torch.float32
-    addresses = _block_addresses(
-        tuple(weight.data_ptr() for weight in dense), positions.sizes, dtype.itemsize, positions.device
-    )
-    return addresses, {"DTYPE": TL_DTYPES[dtype], "TABLE": True}
+    key = tuple(weight.data_ptr() for weight in dense)  # made once for a model, whose weights do not move
+    if key not in positions.tables:
+        positions.tables[key] = _block_addresses(dense).to(positions.device)
+    return positions.tables[key], {"DTYPE": TL_DTYPES[dense[0].dtype], "TABLE": True}
 
 
-@functools.lru_cache(maxsize=64)
-def _block_addresses(pointers: tuple[int, ...], sizes: tuple[int, ...], itemsize: int, device: torch.device) -> Tensor:
-    """int64 [blocks]; made once for a model, whose weights do not move."""
-    step = SPAN * itemsize
-    pairs = zip(pointers, sizes, strict=True)
-    table = [pointer + block * step for pointer, size in pairs for block in range(blocks_of(size))]
-    return torch.tensor(table, dtype=torch.int64, device=device)
+def _block_addresses(dense: Sequence[Tensor]) -> Tensor:
+    """int64 [blocks]"""
+    step = SPAN * dense[0].element_size()
+    table = [w.data_ptr() + block * step for w in dense for block in range(blocks_of(w.numel()))]
+    return torch.tensor(table, dtype=torch.int64)

@@ -47,10 +47,12 @@ def _why_not(device: torch.device) -> str | None:
         return None if interpreting() else "a CPU tensor needs TRITON_INTERPRET=1 set before Triton is imported"
     if device.type != "cuda":
         return f"no kernels for {device.type} devices"
+    if torch.version.hip:
+        return "tuned and tested for NVIDIA devices only"
     found = torch.cuda.get_device_capability(device)
     return None if found >= OLDEST else f"compute capability {found[0]}.{found[1]} is older than 8.0"
 
 
 def interpreting() -> bool:
     """Whether Triton runs kernel bodies in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # what Triton accepts

@@ -53,7 +53,9 @@ def key_token_dpo_loss(
     check_fraction(fraction)
     kernel = "pair_loss_triton.key_token_dpo_loss"
     run = choose("key_token_dpo_loss", impl, _key_token_dpo_loss_torch, kernel, chosen_logps.device)
-    return run(*given.values(), chosen_valid, rejected_valid, fraction, beta, label_smoothing)
+    ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()
+    pair = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return run(*pair, chosen_valid, rejected_valid, fraction, beta, label_smoothing)
 
 
 def _key_token_dpo_loss_torch(
@@ -61,8 +63,8 @@ def _key_token_dpo_loss_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ratios = rejected_logps.float() - ref_rejected.float()
     weights = key_token_weights(ratios.detach(), rejected_valid, fraction)
-    chosen = beta * ((chosen_logps.float() - ref_chosen.float()) * chosen_valid).sum(1)
-    rejected = beta * (ratios * weights).sum(1)
+    chosen = beta * torch.where(chosen_valid, chosen_logps.float() - ref_chosen.float(), 0.0).sum(1)
+    rejected = beta * torch.where(weights > 0, ratios, 0.0).sum(1)
     margin = chosen - rejected
     losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
     return losses, chosen.detach(), rejected.detach(), weights

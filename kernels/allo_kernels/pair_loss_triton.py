@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from allo_kernels.launch import launch
 from allo_kernels.topk import as_ratio
@@ -21,9 +22,10 @@ def _load(row, at, inside):
 
 @triton.jit
 def _ordered(number):
-    """int64 that orders as the float does; both zeros are equal."""
+    """int64 that orders as the float does; both zeros are equal, and NaN comes first, so that it is never left out."""
     bits = (number + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, 0xFFFFFFFF - (bits & 0xFFFFFFFF), bits + 0x80000000)
+    key = tl.where(bits < 0, 0xFFFFFFFF - (bits & 0xFFFFFFFF), bits + 0x80000000)
+    return tl.where(number != number, 0, key)
 
 
 @triton.jit
@@ -85,7 +87,8 @@ def _top_fraction_kernel(scores, valid, weights, length, numerator, denominator,
 
 @triton.jit
 def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    small = tl.exp(-tl.abs(x))  # log(1 + small), where the sum would round small away
+    return tl.maximum(x, 0.0) + tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(1.0 + small))
 
 
 @triton.jit(do_not_specialize=["chosen_length", "rejected_length", "numerator", "denominator"])
@@ -194,6 +197,7 @@ class _KeyTokenDpo(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_):
         found = (d * upstream[:, None] for d in ctx.saved_tensors)
         return *(d.to(dtype) for d, dtype in zip(found, ctx.dtypes, strict=True)), None, None

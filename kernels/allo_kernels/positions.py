@@ -1,7 +1,7 @@
 """Where the selected weights lie: 2 bytes each, checked once, for one tensor or many."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Positions:
     starts: Tensor
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
+    # Addresses of every block, by the weights' own; kept as long as the positions, for graphs that were captured.
+    tables: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def pack(cls, indices: Tensor, size: int) -> "Positions":
@@ -44,8 +46,8 @@ class Positions:
         if not bool((indices[1:] > indices[:-1]).all()):
             raise ValueError("indices: expected sorted positions without duplicates")
         starts = torch.zeros(blocks_of(size) + 1, dtype=torch.int64, device=indices.device)
-        edges = torch.arange(len(starts) - 1, device=indices.device).mul_(SPAN).to(indices.dtype)
-        starts[:-1] = torch.searchsorted(indices, edges)
+        edges = torch.arange(len(starts) - 1, device=indices.device).mul_(SPAN)
+        starts[:-1] = torch.searchsorted(indices.long(), edges)
         starts[-1] = len(indices)
         return cls((indices & (SPAN - 1)).to(torch.uint16), starts, (size,), (len(indices),))
 
@@ -54,6 +56,8 @@ class Positions:
         """From `low` and `starts` that come from outside. Raises ValueError when they are not what `pack` makes."""
         check_dtype("low", low, torch.uint16)
         check_dtype("starts", starts, torch.int64)
+        if low.ndim != 1 or starts.ndim != 1 or not isinstance(size, int):
+            raise ValueError(f"low, starts, size: expected [K], [blocks + 1], integer; got {low.shape}, {starts.shape}")
         per_block = starts.diff()
         fits = starts.shape == (blocks_of(size) + 1,) and int(starts[0]) == 0 and int(starts[-1]) == low.numel()
         if not fits or not bool(((per_block >= 0) & (per_block <= SPAN)).all()):
@@ -62,7 +66,9 @@ class Positions:
 
     @classmethod
     def cat(cls, parts: Sequence["Positions"]) -> "Positions":
-        """Of several tensors, in their order."""
+        """Of several tensors, in their order. Raises ValueError for none."""
+        if not parts:
+            raise ValueError("parts: expected at least one Positions")
         starts, total = [], 0
         for part in parts:
             starts.append(part.starts[:-1] + total)

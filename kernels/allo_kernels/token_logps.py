@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
@@ -68,7 +69,8 @@ def token_logps(
     kernels = choose("token_logps", impl, _definition, "token_logps_triton.kernels", hidden.device)
     if values is not None:
         weight = weight.detach()
-    return _TokenLogps.apply(hidden, weight, bias, values, targets, Head(softcap, temperature, positions, *kernels()))
+    head = Head(softcap, float(temperature), positions, *kernels())
+    return _TokenLogps.apply(hidden, weight, bias, values, targets, head)
 
 
 def _check(hidden, weight, targets, bias, softcap, temperature, values, positions) -> None:
@@ -106,6 +108,17 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, values, targets, head):
+        with torch.autocast(hidden.device.type, enabled=False):  # operands are in the dtype that the caller chose
+            return _TokenLogps._forward(ctx, hidden, weight, bias, targets, head)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        with torch.autocast(upstream.device.type, enabled=False):
+            return _TokenLogps._backward(ctx, upstream)
+
+    @staticmethod
+    def _forward(ctx, hidden, weight, bias, targets, head):
         at = _where(targets != IGNORE)
         rows = Rows(_pick(hidden, at), _pick(targets, at))
         chosen, lse = head.target_and_lse(rows, weight, bias, head)
@@ -114,7 +127,7 @@ class _TokenLogps(torch.autograd.Function):
         return _spread(chosen - lse, at, targets)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def _backward(ctx, upstream):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         at = _where((targets != IGNORE) & (upstream != 0))
@@ -200,7 +213,9 @@ def _d_logits_torch(rows: Rows, weight: Tensor, bias: Tensor | None, first: int,
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
     """fp32 logits [n, columns] and, where they are capped, the derivative of the cap."""
-    logits = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
+    logits = F.linear(hidden, weight).float()
+    if bias is not None:
+        logits += bias.float()
     slope = None
     if head.softcap is not None:
         tanh = torch.tanh(logits / head.softcap)

@@ -104,6 +104,8 @@ def top_fraction_weights_torch(scores: Tensor, valid: Tensor, fraction: float) -
 
 def first_weights(scores: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
     """Per row, 1.0 at the keep[b] largest valid scores."""
-    ranked = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    valid_first = valid.gather(1, by_score).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    ranked = by_score.gather(1, valid_first)
     weights = (torch.arange(scores.shape[1], device=scores.device) < keep[:, None]).float()
     return torch.zeros_like(weights).scatter_(1, ranked, weights)
