@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 from conftest import random_selection, shared, tiny_llama
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from allo_fast.config import UserError
@@ -121,3 +124,25 @@ def test_unchanged_weights_fill_up_and_it_is_said(caplog):
 def test_nan_scores_are_refused():
     with pytest.raises(ValueError, match="NaN"):
         from_scores({"a": torch.tensor([1.0, float("nan")])}, 0.5)
+
+
+def test_tampered_files_are_refused(tmp_path):
+    model = tiny_llama()
+    path = tmp_path / "mask.safetensors"
+    random_selection(model).save(path)
+    with safe_open(path, "pt") as file:
+        tensors, good = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+    name = next(iter(good["sizes"]))
+    renamed = {key.replace(name, "other"): tensor for key, tensor in tensors.items()}
+    for message, about, held in (
+        ("not a selection: metadata: expected an object", ["sizes"], tensors),
+        ("not a selection: metadata: expected an object", good | {"sizes": [name]}, tensors),
+        ("not a selection: low, starts, size: expected", good | {"sizes": {name: "9"}}, tensors),
+        ("not a selection: .* of 0 parameters", good | {"parameters": 0}, tensors),
+        ("not a selection: starts", good, tensors | {f"{name}.starts": torch.tensor([0, 1, 2, 3])}),
+        ("other is not a tensor of the model", good | {"sizes": {"other": good["sizes"][name]}}, renamed),
+        (f"{name} is not a tensor of the model, or has", good | {"sizes": {name: good["sizes"][name] + 1}}, tensors),
+    ):
+        save_file(held, path, {"about": json.dumps(about)})
+        with pytest.raises(UserError, match=message):
+            Selection.load(path, model)
