@@ -200,15 +200,16 @@ def _head_arguments(head: Head, weight: Tensor, bias: Tensor | None, blocks: dic
 def _blocks(weight: Tensor, head: Head, bias: Tensor | None) -> dict:
     """Block sizes by device and dtype: what keeps the matrix units busy without spilling a register (`aot` counts)."""
     device = capability(weight)
-    # What a cap, a bias or sizes that do not divide add would spill in a wide tile.
-    plain = head.softcap is None and bias is None and weight.shape[1] % 64 == 0 and weight.shape[0] % 16 == 0
+    even = weight.shape[1] % 64 == 0 and weight.shape[0] % 16 == 0
     if device is None:  # small, so that small tests have several tiles each way
         rows, columns, depth, warps, stages = 16, 32, 16, 4, 1
     elif weight.dtype == torch.float32:  # no matrix units at full precision
-        rows, columns, depth, warps, stages = 64, 64, 32, 4, 3
-    elif device[0] in (9, 10) and plain:  # two warp groups, 144 KiB of shared memory
+        rows, columns, depth, warps, stages = 64, 64 if even else 32, 32, 4, 3
+    elif device[0] in (9, 10) and not even:  # masks and odd addresses take registers
+        rows, columns, depth, warps, stages = 128, 64, 64, 8, 4
+    elif device[0] in (9, 10) and head.softcap is None and bias is None:  # two warp groups, 144 KiB of shared memory
         rows, columns, depth, warps, stages = 128, 256, 64, 8, 3
-    elif device[0] in (9, 10):
+    elif device[0] in (9, 10):  # so do a cap and a bias
         rows, columns, depth, warps, stages = 128, 128, 64, 8, 4
     else:  # at most 99 KiB of shared memory on some
         rows, columns, depth, warps, stages = 128, 128, 32, 8, 4
