@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from allo_kernels import bench
+from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.check_cases import cases
 from benchmarks import gpu
@@ -81,3 +82,14 @@ def test_what_fails_is_a_row_and_fails_the_run(tmp_path, monkeypatch):
     found = gpu.run(tmp_path, sizes, [replace(CASES[0], build=fails)])
     assert [row.absent for row in found.rows] == ["failed: RuntimeError: no compiler", ""]
     assert [row["output"] for row in found.failed] == ["RuntimeError: no compiler", "allo-fast"]
+
+
+def test_bench_fails_when_one_of_ours_does(monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no kernel")
+
+    given = Benchmark("op", "shape", {"allo-fast": fails, "torch": lambda: None})
+    monkeypatch.setattr(bench, "benchmarks", lambda *_: iter([given]))
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *_: bench.Ceilings(1.0, 1.0))
+    assert kernels_main(["bench"]) == 1
+    assert "FAIL  op, allo-fast: failed: RuntimeError: no kernel" in capsys.readouterr().out

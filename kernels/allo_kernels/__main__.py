@@ -64,7 +64,8 @@ def bench() -> Iterator[dict]:
     device, rows = this_device(), []
     for ceilings, row in bench.run(device, GPU if device.type == "cuda" else CPU):
         rows.append(row)
-        yield {"text": "", **asdict(row), "ceilings": asdict(ceilings)}
+        text = f"{row.op}, {row.contender}: {row.absent or 'measured'}"
+        yield {"text": text, **asdict(row), "ceilings": asdict(ceilings), "passed": not row.failed}
     print(bench.as_markdown(rows))
     print(f"ceilings: copy {ceilings.gbytes_per_s:.3g} GB/s, matrix product {ceilings.tflops:.3g} TFLOP/s")
 

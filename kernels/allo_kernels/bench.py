@@ -35,6 +35,11 @@ class Row:
     speedup: float | None = None  # of ours over this one
     absent: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """One of ours could not run; a rival that cannot is only absent."""
+        return self.contender.startswith("allo-fast") and bool(self.absent)
+
 
 @dataclass(frozen=True)
 class Ceilings:
