@@ -12,7 +12,7 @@ install: $(STAMP)
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,gguf,test]"
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -24,6 +24,7 @@ setup(
         "rapidfuzz>=3.9",
     ],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19", "accelerate>=1.10"],
         "gguf": ["gguf>=0.17", "accelerate>=1.10"],
         "hub": ["datasets>=4.0"],
         "flash-attn": ["flash-attn>=2.8"],

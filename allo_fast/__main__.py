@@ -1,25 +1,32 @@
 """The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."""
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator
+from io import StringIO
 from pathlib import Path
 
 import transformers
 from tqdm import tqdm
 
-from allo_fast.config import ModelConfig, UserError, load_config
+from allo_fast import plan, ranks
+from allo_fast.config import Config, ModelConfig, UserError, load_config
 from allo_fast.data.scoring import SCORERS
 from allo_fast.engine import TrainingError
 from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.policy import Delta
 from allo_fast.report import summarize, table, write_report
 from allo_fast.runs import Progress, Run, Unit, versions
-from allo_fast.stages import STAGES, stages_of
+from allo_fast.shapes import model_config, shape_of
+from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.evaluate import evaluate
+from allo_fast.zero import Zero, check_divides, read_zero, training_sections
+from allo_kernels import memory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,18 +39,28 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("allo_fast").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
+    ranks.name_accelerator()
     try:
         return given.command(given) or 0
     except (UserError, TrainingError) as error:
-        print(f"allo-fast: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         print("allo-fast: interrupted; the same command continues", file=sys.stderr)
         return 130
 
 
+def _complain(error: Exception) -> None:
+    """Once: what every rank meets, rank 0 says, and the launcher ends the others before they do."""
+    rank = ranks.launched_rank()
+    if rank:
+        time.sleep(3)
+    print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allo-fast", description=__doc__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says what LOCAL_RANK says
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     about = {"run": "every stage of a run, then its summary and report", "report": "summary and report again"}
     for name in ("run", *STAGES, "report"):
@@ -52,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
         command.add_argument("--rerun", action="store_true", help="run again what changed settings affect")
         command.set_defaults(command=_run if name in ("run", "report") else _stage, name=name)
+    command = commands.add_parser("plan", help="memory, traffic, disk and time of a job, before it starts")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.add_argument("--gpus", type=int, default=1, help="devices of all nodes together")
+    command.add_argument("--gpu-memory", type=float, default=80, help="of one device, in GB (10^9 bytes)")
+    command.add_argument("--device", choices=plan.DEVICES, default="h100", help="whose speed step times assume")
+    command.add_argument("--model-config", help="config.json of the model, where the model itself is not at hand")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(command=_plan)
     command = commands.add_parser("eval", help="accuracy of any model on a config's test problems")
     command.add_argument("model", help="Hugging Face folder or hub id")
     command.add_argument("config", type=Path)
@@ -74,12 +100,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> None:
-    run = Run(load_config(given.config, given.overrides), STAGES, given.rerun)
+    run = _open(given)
     for unit in run.units(stages_of(run.config)):
         if given.name == "run":
             _complete(unit)
         elif not unit.is_complete():
             raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast run CONFIG` first")
+    ranks.on_main(lambda: _report(run))
+    ranks.stop()
+
+
+def _report(run: Run) -> None:
     summary = summarize(run)
     write_report(run, summary)
     print(table(summary))
@@ -87,24 +118,79 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _stage(given: argparse.Namespace) -> None:
-    run = Run(load_config(given.config, given.overrides), STAGES, given.rerun)
+    run = _open(given)
     for unit in run.units([given.name]):
         _complete(unit)
+    ranks.stop()
+
+
+def _open(given: argparse.Namespace) -> Run:
+    """The run of this command; of several processes all come here, and must have come with the same inputs."""
+    config = load_config(given.config, given.overrides)
+    if config.deepspeed is None:
+        if ranks.launched_world_size() > 1:
+            raise UserError(
+                f"{ranks.launched_world_size()} processes were started, but deepspeed is not set; add "
+                "deepspeed=configs/zero2.json, or deepspeed=auto"
+            )
+        return Run(config, STAGES, given.rerun)
+    ranks.start(config.ddp_timeout)
+    ranks.agree(inputs_of(config))
+    check_ranks(config, ranks.world_size())
+    zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
+    return Run(config, STAGES, given.rerun, zeros)
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raises UserError where a stage's steps cannot be divided, before any stage runs."""
+    for name, train in training_sections(config).items():
+        check_divides(train, world, name)
+
+
+def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None) -> dict[str, Zero | None]:
+    """How dense and sparse stages train."""
+    if config.deepspeed == "auto":
+        return plan.choose(config, shape_of(model_config(config, model), config.model.dtype), gpus, gpu_bytes)
+    zero = read_zero(config.deepspeed, config) if config.deepspeed else None
+    return {"dense": zero, "sparse": zero}
+
+
+def _plan(given: argparse.Namespace) -> int:
+    config = load_config(given.config, given.overrides)
+    if given.gpus < 1 or not 0 < given.gpu_memory < float("inf"):
+        raise UserError("--gpus, --gpu-memory: expected at least one device with some memory")
+    if given.gpus > 1 and config.deepspeed is None:
+        raise UserError(
+            f"--gpus {given.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
+        )
+    check_ranks(config, given.gpus)
+    shape = shape_of(model_config(config, given.model_config), config.model.dtype)
+    gpu_bytes = given.gpu_memory * 1e9
+    zeros = _zeros(config, given.gpus, gpu_bytes, given.model_config)
+    device = plan.DEVICES[given.device]
+    found = plan.make_plan(config, shape, zeros, gpus=given.gpus, gpu_bytes=gpu_bytes, device=device)
+    print(json.dumps(found.to_dict(), indent=1) if given.json else plan.table(found))
+    return 0 if found.fits else 1
 
 
 def _complete(unit: Unit) -> None:
     label = f"{unit.name} {unit.key}"
     if unit.is_complete():
-        print(f"{label}: complete")
+        _say(f"{label}: complete")
         return
     _show(label, unit.execute())
     facts = unit.manifest()["facts"].items()
-    print(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, int)))
+    _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, int)))
+
+
+def _say(line: str) -> None:
+    if ranks.is_main():
+        print(line, flush=True)
 
 
 def _show(label: str, work: Generator[Progress, None, object]) -> object:
     """Runs a generator of progress behind a bar; returns what it returns."""
-    with tqdm(desc=label, mininterval=0.5) as bar:
+    with tqdm(desc=label, mininterval=0.5, file=sys.stderr if ranks.is_main() else StringIO()) as bar:
         while True:
             try:
                 progress = next(work)
@@ -118,7 +204,7 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
 
 
 def _eval(given: argparse.Namespace) -> None:
-    config = load_config(given.config, given.overrides)
+    config = load_config(given.config, given.overrides).model_copy(update={"deepspeed": None})
     with tempfile.TemporaryDirectory() as scratch:
         unit = Unit(Run(config.model_copy(update={"output_dir": scratch}), STAGES), "evaluate", "base")
         unit.folder.mkdir(parents=True)

@@ -3,17 +3,23 @@
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from allo_fast.config import TrainConfig
-from allo_fast.optim import SparseAdamW
+from allo_fast.data.batch import Batch
+from allo_fast.optim import ClippedAdamW, SparseAdamW, clip_scale, total_norm
 from allo_fast.policy import DensePolicy, SparsePolicy
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalBackend:
@@ -23,23 +29,16 @@ class LocalBackend:
         self, policy: DensePolicy | SparsePolicy, config: TrainConfig, total_steps: int, protocol: str = "paper"
     ):
         self.policy, self.max_grad_norm = policy, config.max_grad_norm
-        shared = {
-            "lr": config.learning_rate,
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "eps": config.adam_epsilon,
-            "weight_decay": config.weight_decay,
-        }
         if isinstance(policy, SparsePolicy):
             self.parameters = policy.values
-            self.optimizer = SparseAdamW(policy, **shared, hf_eps=protocol == "release")
+            self.optimizer = SparseAdamW(policy, **adamw_settings(config), hf_eps=protocol == "release")
         else:
             self.parameters = dict(policy.model.named_parameters())
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), **shared, fused=True)
-        warmup = math.ceil(total_steps * config.warmup_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
-        # A warm-up as long as the stage would leave its only learning rates at or near zero.
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type, self.optimizer, min(warmup, total_steps - 1), total_steps
-        )
+            self.optimizer = ClippedAdamW(
+                self.parameters.values(), max_grad_norm=config.max_grad_norm, **adamw_settings(config)
+            )
+            self.optimizer.start_state(self.parameters.values())
+        self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False  # has any step moved the policy away from where it started?
 
     @property
@@ -47,32 +46,43 @@ class LocalBackend:
         """Of the coming step."""
         return self.scheduler.get_last_lr()[0]
 
-    def backward(self, loss: Tensor) -> None:
+    def response_logps(self, batch: Batch) -> Tensor:
+        return self.policy.response_logps(batch)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """last: no more of this step's losses follow."""
         loss.backward()
 
     def step(self) -> Tensor:
         """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
-        sparse = isinstance(self.optimizer, SparseAdamW)
-        gradients = [value.grad for value in self.parameters.values() if value.grad is not None]
-        dense = getattr(self.policy, "dense_gradients", {})
-        measured = list(dense.values()) or (self.optimizer.gradients() if sparse else gradients)
-        norm = torch.nn.utils.get_total_norm(measured).float()
-        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.updated |= self.learning_rate > 0
-        if sparse:
-            self.optimizer.step(grad_scale=scale)
+        if isinstance(self.optimizer, SparseAdamW):
+            norm = self._sparse_step()
         else:
-            torch._foreach_mul_(gradients, scale)
             self.optimizer.step()
+            norm = self.optimizer.grad_norm
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
-        for gradient in dense.values():
+        return norm
+
+    def _sparse_step(self) -> Tensor:
+        dense = list(self.policy.dense_gradients.values())
+        norm = total_norm(dense or self.optimizer.gradients())
+        self.optimizer.step(grad_scale=clip_scale(norm, self.max_grad_norm))
+        for gradient in dense:
             gradient.zero_()
         return norm
 
-    def optimizer_bytes(self) -> int:
-        moments = [state[key] for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        return sum(moment.numel() * moment.element_size() for moment in moments)
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight as it is trained, whole, one at a time."""
+        return self.policy.full_weights()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes beyond the policy's own, by kind."""
+        return {"moments": sum(state[key].nbytes for state in self.optimizer.state.values() for key in MOMENTS)}
+
+    def close(self) -> None:
+        """Nothing but the policy holds memory."""
 
     def save(self, path: Path, step: int) -> None:
         """One file with what is needed to go on after `step` steps; the frozen base is not part of it."""
@@ -81,28 +91,58 @@ class LocalBackend:
             tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
         # A file cannot hold views of one vector, nor one step that all entries share.
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-        found = {"step": step, "scheduler": self.scheduler.state_dict(), "updated": self.updated}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"progress": json.dumps(found)})
-        os.replace(partial, path)
+        save_progress(path, tensors, step, self.scheduler, self.updated)
 
     @torch.no_grad()
     def load(self, path: Path) -> int:
         """Restores what `save` wrote; returns the number of steps done, 0 where there is no checkpoint."""
         if not path.is_file():
             return 0
-        with safe_open(path, "pt", device=str(self.policy.model.device)) as file:
-            tensors, found = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["progress"])
+        read, step, self.updated = load_progress(path, self.policy.model.device, self.scheduler)
         for name, value in self.parameters.items():
-            value.copy_(tensors[f"values.{name}"])
-            state = self.optimizer.state[value]
-            for key in (key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors):
-                # Sparse state lies in flat vectors and is filled; dense state is not there before the first step.
-                state[key] = state[key].copy_(tensors[f"{key}.{name}"]) if key in state else tensors[f"{key}.{name}"]
+            value.copy_(read(f"values.{name}"))
+            for key, held in self.optimizer.state[value].items():
+                held.copy_(read(f"{key}.{name}"))
         if isinstance(self.policy, SparsePolicy):
             self.policy.write_back()
-        self.scheduler.load_state_dict(found["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        self.updated = found["updated"]
-        return found["step"]
+        return step
+
+
+def adamw_settings(config: TrainConfig) -> dict:
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def make_scheduler(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
+    warmup = math.ceil(total_steps * config.warmup_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+    # A warm-up as long as the stage would leave its only learning rates at or near zero.
+    return get_scheduler(config.lr_scheduler_type, optimizer, min(warmup, total_steps - 1), total_steps)
+
+
+def save_progress(path: Path, tensors: dict[str, Tensor], step: int, scheduler: LRScheduler, updated: bool) -> None:
+    """Appears under `path` at once or not at all."""
+    tensors = {**tensors, "rng": torch.get_rng_state()}
+    found = {"step": step, "scheduler": scheduler.state_dict(), "updated": updated}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, {"progress": json.dumps(found)})
+    os.replace(partial, path)
+
+
+def load_progress(
+    path: Path, device: torch.device | str, scheduler: LRScheduler
+) -> tuple[Callable[[str], Tensor], int, bool]:
+    """What reads a tensor by its name, the steps done, and whether any moved the policy.
+
+    The scheduler and torch's generator go on from there.
+    """
+    file = safe_open(path, "pt", device=str(device))
+    found = json.loads(file.metadata()["progress"])
+    scheduler.load_state_dict(found["scheduler"])
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    torch.set_rng_state(file.get_tensor("rng").cpu())
+    return file.get_tensor, found["step"], found["updated"]

@@ -58,7 +58,7 @@ class TrainConfig(Section):
     warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
     num_train_epochs: int = Field(1, gt=0)
     per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
-    gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step
+    gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -78,7 +78,11 @@ class PretrainConfig(TrainConfig):
     problems: int = Field(51200, gt=0)  # generated arithmetic problems
 
 
-class WarmupConfig(TrainConfig):
+class PreferenceTrainConfig(TrainConfig):
+    reference: str | None = None  # folder or hub id of another reference model; null: the policy before its first step
+
+
+class WarmupConfig(PreferenceTrainConfig):
     learning_rate: float = Field(1e-6, gt=0)
     beta: float = Field(0.1, gt=0)
 
@@ -105,7 +109,7 @@ class RewardsConfig(Section):
     train: RewriterConfig = RewriterConfig()
 
 
-class SparseTrainConfig(TrainConfig):
+class SparseTrainConfig(PreferenceTrainConfig):
     ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
     clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
 
@@ -133,7 +137,9 @@ class EvaluateConfig(Section):
 
 class Config(Section):
     name: str  # the run's folder is output_dir/name
-    output_dir: str = "runs"
+    output_dir: str = "runs"  # on several nodes: a folder that all of them see
+    deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
+    ddp_timeout: float = Field(1800, gt=0)  # seconds that a rank waits for the others
     seeds: list[int] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
     method: Literal["allo", "dpo"] = "allo"  # dpo ends with the dense warm-up as its result
@@ -159,6 +165,10 @@ class Config(Section):
             source.startswith("arithmetic:") for source in (self.data.train, self.data.test)
         ):
             raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
+        if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):
+            raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
+        if self.deepspeed and self.model.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"model.device: {self.model.device} is one device; with deepspeed each rank has its own")
         if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
             raise ValueError("locate.skip plus a stage's ratio is more than 1")
         return self

@@ -4,19 +4,26 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from allo_fast import ranks
 from allo_fast.backend import LocalBackend
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
 from allo_fast.objectives import Dpo, Npo, Sft
 from allo_fast.policy import DensePolicy, SparsePolicy
+from allo_fast.zero import Zero, check_divides
+
+if TYPE_CHECKING:
+    from allo_fast.backend_deepspeed import DeepSpeedBackend
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -47,7 +54,10 @@ class Trainer:
     """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, checkpoint.
 
     token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
-    depend on how its examples are cut into micro-batches.
+    depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
+    ranks divide the micro-batches of each step, so that the step is the same for any number of them. Raises UserError
+    where they cannot be divided. reference: opens another model than the policy to compare with, told whether responses
+    share rows, while the reference's log-probabilities are computed.
     """
 
     def __init__(
@@ -61,37 +71,53 @@ class Trainer:
         seed: int = 0,
         protocol: str = "paper",
         token_weights: Sequence[Sequence[float]] | None = None,
+        zero: Zero | None = None,
+        reference: Callable[[bool], AbstractContextManager[Callable[[Batch], Tensor]]] | None = None,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
-        self.token_weights = token_weights
+        self.token_weights, self.open_reference = token_weights, reference
         self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
         per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
+        check_divides(config, ranks.world_size())
         self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
         self.steps = [step for epoch in self.epochs for step in epoch]
-        self.backend = LocalBackend(policy, config, len(self.steps), protocol)
+        self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
+        self.traffic = ranks.Traffic() if zero else None
+        self.traffic_by_operation: dict[str, int] = {}  # of the last step
         self.reference: dict[str, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
 
     def prepare(self) -> Iterator[tuple[int, int]]:
         """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
 
         Computed once, before the first update, on the very micro-batches that train: there policy and reference agree
-        bit for bit, and no second model is ever needed. Kept in a file for a resumed run.
+        bit for bit, and no second model is needed unless one was given. Kept in a file for a resumed run.
         """
         path = self.folder / "reference_logps.safetensors"
         if not self.objective.needs_reference:
             return
-        if path.exists():
+        if ranks.on_main(path.exists):
             self.reference = load_file(path)
             return
-        found = {}
-        for number in range(len(self.micro_batches)):
-            with torch.no_grad():
-                found[str(number)] = self.policy.response_logps(self._collate(number)).cpu()
-            yield number + 1, len(self.micro_batches)
-        partial = path.with_suffix(".partial")
-        save_file(found, partial)
-        os.rename(partial, path)
+        found: dict[str, Tensor] = {}
+        own = nullcontext(self.backend.response_logps)
+        with self.open_reference(self.policy.logps.share_prompts) if self.open_reference else own as compute:
+            yield from self._compute(compute, found)
+        if ranks.is_main():
+            partial = path.with_suffix(".partial")
+            save_file(found, partial)
+            os.rename(partial, path)
         self.reference = found
+
+    def _compute(self, compute: Callable[[Batch], Tensor], found: dict[str, Tensor]) -> Iterator[tuple[int, int]]:
+        """Of every micro-batch, into `found`; each rank computes its share."""
+        for first in range(0, len(self.micro_batches), ranks.world_size()):
+            # Where fewer are left than there are ranks, some compute the first one too: a sharded model needs them all.
+            mine = first + ranks.rank() if first + ranks.rank() < len(self.micro_batches) else first
+            with torch.no_grad():
+                logps = compute(self._collate(mine)).cpu()
+            for part in ranks.gather({str(mine): logps}):
+                found |= part
+            yield len(found), len(self.micro_batches)
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
@@ -99,37 +125,46 @@ class Trainer:
             deque(self.prepare(), maxlen=0)
         done = self.backend.load(self.folder / CHECKPOINT)
         log = self.folder / "metrics.jsonl"
-        kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
-        log.write_text("".join(kept))
-        with log.open("a") as lines:
+        if ranks.is_main():
+            kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+            log.write_text("".join(kept))
+        with log.open("a") if ranks.is_main() else nullcontext() as lines:
             for number in range(done, len(self.steps)):
                 metrics = self._step(number)
-                lines.write(metrics.to_json() + "\n")
-                if metrics.step % self.config.save_steps == 0:
+                if lines:
+                    lines.write(metrics.to_json() + "\n")
                     lines.flush()
+                if metrics.step % self.config.save_steps == 0:
                     self.backend.save(self.folder / CHECKPOINT, metrics.step)
                 yield metrics
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of the live model states by kind; gradients and moments are there once a step was made."""
-        return {**self.policy.state_bytes(), "moments": self.backend.optimizer_bytes()}
+        """Bytes of this rank's live model states by kind; gradients and moments are there once a step was made."""
+        return {**self.policy.state_bytes(), **self.backend.state_bytes()}
 
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
-        batches = [self._collate(micro) for micro in self.steps[number]]
-        counts = [self.objective.count(batch) for batch in batches]
+        sent = self.traffic.bytes.copy() if self.traffic else None
+        batches = {micro: self._collate(micro, "cpu") for micro in self.steps[number]}
+        counts = {micro: self.objective.count(batch) for micro, batch in batches.items()}
+        mine = self._share(self.steps[number])
         totals: dict[str, Tensor] = {}
-        for micro, batch, count in zip(self.steps[number], batches, counts, strict=True):
-            logps = self.policy.response_logps(batch)
+        for place, (micro, weight) in enumerate(mine, start=1):
+            batch = batches[micro].to(self.policy.model.device)
+            logps = self.backend.response_logps(batch)
             loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
-            share = count / max(1, sum(counts))
-            self.backend.backward(loss * share)
+            share = weight * counts[micro] / max(1, sum(counts.values()))
+            self.backend.backward(loss * share, last=place == len(mine))
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
         norm = float(self.backend.step())
-        values = {name: float(value) for name, value in totals.items()}
+        summed = ranks.add_up(torch.stack([value.double() for value in totals.values()]))
+        values = dict(zip(totals, summed.tolist(), strict=True))
         if not (torch.tensor([norm, values["loss"]]).isfinite().all()):
             raise TrainingError(f"step {number + 1}: loss {values['loss']}, gradient norm {norm}")
+        if self.traffic:
+            self.traffic_by_operation = dict(self.traffic.bytes - sent)
+            values["traffic_bytes"] = sum(self.traffic_by_operation.values())
         return StepMetrics(
             step=number + 1,
             total_steps=len(self.steps),
@@ -137,18 +172,35 @@ class Trainer:
             loss=values.pop("loss"),
             grad_norm=norm,
             learning_rate=learning_rate,
-            tokens=sum(batch.tokens for batch in batches),
+            tokens=sum(batch.tokens for batch in batches.values()),
             seconds=time.perf_counter() - started,
             metrics=values,
         )
+
+    def _share(self, micros: list[int]) -> list[tuple[int, float]]:
+        """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
+        world, rank = ranks.world_size(), ranks.rank()
+        mine = [(micro, 1.0) for micro in micros[rank::world]]
+        return mine + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(mine))
 
     def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
-        return self.reference[str(micro)].to(logps.device) if self.backend.updated else logps.detach()
+        own = self.open_reference is None and not self.backend.updated
+        return logps.detach() if own else self.reference[str(micro)].to(logps.device)
 
-    def _collate(self, micro: int) -> Batch:
+    def _collate(self, micro: int, device: torch.device | str | None = None) -> Batch:
         share = self.policy.logps.share_prompts
         batch = collate(self.corpus, self.micro_batches[micro], share_prompts=share, token_weights=self.token_weights)
-        return batch.to(self.policy.model.device)
+        return batch.to(device or self.policy.model.device)
+
+
+def make_backend(
+    policy: DensePolicy | SparsePolicy, config: TrainConfig, total_steps: int, protocol: str, zero: Zero | None
+) -> "LocalBackend | DeepSpeedBackend":
+    if zero is None:
+        return LocalBackend(policy, config, total_steps, protocol)
+    from allo_fast.backend_deepspeed import DeepSpeedBackend
+
+    return DeepSpeedBackend(policy, config, total_steps, zero)

@@ -16,10 +16,12 @@ def generate(
     num_return_sequences: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    sharded: bool = False,
 ) -> list[list[str]]:
     """Per prompt, its responses as text; temperature 0 is greedy. The same seed and prompts give the same texts.
 
-    end_tokens end a response. The model's own generation defaults play no part.
+    end_tokens end a response. The model's own generation defaults play no part. sharded: the ranks share the model,
+    and go on until the last of them is done.
     """
     settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
@@ -37,7 +39,7 @@ def generate(
     torch.manual_seed(seed)
     own, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:
-        output = model.generate(ids, attention_mask=mask.long(), generation_config=config)
+        output = model.generate(ids, attention_mask=mask.long(), generation_config=config, synced_gpus=sharded)
     finally:
         model.generation_config = own
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

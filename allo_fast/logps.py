@@ -3,10 +3,11 @@
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
@@ -16,43 +17,42 @@ from allo_kernels import Positions, token_logps
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class ResponseLogps:
+class ResponseLogps(nn.Module):
     """Calling it on a batch gives [R, L] fp32 log-probabilities, zero where a response has no token.
 
-    The decoder runs on whole rows; the head only at positions that predict a response token. `share_prompts` says how
-    to collate: whether this model's attention can keep the responses of one row apart. Found out once, by trying.
+    The decoder runs on whole rows; the head only at positions that predict a response token.
     head_entries: of the head's weight, the values that train and their positions, or None where all or none do.
     """
 
-    model: PreTrainedModel
-    head_entries: Callable[[Tensor], tuple[Tensor, Positions] | None] = lambda weight: None
-
-    def __post_init__(self):
-        config = self.model.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.temperature = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1)
+    def __init__(self, model: PreTrainedModel, head_entries: "HeadEntries" = lambda weight: None):
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        temperature = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1)
+        self.head = _Head(model.get_output_embeddings(), softcap, temperature, head_entries)
         self.additive_mask = config._attn_implementation == "eager"
+        for module in model.modules():
+            module.register_forward_pre_hook(_pass_through)
+        if not any(hasattr(weight, "ds_id") for weight in model.parameters()):
+            _ = self.share_prompts  # a sharded model can be tried only once DeepSpeed runs it
+
+    @cached_property
+    def share_prompts(self) -> bool:
+        """How to collate: whether this model's attention can keep the responses of one row apart; found by trying.
+
+        Raises UserError when the model's head is not what token_logps computes.
+        """
+        self._check_head()
         reason = _why_separate(self.model, self)
-        self.share_prompts = reason is None
         if reason:
             logger.warning("one response per row, prompts repeated: %s", reason)
-        self._check_head()
+        return reason is None
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         hidden = self.hidden(batch)
-        head = self.model.get_output_embeddings()
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
-        weight, bias, values, positions = head.weight, head.bias, None, None
-        if torch.is_grad_enabled() and (found := self.head_entries(head._parameters.get("weight"))):
-            weight, (values, positions) = head._parameters["weight"], found
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
-            dtype = torch.get_autocast_dtype(device)
-            picked, weight, bias = (None if given is None else given.to(dtype) for given in (picked, weight, bias))
-        settings = {"bias": bias, "softcap": self.softcap, "temperature": self.temperature}
-        flat = token_logps(picked, weight, batch.targets, values=values, positions=positions, **settings)
-        return batch.layout(flat)
+        return batch.layout(self.head(picked, batch.targets))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D]."""
@@ -65,13 +65,46 @@ class ResponseLogps:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """The head must be what token_logps computes: linear, soft cap, scale."""
+        """The head must be linear, with at most a soft cap and a scale."""
         batch = _probe([2, 3], share=False).to(self.model.device)
         with_head = self.model(input_ids=batch.input_ids, use_cache=False).logits.float().log_softmax(-1)
         expected = with_head.view(-1, with_head.shape[-1])[batch.sources, batch.targets]
         error = (batch.layout(expected) - self(batch)).abs().max()
         if error > 0.05 * with_head.std():
             raise UserError(f"{type(self.model).__name__}: its head is not linear, at most soft-capped and scaled")
+
+
+class _Head(nn.Module):
+    """The model's head for given targets: hidden [N, D], targets [N] -> log-probabilities [N] fp32.
+
+    A module of its own, holding the head's own parameters, so that ZeRO-3 gathers them around it.
+    """
+
+    def __init__(self, source: nn.Module, softcap: float | None, temperature: float, entries: "HeadEntries"):
+        super().__init__()
+        self.settings, self.entries = {"softcap": softcap, "temperature": temperature}, entries
+        self._parameters.update(source._parameters)
+        self._read = (source,)  # in a tuple: not a child, whose parameters would count twice
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        (source,) = self._read
+        found = self.entries(source._parameters.get("weight"))
+        weight, values, positions = found or (source.weight, None, None)
+        bias, device = source.bias, hidden.device.type
+        if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight, bias = (None if given is None else given.to(dtype) for given in (hidden, weight, bias))
+        return token_logps(hidden, weight, targets, bias=bias, values=values, positions=positions, **self.settings)
+
+
+def _pass_through(module: nn.Module, inputs: tuple) -> tuple:
+    """A node of its own for each input, as ZeRO-3 makes: what a tensor gets from several readers then adds up in the
+    same order however the model is sharded, and the gradient is the same to the last bit."""
+    return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
+
+
+# For the head's weight: what to multiply by, the values that train, and where they lie in it.
+HeadEntries = Callable[[Tensor], tuple[Tensor, Tensor, Positions] | None]
 
 
 def _probe(second: list[int], share: bool = True) -> Batch:

@@ -1,14 +1,18 @@
 """Loading, saving and naming models: any AutoModelForCausalLM, from a local folder or the hub."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from allo_fast.config import ModelConfig, UserError
+from allo_fast import ranks
+from allo_fast.config import ModelConfig, PretrainConfig, UserError
+from allo_fast.data.arithmetic import character_tokenizer
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,16 +25,20 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"model.device: {name}: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str | Path, config: ModelConfig, dtype: str | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, config: ModelConfig, dtype: str | None = None, sharded: bool = False
+) -> PreTrainedModel:
     """A causal language model on the configured device, without dropout, in `dtype` (default: the configured one).
 
-    Dropout is off because policy and reference must agree at step 0. Raises UserError where there is no such model.
+    sharded: in ZeRO-3 shares, on the device never more than one weight whole. Dropout is off because policy and
+    reference must agree at step 0. Raises UserError where there is no such model.
     """
-    device = pick_device(config.device)
+    device, dtype = pick_device(config.device), dtype or config.dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype or config.dtype), attn_implementation=config.attn_implementation
-        )
+        with _zero_init(dtype) if sharded else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation=config.attn_implementation
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: not a model that can be loaded: {str(error).splitlines()[0]}") from None
     for module in model.modules():
@@ -45,6 +53,26 @@ def load_model(path: str | Path, config: ModelConfig, dtype: str | None = None) 
     return model.to(device).train(config.gradient_checkpointing)
 
 
+@contextmanager
+def _zero_init(dtype: str) -> Iterator[None]:
+    """Inside, transformers loads models as ZeRO-3 shards in `dtype`."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    held = HfDeepSpeedConfig(  # transformers keeps only a weak reference
+        {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": dtype == "bfloat16"},
+        }
+    )
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del held
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -55,10 +83,35 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A normal Hugging Face folder: config, safetensors, generation config, tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """A normal Hugging Face folder: config, safetensors, generation config, tokenizer; rank 0 writes it.
+
+    weights: what to save instead of the model's own weights, whole, one at a time; every rank iterates together.
+    """
+    state = None if weights is None else _state_dict(model, weights)
+    if ranks.is_main():
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+    ranks.barrier()
+
+
+def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """On rank 0 under every name that the model knows a weight by, on the CPU; elsewhere empty."""
+    known = named_weights(model)
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    parameters = {name for tied in names.values() for name in tied}
+    state = {name: held for name, held in model.state_dict().items() if name not in parameters}
+    for name, weight in weights:
+        if ranks.is_main():
+            state |= dict.fromkeys(names[id(known[name])], weight.detach().cpu())
+    return state
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -66,10 +119,39 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(model.named_parameters()))
 
 
+def size_of(weight: Tensor) -> int:
+    """Its number of entries, also where ZeRO-3 leaves only a share of it here."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+def held_here(weight: Tensor) -> Tensor:
+    """What this rank keeps of a weight between steps."""
+    return getattr(weight, "ds_tensor", weight)
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight once, whole, one at a time; every rank iterates together."""
+    for name, weight in named_weights(model).items():
+        with whole(weight):
+            yield name, weight.data
+
+
+def whole(*weights: nn.Parameter) -> AbstractContextManager:
+    """Inside, all of the weights are here; every rank enters together. ZeRO-3 gathers and releases them, else they are.
+
+    Not to be entered twice for the same weight.
+    """
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(weights))
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights."""
     digest = hashlib.sha256()
-    for name, weight in named_weights(model).items():
+    for name, weight in whole_weights(model):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(as_bytes(weight))
     return digest.hexdigest()
@@ -90,3 +172,20 @@ def convert_gguf(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
     save_model(model, tokenizer, folder)
+
+
+def llama_config(settings: PretrainConfig) -> LlamaConfig:
+    """Of the tiny model that a run which names none trains."""
+    tokenizer = character_tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,13 +1,59 @@
-"""AdamW over the selected entries only, with the new values written into the base in the same pass."""
+"""AdamW over the selected entries only, with the new values written into the base in the same pass; and over all."""
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from allo_fast import ranks
 from allo_fast.policy import SparsePolicy
 from allo_kernels import masked_adamw_
+
+
+def total_norm(gradients: Sequence[Tensor], *, across_ranks: bool = False) -> Tensor:
+    """The norm of all gradients as one vector, 0-d fp32; across_ranks: every rank has a share of them.
+
+    Squares are summed in fp64, so that neither their order nor the number of ranks shows in the result.
+    """
+    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients])
+    total = squares.sum()
+    return (ranks.add_up(total) if across_ranks else total).sqrt().float()
+
+
+def clip_scale(norm: Tensor, max_grad_norm: float) -> Tensor:
+    """What gradients are multiplied by; torch.nn.utils.clip_grad_norm_'s rule."""
+    return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW that clips by the norm of all gradients and clears nothing.
+
+    across_ranks: every rank has a share of the gradients, as under ZeRO.
+    """
+
+    def __init__(self, params, *, max_grad_norm: float, across_ranks: bool = False, **settings):
+        super().__init__(params, fused=True, **settings)
+        self.max_grad_norm, self.across_ranks = max_grad_norm, across_ranks
+
+    def start_state(self, values: Iterable[Tensor]) -> None:
+        """Moments of zero for `values`, so that a checkpoint can fill them before the first step.
+
+        The caller's to call: under ZeRO `values` are this rank's share, and moments of all would be too many.
+        """
+        for value in values:
+            moments = {key: torch.zeros_like(value) for key in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=value.device)
+            self.state[value] = {"step": step, **moments}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        gradients = [value.grad for value in group["params"] if value.grad is not None]
+        self.grad_norm = total_norm(gradients, across_ranks=self.across_ranks)
+        torch._foreach_mul_(gradients, clip_scale(self.grad_norm, self.max_grad_norm))
+        super().step()
 
 
 class SparseAdamW(Optimizer):
@@ -60,7 +106,8 @@ class SparseAdamW(Optimizer):
         if self.max_grad_norm is not None:
             if grad_scale is not None:
                 raise ValueError("grad_scale: this optimizer clips by itself; construct it with max_grad_norm=None")
-            grad_scale = (self.max_grad_norm / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+            self.grad_norm = total_norm(gradients)
+            grad_scale = clip_scale(self.grad_norm, self.max_grad_norm)
         self._step += 1
         beta1, beta2 = settings["betas"]
         # Dividing eps by the same correction as sqrt(v) turns one form into the other.

@@ -7,9 +7,10 @@ gradient is gathered at the selected positions, so that a dense gradient lives o
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_fast.logps import ResponseLogps
-from allo_fast.models import fingerprint, named_weights
+from allo_fast.models import fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Group:
 
     weights: dict[str, nn.Parameter]
     positions: Positions
-    values: Tensor  # fp32: what trains
+    values: Tensor | None  # fp32: what trains; None where DeepSpeed holds them in a flat tensor of its own
     originals: Tensor  # in the weights' dtype: the reference's entries
 
     @classmethod
@@ -61,7 +63,8 @@ class SparsePolicy:
         selection.check(model)
         self.model = model.requires_grad_(False)
         self.base = selection.base
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.sizes = [weight.numel() for weight in model.parameters()]
+        self.parameters = sum(self.sizes)
         weights = named_weights(model)
         self.weights = {name: weights[name] for name in selection.names}
         self.groups = [self._group(dtype, selection) for dtype in {w.dtype: None for w in self.weights.values()}]
@@ -76,6 +79,10 @@ class SparsePolicy:
         for module in model.modules():
             self._install(module)
         self.logps = ResponseLogps(model, self._head_entries)
+
+    @property
+    def selected(self) -> int:
+        return sum(len(at) for at in self.positions.values())
 
     def response_logps(self, batch: Batch) -> Tensor:
         """[R, L] fp32, differentiable in `values`."""
@@ -97,8 +104,8 @@ class SparsePolicy:
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
-        for group in self.groups:
-            scatter_(group.data, group.positions, group.values)
+        for name, value in self.values.items():
+            scatter_(self.weights[name].data, self.positions[name], value.data)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
@@ -107,7 +114,7 @@ class SparsePolicy:
             "base": self.model.parameters(),
             "positions": [group.positions for group in self.groups],
             "originals": [group.originals for group in self.groups],
-            "values": [group.values for group in self.groups],
+            "values": self.values.values(),
             "gradients": gradients + [*self.dense_gradients.values()],
         }
         return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
@@ -120,15 +127,25 @@ class SparsePolicy:
             count += sum(int((gather(weight, at) != before).sum()) for weight, at, before in parts)
         return count
 
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the policy, whole, one at a time; every rank iterates together."""
+        return whole_weights(self.model)
+
+    def located(self, name: str) -> Positions:
+        """The selected positions of a weight, on the CPU."""
+        return self.positions[name].to("cpu")
+
     def save_delta(self, path: Path, before: Path | None = None) -> None:
         """The trained entries, over `before` (the delta that made this base out of an earlier one) when given."""
-        delta = Delta.load(before) if before else Delta(self.base, {}, {})
-        weights, positions = named_weights(self.model), {}
-        for name in sorted({*self.positions, *delta.positions}):
-            parts = [given[name].to("cpu").unpack() for given in (self.positions, delta.positions) if name in given]
-            positions[name] = Positions.pack(torch.cat(parts).unique(), weights[name].numel())
-        values = {n: gather(weights[n].data, at.to(weights[n].device)).cpu() for n, at in positions.items()}
-        Delta(delta.base, positions, values).save(path)
+        delta, positions, values = Delta.load(before) if before else Delta(self.base, {}, {}), {}, {}
+        for name, weight in self.full_weights():
+            parts = [self.located(name)] if name in self.weights else []
+            parts += [delta.positions[name]] if name in delta.positions else []
+            if parts and ranks.is_main():
+                at = Positions.pack(torch.cat([part.unpack() for part in parts]).unique(), weight.numel())
+                positions[name], values[name] = at, gather(weight, at.to(weight.device)).cpu()
+        if ranks.is_main():
+            Delta(delta.base, positions, values).save(path)
 
     def _group(self, dtype: torch.dtype, selection: "Selection") -> Group:
         mine = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
@@ -139,12 +156,8 @@ class SparsePolicy:
             swap_(group.data, group.positions, group.originals)
 
     def _install(self, module: nn.Module) -> None:
-        """Whoever reads a training weight as an attribute gets its alias; `_parameters` stays as it is."""
-        plain = getattr(type(module), "_without_aliases", type(module))
         mine = [name for name, weight in module._parameters.items() if id(weight) in self._names]
-        reads = {name: property(lambda module, name=name: self._read(module._parameters[name])) for name in mine}
-        held = {"_without_aliases": plain, "__module__": plain.__module__, **reads}
-        module.__class__ = type(plain.__name__, (plain,), held) if mine else plain
+        install_reads(module, mine, self._read)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():
@@ -152,14 +165,15 @@ class SparsePolicy:
         name = self._names[id(weight)]
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
-        return _Alias.apply(value, weight, self.positions.get(name), self.dense_gradients.get(name))
+        at = self.positions.get(name)
+        return Alias.apply(value, weight, at and partial(_gathered, at), self.dense_gradients.get(name))
 
-    def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Positions] | None:
+    def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""
         name = self._names.get(id(weight))
-        if name not in self.values or self.dense_gradients or self._in_reference:
+        if name not in self.values or self.dense_gradients or not torch.is_grad_enabled():
             return None
-        return self.values[name], self.positions[name]
+        return weight, self.values[name], self.positions[name]
 
 
 class DensePolicy:
@@ -171,7 +185,8 @@ class DensePolicy:
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
         self.model = model.requires_grad_(True)
         self.autocast = autocast
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.sizes = [size_of(weight) for weight in model.parameters()]
+        self.parameters = sum(self.sizes)
         self.logps = ResponseLogps(model)
 
     def response_logps(self, batch: Batch) -> Tensor:
@@ -180,19 +195,39 @@ class DensePolicy:
         with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
             return self.logps(batch)
 
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, one at a time; every rank iterates together."""
+        return whole_weights(self.model)
+
     def state_bytes(self) -> dict[str, int]:
         weights = list(self.model.parameters())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        kinds = {"base": weights, "gradients": gradients}
-        return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in kinds.items()}
+        kinds = {"base": map(held_here, weights), "gradients": gradients}
+        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
 
 
-class _Alias(torch.autograd.Function):
-    """The weight itself, as a function of the values that already lie in it: d/d values = dense gradient gathered."""
+def install_reads(
+    module: nn.Module, names: Iterable[str], read: Callable, methods: Mapping[str, Callable] = {}
+) -> None:
+    """Whoever reads one of these weights as an attribute gets `read(weight)`; `_parameters` stays as it is.
+
+    methods: others of the module to replace. A later call takes the place of an earlier one.
+    """
+    plain = getattr(type(module), "_without_aliases", type(module))
+    reads = {name: property(lambda module, name=name: read(module._parameters[name])) for name in names}
+    held = {"_without_aliases": plain, "__module__": plain.__module__, **reads, **methods}
+    module.__class__ = type(plain.__name__, (plain,), held) if reads or methods else plain
+
+
+class Alias(torch.autograd.Function):
+    """The weight itself, as a function of the values that already lie in it: d/d values = dense gradient gathered.
+
+    gathered: from a dense gradient to that of the values, fp32 [K]; None where none are selected.
+    """
 
     @staticmethod
-    def forward(ctx, values, weight, positions, dense_gradient):
-        ctx.positions, ctx.dense_gradient = positions, dense_gradient
+    def forward(ctx, values, weight, gathered, dense_gradient):
+        ctx.gathered, ctx.dense_gradient = gathered, dense_gradient
         return weight.detach()
 
     @staticmethod
@@ -200,10 +235,14 @@ class _Alias(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.dense_gradient is not None:
             ctx.dense_gradient += gradient
-        if ctx.positions is None:
+        if ctx.gathered is None:
             return gradient.new_zeros(0, dtype=torch.float32), None, None, None
-        out = torch.empty(len(ctx.positions), dtype=torch.float32, device=gradient.device)
-        return gather(gradient.contiguous(), ctx.positions, out=out), None, None, None
+        return ctx.gathered(gradient), None, None, None
+
+
+def _gathered(at: Positions, gradient: Tensor) -> Tensor:
+    out = torch.empty(len(at), dtype=torch.float32, device=gradient.device)
+    return gather(gradient.contiguous(), at, out=out)
 
 
 class Delta:

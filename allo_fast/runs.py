@@ -14,9 +14,11 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from allo_fast import ranks
 from allo_fast.config import Config, UserError, load_config, save_config
 from allo_fast.engine import CHECKPOINT
 from allo_fast.models import pick_device
+from allo_fast.zero import Zero
 from allo_kernels import memory
 
 MANIFEST = "MANIFEST.json"
@@ -54,6 +56,11 @@ class Unit:
         return self.owner.config
 
     @property
+    def zero(self) -> Zero | None:
+        """How DeepSpeed trains this stage; None: one process without it."""
+        return self.owner.zeros["sparse" if self.name in ("forget", "learn") else "dense"]
+
+    @property
     def stage(self) -> Stage:
         return self.owner.stages[self.name]
 
@@ -79,7 +86,7 @@ class Unit:
         Raises UserError when an upstream unit is not complete, or no longer fits its own settings and inputs.
         """
         for unit in self.upstream():
-            if not unit.is_complete():
+            if not unit.is_complete_here():
                 raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast {unit.name} CONFIG` first")
         settings = {
             key: value
@@ -104,7 +111,11 @@ class Unit:
         return json.loads(path.read_text())
 
     def is_complete(self) -> bool:
-        """A manifest that fits today's settings and inputs, and outputs that are what it says."""
+        """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
+        return ranks.on_main(self.is_complete_here)
+
+    def is_complete_here(self) -> bool:
+        """`is_complete`, without asking the other ranks."""
         if not (self.folder / MANIFEST).is_file():
             return False
         manifest = self.manifest()
@@ -113,18 +124,24 @@ class Unit:
 
     def execute(self) -> Iterator[Progress]:
         """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
-        digest = self.digest()
-        started = self.folder / STARTED
-        if not (started.is_file() and json.loads(started.read_text()) == digest):
-            shutil.rmtree(self.folder, ignore_errors=True)  # left by other settings: not to be continued
-            self.folder.mkdir(parents=True)
-            write_atomically(started, json.dumps(digest))
+        digest = ranks.on_main(self._start)
         device = pick_device(self.config.model.device)
         memory.reset_peak(device)
         begun = time.perf_counter()
         facts = yield from self.stage.execute(self)
         seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
         peak = memory.peak_bytes(device)
+        ranks.on_main(lambda: self._finish(digest, facts, seconds, peak))
+
+    def _start(self) -> str:
+        digest, started = self.digest(), self.folder / STARTED
+        if not (started.is_file() and json.loads(started.read_text()) == digest):
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by other settings: not to be continued
+            self.folder.mkdir(parents=True)
+            write_atomically(started, json.dumps(digest))
+        return digest
+
+    def _finish(self, digest: str, facts: dict, seconds: float, peak: int) -> None:
         scratch = [self.folder / name for name in (STARTED, CHECKPOINT)]
         files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in scratch)
         manifest = {
@@ -147,12 +164,24 @@ class Unit:
 class Run:
     """Raises UserError when the folder holds something else: another run, or files that are not a run's.
 
-    rerun: accept changed settings and run again what they affect.
+    rerun: accept changed settings and run again what they affect. zeros: how DeepSpeed trains "dense" and "sparse"
+    stages; None: one process without it.
     """
 
-    def __init__(self, config: Config, stages: dict[str, Stage], rerun: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        stages: dict[str, Stage],
+        rerun: bool = False,
+        zeros: dict[str, Zero] | None = None,
+    ):
         self.config, self.stages = config, stages
+        self.zeros = zeros or {"dense": None, "sparse": None}
         self.folder = Path(config.output_dir) / config.name
+        ranks.on_main(lambda: self._claim(rerun))
+
+    def _claim(self, rerun: bool) -> None:
+        config = self.config
         saved = self.folder / "config.yaml"
         if saved.is_file():
             if (changed := _differences(load_config(saved), config)) and not rerun:
@@ -200,7 +229,7 @@ def _is(path: Path, held: dict) -> bool:
 
 
 def _differences(old: Config, new: Config) -> str:
-    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    before, after = (_flat(config.model_dump(exclude={"deepspeed", "ddp_timeout"})) for config in (old, new))
     return ", ".join(f"{key} was {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key])
 
 

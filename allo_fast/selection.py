@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.models import as_bytes, fingerprint, named_weights
+from allo_fast.models import as_bytes, fingerprint, named_weights, size_of
 from allo_fast.policy import load_positions, save_positions
 from allo_kernels import Positions, topk_threshold
 
@@ -49,17 +50,18 @@ class Selection:
     ) -> "Selection":
         """The weights that training moved most: scores |after - before| in fp32, see `from_scores`."""
         old, new = named_weights(before), named_weights(after)
-        if different := [name for name in old if name not in new or new[name].shape != old[name].shape]:
+        if different := [name for name in old if name not in new or _shape(new[name]) != _shape(old[name])]:
             raise ValueError(f"after: not the same model as before; {different[0]} differs")
         deltas = {name: _Change(old[name], new[name]) for name in old}
-        if not any(change.abs().any() for change in deltas.values()):
+        changed = any(bool(change.magnitudes().any()) for change in deltas.values())
+        if not ranks.add_up(torch.tensor([changed], dtype=torch.int64)):
             raise UserError("no weight changed between before and after; was the learning rate ever above zero?")
         return cls.from_scores(deltas, ratio, base=fingerprint(before), exclude=exclude, skip=skip, protocol=protocol)
 
     @classmethod
     def from_scores(
         cls,
-        scores: Mapping[str, "Tensor | _Change"],
+        scores: "Mapping[str, Tensor | _Change]",
         ratio: float,
         *,
         base: str,
@@ -69,7 +71,8 @@ class Selection:
     ) -> "Selection":
         """The floor(ratio x N) largest |score| after the floor(skip x N) largest are passed over.
 
-        exclude: shell patterns of tensor names that do not compete. Raises ValueError for a ratio outside 0..1, NaN.
+        exclude: shell patterns of tensor names that do not compete. Every rank of a process group calls this together,
+        looks at a share of each tensor and gets all positions. Raises ValueError for a ratio outside 0..1, NaN.
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
@@ -134,7 +137,7 @@ class Selection:
             raise UserError(f"{where}: made for the model {self.base[:12]}, got the model {found[:12]}")
         weights = named_weights(model)
         for name in self.names:
-            if name not in weights or weights[name].numel() != self._positions[name].sizes[0]:
+            if name not in weights or size_of(weights[name]) != self._positions[name].sizes[0]:
                 raise UserError(f"{where}: {name} is not a tensor of the model, or has another size")
 
 
@@ -146,42 +149,51 @@ class _Change:
     after: Tensor
 
     def numel(self) -> int:
-        return self.before.numel()
+        return size_of(self.before)
 
     def abs(self) -> Tensor:
         return (self.after.detach().float() - self.before.detach().float()).abs_()
 
+    def magnitudes(self) -> Tensor:
+        """Of this rank's share, flat."""
+        return (ranks.share(self.after)[1].float() - ranks.share(self.before)[1].float()).abs_()
+
 
 @dataclass
 class _Magnitudes:
-    """What topk_threshold iterates over, several times."""
+    """|score| of this rank's share of each tensor, flat; topk_threshold iterates over it several times."""
 
-    scores: Mapping[str, "Tensor | _Change"]
+    scores: "Mapping[str, Tensor | _Change]"
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (score.abs() for score in self.scores.values())
+        for score in self.scores.values():
+            yield score.magnitudes() if isinstance(score, _Change) else ranks.share(score)[1].abs()
 
 
 def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
     first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
-    for name, top, passed in zip(scores, _top(scores, last), _top(scores, first), strict=True):
-        yield name, _as_positions(top & ~passed)
+    for (name, score), top, passed in zip(scores.items(), _top(scores, last), _top(scores, first), strict=True):
+        begin, _ = ranks.share(score.before if isinstance(score, _Change) else score)
+        found = ranks.concatenate((top & ~passed).nonzero().squeeze(1) + begin)
+        yield name, Positions.pack(found, score.numel())
 
 
 def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
     """Per tensor, which of its scores are among the k highest; ties go to the lower (name, index)."""
     magnitudes = _Magnitudes(scores)
-    value, above, _ = topk_threshold(magnitudes, k) if k else (float("inf"), 0, 0)
-    threshold, ties_left = float(value), k - above
+    value, above, _ = topk_threshold(magnitudes, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
+    threshold, wanted = float(value), k - above
     if k and threshold == 0:
         logger.warning("only %d weights changed; unchanged ones fill the selection of %d", above, k)
-    for score in magnitudes:
-        flat = score.view(-1)
-        ties = flat == threshold
-        ties &= ties.cumsum(0) <= ties_left
-        ties_left -= int(ties.sum())
-        yield ties | (flat > threshold)
+    # In the order of (name, index), how many ties come before those of this rank's share of a tensor.
+    counts = ranks.gather([int((part == threshold).sum()) for part in magnitudes])
+    by_share = torch.tensor(counts).T.reshape(-1)
+    earlier = (by_share.cumsum(0) - by_share).view(len(scores), -1)[:, ranks.rank() if len(counts) > 1 else 0]
+    for part, passed in zip(magnitudes, earlier.tolist(), strict=True):
+        ties = part == threshold
+        ties &= ties.cumsum(0) <= wanted - passed
+        yield ties | (part > threshold)
 
 
 def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
@@ -193,11 +205,12 @@ def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[t
     high = ranked[int(total * skip) - 1] if skip else torch.inf
     for name, score in scores.items():
         magnitudes = score.abs().view(-1)
-        yield name, _as_positions((magnitudes >= low) & (magnitudes < high))
+        chosen = (magnitudes >= low) & (magnitudes < high)
+        yield name, Positions.pack(chosen.nonzero().squeeze(1), score.numel())
 
 
-def _as_positions(mask: Tensor) -> Positions:
-    return Positions.pack(mask.nonzero().squeeze(1), mask.numel())
+def _shape(weight: Tensor) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def _floor(fraction: float, total: int) -> int:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | positions | gpu`"""
+"""`python -m benchmarks step | positions | zero | gpu`"""
 
 import argparse
 import sys
@@ -19,6 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     command.set_defaults(command=_positions)
+    command = commands.add_parser("zero", help="states per rank and traffic per step under DeepSpeed ZeRO 0-3")
+    command.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, on this machine")
+    command.add_argument("--dtype", default="bfloat16", help="of the frozen base")
+    command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that train")
+    command.add_argument("--out", type=Path, help="JSON file")
+    command.set_defaults(command=_zero)
     command = commands.add_parser("gpu", help="check and measure the kernels on this machine's GPU")
     command.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     command.set_defaults(command=_gpu)
@@ -37,6 +43,13 @@ def _positions(given: argparse.Namespace) -> int:
     from benchmarks import positions
 
     positions.run(given.weights, tuple(given.ratios))
+    return 0
+
+
+def _zero(given: argparse.Namespace) -> int:
+    from benchmarks import zero
+
+    zero.run(tuple(given.worlds), given.dtype, given.ratio, given.out)
     return 0
 
 

@@ -82,7 +82,7 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
         settings = TrainConfig(
             learning_rate=1e-5, gradient_accumulation_steps=1, num_train_epochs=steps + 1, save_steps=10**9
         )
-        trainer = Trainer(policy, _pairs(model.config.vocab_size), Dpo(0.1, 0.5), settings, Path(folder))
+        trainer = Trainer(policy, pairs(model.config.vocab_size), Dpo(0.1, 0.5), settings, Path(folder))
         memory.reset_peak(model.device)
         metrics = list(trainer.run())[1:]  # the first step warms up
     times = [1e3 * row.seconds for row in metrics]
@@ -98,7 +98,7 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
     )
 
 
-def _pairs(vocabulary: int) -> Corpus:
+def pairs(vocabulary: int) -> Corpus:
     """Four problems of 64 tokens with two responses of 48 each."""
     draw = torch.Generator().manual_seed(0)
     corpus = Corpus()

@@ -12,7 +12,7 @@ from allo_kernels import bench
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.check_cases import cases
-from benchmarks import gpu
+from benchmarks import gpu, zero
 from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
@@ -93,3 +93,9 @@ def test_bench_fails_when_one_of_ours_does(monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure_ceilings", lambda *_: bench.Ceilings(1.0, 1.0))
     assert kernels_main(["bench"]) == 1
     assert "FAIL  op, allo-fast: failed: RuntimeError: no kernel" in capsys.readouterr().out
+
+
+def test_zero_compares_with_dense_of_the_same_world_and_stage():
+    dense = zero.Row(2, 1, "dense", 1400, 1400, 800, 800, 100)
+    lines = zero.table([dense, zero.Row(2, 1, "resident", 290, 280, 40, 41, 100)]).splitlines()
+    assert lines[2].split() == ["2", "1", "resident", "2.900", "2.800", "0.207", "0.0", "0.0", "0.0500"]

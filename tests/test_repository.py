@@ -13,8 +13,8 @@ import allo_fast
 import allo_kernels
 
 ROOT = Path(__file__).parents[1]
-ORDER = "config data models logps policy selection objectives optim backend engine".split()
-ORDER += "generation runs stages figures report".split()
+ORDER = "config ranks data zero models logps policy selection sharded objectives optim".split()
+ORDER += "backend backend_deepspeed engine shapes costs plan generation runs stages figures report".split()
 SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
 

@@ -72,7 +72,7 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
     module = __import__("sys").modules["allo_kernels.token_logps"]
-    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(module, "_MIN_COLUMNS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
     positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)

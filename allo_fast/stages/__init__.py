@@ -7,7 +7,7 @@ from pathlib import Path
 
 from allo_fast.config import Config
 from allo_fast.data.problems import split_slice
-from allo_fast.runs import Stage
+from allo_fast.runs import Stage, sha256, versions
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
 
 
@@ -24,6 +24,11 @@ def _data_files(source: str | None) -> list[Path]:
 def _model_files(model: str | None) -> list[Path]:
     """The files of a local model folder."""
     return sorted(path for path in Path(model).iterdir() if path.is_file()) if model and Path(model).is_dir() else []
+
+
+def _reference_files(section: str):
+    """The base's files, and those of the reference model that a section names."""
+    return lambda config: _base_files(config) + _model_files(getattr(config, section).reference)
 
 
 def _base_files(config: Config) -> list[Path]:
@@ -78,7 +83,7 @@ STAGES = {
         settings=("warmup", *_PROMPTS),
         needs=_needs("pairs"),
         keys=_seeds,
-        files=_base_files,
+        files=_reference_files("warmup"),
     ),
     "locate": Stage(
         number=4,
@@ -104,7 +109,7 @@ STAGES = {
         settings=("forget", "protocol", *_PROMPTS),
         needs=_needs("locate", "rewards"),
         keys=_seeds,
-        files=_base_files,
+        files=_reference_files("forget"),
     ),
     "learn": Stage(
         number=7,
@@ -112,6 +117,7 @@ STAGES = {
         settings=("learn", "protocol", *_PROMPTS),
         needs=_needs("pairs", "locate", "forget"),
         keys=_seeds,
+        files=lambda config: _model_files(config.learn.reference),
     ),
     "evaluate": Stage(
         number=8,
@@ -122,6 +128,24 @@ STAGES = {
         files=lambda config: _data_files(config.data.test) + _base_files(config),
     ),
 }
+
+
+def inputs_of(config: Config) -> dict[str, str]:
+    """What every rank of a run must have alike, by name: the settings, the software, and each input file's SHA-256.
+
+    Of files above 64 MiB, which are models', the size: 64 ranks reading 140 GB each would take longer than training.
+    """
+    files = {path for stage in STAGES.values() for path in stage.files(config)}
+    return {
+        "configuration": config.model_dump_json(),
+        "software": str(versions()),
+        **{str(path): _identity(path) for path in sorted(files)},
+    }
+
+
+def _identity(path: Path) -> str:
+    size = path.stat().st_size
+    return sha256(path) if size <= 1 << 26 else f"{size} bytes"
 
 
 def stages_of(config: Config) -> list[str]:

@@ -1,20 +1,27 @@
 """What several stages share: the base model, JSON lines, and driving a training loop as progress."""
 
 import json
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from allo_fast import costs, ranks
 from allo_fast.config import SparseTrainConfig, UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.engine import Trainer
-from allo_fast.models import load_model
+from allo_fast.logps import ResponseLogps
+from allo_fast.models import load_model, load_tokenizer
 from allo_fast.policy import Delta, DensePolicy, SparsePolicy
 from allo_fast.runs import Progress, Unit
 from allo_fast.selection import Selection
+from allo_fast.shapes import BYTES, model_config, shape_of
+from allo_fast.sharded import ShardedPolicy
+from allo_kernels import memory
 
 
 def base_path(unit: Unit) -> str | Path:
@@ -32,7 +39,12 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
     """All weights in float32, from the values that the configured dtype gives them: what the optimizer starts from is
     what the change is measured against."""
     dtype = getattr(torch, unit.config.model.dtype)
-    model = load_model(path, unit.config.model).float()
+    if unit.zero and unit.zero.sharded:
+        model = load_model(path, unit.config.model, dtype="float32", sharded=True)
+        for weight in model.parameters():
+            weight.ds_tensor.copy_(weight.ds_tensor.to(dtype))
+    else:
+        model = load_model(path, unit.config.model).float()
     return DensePolicy(model, autocast=None if dtype == torch.float32 else dtype)
 
 
@@ -41,14 +53,76 @@ def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after
 
     after: what an earlier stage changed since the selection was made; it must come from the selection's own base.
     """
-    model = load_model(path, unit.config.model)
+    sharded = unit.zero is not None and unit.zero.sharded
+    model = load_model(path, unit.config.model, sharded=sharded)
     selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors", None if after else model)
     if after:
         if after.base != selection.base:
             raise UserError(f"{path}: does not come from the model that the selection was made for")
         selection = selection.rebased(model)
+    if sharded:
+        return ShardedPolicy(model, selection)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
     return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A frozen model. compute: itself, or its log-probabilities of a batch. sharded: all ranks compute or none does."""
+
+    model: PreTrainedModel
+    compute: Callable
+    share_prompts: bool
+    sharded: bool
+
+
+@contextmanager
+def inference(
+    unit: Unit, path: str | Path, *, scoring: bool = False, sharded: bool | None = None
+) -> Iterator[Inference]:
+    """The model at `path`, frozen, until the context ends.
+
+    scoring: for log-probabilities of responses [R, L], not for generating. sharded: in shares of all ranks; None: where
+    it would take more than half of a device.
+    """
+    wanted = unit.config.model
+    if sharded is None:
+        several = unit.zero is not None and ranks.world_size() > 1
+        sharded = several and ranks.on_main(lambda: _bytes(unit, path) > memory.device_bytes() / 2)
+    model = load_model(path, wanted, sharded=sharded).eval().requires_grad_(False)
+    module = ResponseLogps(model) if scoring else model
+    if sharded:
+        from allo_fast.backend_deepspeed import frozen_engine
+
+        with frozen_engine(module) as engine:
+            yield Inference(model, engine, scoring and module.share_prompts, True)
+    else:
+        yield Inference(model, module, scoring and module.share_prompts, False)
+
+
+def _bytes(unit: Unit, path: str | Path) -> int:
+    dtype = unit.config.model.dtype
+    return BYTES[dtype] * shape_of(model_config(unit.config, str(path)), dtype).parameters
+
+
+def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:
+    """What opens the reference model at `path`: log-probabilities [R, L] fp32 of a batch. On ranks it is sharded.
+
+    Opened with whether responses share rows. Raises UserError for another vocabulary, or attention that cannot.
+    """
+    if path is None:
+        return None
+    if load_tokenizer(path).get_vocab() != load_tokenizer(base_path(unit)).get_vocab():
+        raise UserError(f"{unit.name}.reference: {path} has another vocabulary than {base_path(unit)}")
+
+    @contextmanager
+    def opened(share_prompts: bool) -> Iterator[Callable]:
+        with inference(unit, path, scoring=True, sharded=unit.zero is not None) as found:
+            if share_prompts and not found.share_prompts:
+                raise UserError(f"{unit.name}.reference: {path} cannot keep the responses of one row apart")
+            yield found.compute
+
+    return opened
 
 
 def pair_corpus(rows: list[dict], prompts: Prompts) -> Corpus:
@@ -72,7 +146,7 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     for metrics in trainer.run():
         notes = {"loss": metrics.loss, **metrics.metrics}
         yield Progress(metrics.step, metrics.total_steps, "step", notes)
-    rows = read_jsonl(unit.folder / "metrics.jsonl")  # of earlier sessions too
+    rows = ranks.on_main(lambda: read_jsonl(unit.folder / "metrics.jsonl"))  # of earlier sessions too
     parameters = trainer.policy.parameters
     facts = {
         "parameters": parameters,
@@ -82,10 +156,31 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     }
     total = sum(trainer.state_bytes().values())
     facts |= {"state_bytes": trainer.state_bytes(), "state_bytes_per_parameter": total / parameters}
+    if unit.zero:
+        facts |= _of_ranks(unit, trainer)
     if isinstance(trainer.policy, SparsePolicy):
-        facts["selected"] = sum(len(at) for at in trainer.policy.positions.values())
+        facts["selected"] = trainer.policy.selected
         facts["changed"] = trainer.policy.changed()
     return facts
+
+
+def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
+    """How the stage was divided, and what a rank handed to collectives in its last step: counted, and planned.
+
+    Nothing was counted where an earlier session, perhaps without ranks, made every step.
+    """
+    policy, zero, world = trainer.policy, unit.zero, ranks.world_size()
+    ratio = policy.selected / policy.parameters if isinstance(policy, SparsePolicy) else None
+    micros = trainer.config.gradient_accumulation_steps
+    planned = [costs.traffic(policy.sizes, unit.config.model, micros, share, zero, world) for share in (ratio, None)]
+    return {
+        "world_size": world,
+        "zero_stage": zero.stage,
+        "traffic_bytes_per_step": sum(trainer.traffic_by_operation.values()),
+        "planned_traffic_bytes_per_step": planned[0],
+        "planned_dense_traffic_bytes_per_step": planned[1],
+        "traffic_by_operation": trainer.traffic_by_operation,
+    }
 
 
 def check_lengths(model: PreTrainedModel, corpus: Corpus) -> None:
@@ -108,7 +203,9 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    path.write_bytes(_lines(rows))
+    """By rank 0."""
+    if ranks.is_main():
+        path.write_bytes(_lines(rows))
 
 
 def by_chunks(
@@ -116,19 +213,31 @@ def by_chunks(
 ) -> Generator[Progress, None, list[dict]]:
     """work(chunk, start) for each chunk of `items`, one row an item, into the JSON lines of `path`.
 
-    Until all are there they are in `path`.partial; a killed stage continues after its last whole chunk.
+    Each rank does one chunk of a round; what comes out does not depend on their number. Until all rows are there they
+    are in `path`.partial; a killed stage continues after its last whole chunk.
     """
     partial = path.with_name(path.name + ".partial")
-    rows = _whole_lines(partial)
-    rows = rows[: len(rows) // size * size]
-    write_jsonl(partial, rows)
-    for start in range(len(rows), len(items), size):
-        done = work(items[start : start + size], start)
-        rows += done
-        with partial.open("ab") as file:
-            file.write(_lines(done))
+    rows = ranks.on_main(lambda: _whole_chunks(partial, size))
+    for first in range(len(rows), len(items), size * ranks.world_size()):
+        start = first + size * ranks.rank()
+        # With nothing left for it, a rank repeats another's chunk: a sharded model needs them all.
+        done = work(items[start : start + size], start) if start < len(items) else work(items[first:][:size], first)[:0]
+        for part in (parts := ranks.gather(done)):
+            rows += part
+        if ranks.is_main():
+            with partial.open("ab") as file:
+                file.write(_lines(row for part in parts for row in part))
         yield Progress(len(rows), len(items), noun)
-    partial.rename(path)
+    if ranks.is_main():
+        partial.rename(path)
+    return rows
+
+
+def _whole_chunks(path: Path, size: int) -> list[dict]:
+    """What a killed stage left, without its last chunk where that is torn; the file too is cut."""
+    rows = _whole_lines(path)
+    rows = rows[: len(rows) // size * size]
+    write_jsonl(path, rows)
     return rows
 
 

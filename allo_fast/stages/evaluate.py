@@ -9,7 +9,6 @@ from collections.abc import Generator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from allo_fast.config import EvaluateConfig
 from allo_fast.data.batch import Corpus, collate
@@ -17,10 +16,9 @@ from allo_fast.data.problems import Problem
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import SCORERS, is_correct
 from allo_fast.generation import generate
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import load_model, load_tokenizer
+from allo_fast.models import load_tokenizer
 from allo_fast.runs import Progress, Unit
-from allo_fast.stages.common import base_path, by_chunks, make_prompts
+from allo_fast.stages.common import Inference, base_path, by_chunks, inference, make_prompts
 from allo_fast.stages.sample import usable_problems
 
 
@@ -34,17 +32,17 @@ def evaluate(unit: Unit, path: str | Path) -> Generator[Progress, None, dict]:
     """The accuracy of the model at `path`, by either scorer, and how many test rows were set aside."""
     settings, prompts = unit.config.evaluate, make_prompts(unit, load_tokenizer(path))
     problems, quarantined = usable_problems(unit, unit.config.data.test, prompts)
-    model = load_model(path, unit.config.model).eval()
-    logps = ResponseLogps(model) if problems[0].options else None
+    scoring = bool(problems[0].options)
+    with inference(unit, path, scoring=scoring) as found:
 
-    def work(chunk: list[Problem], start: int) -> list[dict]:
-        if logps:
-            texts = [_likeliest(logps, prompts, problem) for problem in chunk]
-        else:
-            texts = _answers(model, prompts, chunk, settings)
-        return [_judged(problem, text) for problem, text in zip(chunk, texts, strict=True)]
+        def work(chunk: list[Problem], start: int) -> list[dict]:
+            if scoring:
+                texts = _likeliest(found, prompts, chunk, settings.batch_size)
+            else:
+                texts = _answers(found, prompts, chunk, settings)
+            return [_judged(problem, text) for problem, text in zip(chunk, texts, strict=True)]
 
-    rows = yield from by_chunks(unit.folder / "predictions.jsonl", problems, settings.batch_size, "problem", work)
+        rows = yield from by_chunks(unit.folder / "predictions.jsonl", problems, settings.batch_size, "problem", work)
     right = {scorer: sum(row[scorer] for row in rows) for scorer in SCORERS}
     return {"problems": len(rows), "quarantined": len(quarantined), **right}
 
@@ -59,15 +57,26 @@ def _judged(problem: Problem, text: str) -> dict:
 
 
 @torch.no_grad()
-def _likeliest(logps: ResponseLogps, prompts: Prompts, problem: Problem) -> str:
-    corpus = Corpus()
-    options = map(prompts.encode_response, problem.options)
-    corpus.examples.append(tuple(corpus.add(prompts.encode_prompt(problem.prompt), options)))
-    batch = collate(corpus, corpus.examples, share_prompts=logps.share_prompts).to(logps.model.device)
-    return problem.options[int(logps(batch).sum(1).argmax())]
+def _likeliest(found: Inference, prompts: Prompts, chunk: list[Problem], rounds: int) -> list[str]:
+    """One forward pass a problem; `rounds` of them whatever the chunk has, as all ranks share a sharded model."""
+    texts = []
+    for problem in chunk + chunk[:1] * (rounds - len(chunk) if found.sharded else 0):
+        corpus = Corpus()
+        options = map(prompts.encode_response, problem.options)
+        corpus.examples.append(tuple(corpus.add(prompts.encode_prompt(problem.prompt), options)))
+        batch = collate(corpus, corpus.examples, share_prompts=found.share_prompts).to(found.model.device)
+        texts.append(problem.options[int(found.compute(batch).sum(1).argmax())])
+    return texts[: len(chunk)]
 
 
-def _answers(model: PreTrainedModel, prompts: Prompts, chunk: list[Problem], settings: EvaluateConfig) -> list[str]:
+def _answers(found: Inference, prompts: Prompts, chunk: list[Problem], settings: EvaluateConfig) -> list[str]:
     encoded = [prompts.encode_prompt(problem.prompt) for problem in chunk]
-    responses = generate(model, prompts.tokenizer, encoded, prompts.end_tokens, max_new_tokens=settings.max_new_tokens)
+    responses = generate(
+        found.model,
+        prompts.tokenizer,
+        encoded,
+        prompts.end_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        sharded=found.sharded,
+    )
     return [texts[0] for texts in responses]

@@ -16,7 +16,7 @@ from allo_fast.engine import Trainer
 from allo_fast.models import load_tokenizer, save_model
 from allo_fast.objectives import Npo
 from allo_fast.runs import Progress, Unit
-from allo_fast.stages.common import base_path, make_prompts, read_jsonl, sparse_policy, train
+from allo_fast.stages.common import base_path, frozen_reference, make_prompts, read_jsonl, sparse_policy, train
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -36,10 +36,13 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         seed=unit.seed,
         protocol=protocol,
         token_weights=weights,
+        zero=unit.zero,
+        reference=frozen_reference(unit, settings.reference),
     )
     facts = yield from train(unit, trainer)
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
     policy.save_delta(unit.folder / "delta.safetensors")
+    trainer.backend.close()
     forgotten = sum(weight != 0 for row in weights for weight in row)
     return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}
 

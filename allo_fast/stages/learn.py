@@ -15,7 +15,7 @@ from allo_fast.models import load_tokenizer, save_model
 from allo_fast.objectives import Dpo
 from allo_fast.policy import Delta
 from allo_fast.runs import Progress, Unit
-from allo_fast.stages.common import make_prompts, pair_corpus, read_jsonl, sparse_policy, train
+from allo_fast.stages.common import frozen_reference, make_prompts, pair_corpus, read_jsonl, sparse_policy, train
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -24,8 +24,19 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
     policy = sparse_policy(unit, forgotten / "model", settings, after=Delta.load(forgotten / "delta.safetensors"))
     objective = Dpo(settings.beta, settings.epsilon, settings.label_smoothing, protocol)
-    trainer = Trainer(policy, corpus, objective, settings, unit.folder, seed=unit.seed, protocol=protocol)
+    trainer = Trainer(
+        policy,
+        corpus,
+        objective,
+        settings,
+        unit.folder,
+        seed=unit.seed,
+        protocol=protocol,
+        zero=unit.zero,
+        reference=frozen_reference(unit, settings.reference),
+    )
     facts = yield from train(unit, trainer)
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
     policy.save_delta(unit.folder / "delta.safetensors", before=forgotten / "delta.safetensors")
+    trainer.backend.close()
     return facts

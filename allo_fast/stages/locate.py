@@ -10,7 +10,8 @@ from. Forgetting and learning have a ratio each. Writes forget.safetensors, lear
 import json
 from collections.abc import Generator
 
-from allo_fast.models import load_model, named_weights
+from allo_fast import ranks
+from allo_fast.models import load_model, named_weights, size_of
 from allo_fast.runs import Progress, Unit
 from allo_fast.selection import Selection
 from allo_fast.stages.common import base_path
@@ -18,9 +19,10 @@ from allo_fast.stages.common import base_path
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     config, counts, facts = unit.config, {}, {}
-    before = load_model(base_path(unit), config.model)
-    after = load_model(unit.needed("warmup") / "model", config.model, dtype="float32")
-    sizes = {name: weight.numel() for name, weight in named_weights(before).items()}
+    sharded = unit.zero is not None and unit.zero.sharded
+    before = load_model(base_path(unit), config.model, sharded=sharded)
+    after = load_model(unit.needed("warmup") / "model", config.model, dtype="float32", sharded=sharded)
+    sizes = {name: size_of(weight) for name, weight in named_weights(before).items()}
     for done, (stage, ratio) in enumerate((("forget", config.forget.ratio), ("learn", config.learn.ratio)), start=1):
         selection = Selection.from_delta(
             before,
@@ -30,9 +32,11 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
             skip=config.locate.skip,
             protocol=config.protocol,
         )
-        selection.save(unit.folder / f"{stage}.safetensors")
+        if ranks.is_main():
+            selection.save(unit.folder / f"{stage}.safetensors")
         counts[stage] = {name: [len(selection.positions(name)), size] for name, size in sizes.items()}
         facts |= {f"{stage}_selected": selection.selected, f"{stage}_sha256": selection.sha256()}
         yield Progress(done, 2, "selection")
-    (unit.folder / "counts.json").write_text(json.dumps(counts, indent=1))
+    if ranks.is_main():
+        (unit.folder / "counts.json").write_text(json.dumps(counts, indent=1))
     return {"parameters": sum(sizes.values()), **facts}

@@ -9,12 +9,12 @@ Not part of the paper; it lets the whole method run, and be measured over seeds,
 from collections.abc import Generator
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.batch import Corpus
 from allo_fast.engine import Trainer
-from allo_fast.models import pick_device, save_model
+from allo_fast.models import llama_config, pick_device, save_model
 from allo_fast.objectives import Sft
 from allo_fast.policy import DensePolicy
 from allo_fast.runs import Progress, Unit
@@ -30,20 +30,12 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         problem = prompts.encode_prompt(row["problem"])
         corpus.examples.append(tuple(corpus.add(problem, [prompts.encode_response(row["solution"])])))
     torch.manual_seed(unit.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.num_hidden_layers,
-            num_attention_heads=settings.num_attention_heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).to(pick_device(unit.config.model.device))
-    facts = yield from train(unit, Trainer(DensePolicy(model), corpus, Sft(), settings, unit.folder))
-    save_model(model.to(getattr(torch, unit.config.model.dtype)), tokenizer, unit.folder / "model")
+    model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
+    policy, dtype = DensePolicy(model), getattr(torch, unit.config.model.dtype)
+    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, zero=unit.zero)
+    facts = yield from train(unit, trainer)
+    model.to(dtype)  # of a sharded model, what its configuration will say
+    weights = ((name, weight.to(dtype)) for name, weight in policy.full_weights())
+    save_model(model, tokenizer, unit.folder / "model", weights)
+    trainer.backend.close()
     return facts

@@ -51,12 +51,14 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     policy = dense_policy(unit, path)
     readable = [row for row in wanted if _length(row, prompts) <= max_length(policy.model)]
     corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed), prompts)
-    facts = yield from train(unit, Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed))
+    trainer = Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed, zero=unit.zero)
+    facts = yield from train(unit, trainer)
 
     def work(chunk: list[dict], start: int) -> list[dict]:
         return _score(policy, prompts, chunk)
 
     rows = yield from by_chunks(unit.folder / "rewards.jsonl", readable, settings.batch_size, "response", work)
+    trainer.backend.close()
     return {**facts, "responses": len(rows), "too_long": len(wanted) - len(rows), "source": "rewriter"}
 
 

@@ -14,9 +14,9 @@ from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import is_correct
 from allo_fast.generation import generate
-from allo_fast.models import load_model, load_tokenizer
+from allo_fast.models import load_tokenizer
 from allo_fast.runs import Progress, Unit
-from allo_fast.stages.common import base_path, by_chunks, make_prompts, write_jsonl
+from allo_fast.stages.common import base_path, by_chunks, inference, make_prompts, write_jsonl
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -57,23 +57,24 @@ def _sample(unit: Unit, problems: list[Problem], prompts: Prompts) -> Generator[
     settings = unit.config.sample
     if unit.config.protocol == "release" and not prompts.chat:
         prompts.template += " "  # the release samples after one space more than it trains after
-    model = load_model(base_path(unit), unit.config.model).eval()
+    with inference(unit, base_path(unit)) as found:
 
-    def work(chunk: list[Problem], start: int) -> list[dict]:
-        texts = generate(
-            model,
-            prompts.tokenizer,
-            [prompts.encode_prompt(problem.prompt) for problem in chunk],
-            prompts.end_tokens,
-            max_new_tokens=settings.max_new_tokens,
-            seed=unit.seed * 1_000_003 + start,
-            num_return_sequences=settings.num_return_sequences,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
-        return [_judged(unit, problem, found) for problem, found in zip(chunk, texts, strict=True)]
+        def work(chunk: list[Problem], start: int) -> list[dict]:
+            texts = generate(
+                found.model,
+                prompts.tokenizer,
+                [prompts.encode_prompt(problem.prompt) for problem in chunk],
+                prompts.end_tokens,
+                max_new_tokens=settings.max_new_tokens,
+                seed=unit.seed * 1_000_003 + start,
+                num_return_sequences=settings.num_return_sequences,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                sharded=found.sharded,
+            )
+            return [_judged(unit, problem, held) for problem, held in zip(chunk, texts, strict=True)]
 
-    rows = yield from by_chunks(unit.folder / "responses.jsonl", problems, settings.batch_size, "problem", work)
+        rows = yield from by_chunks(unit.folder / "responses.jsonl", problems, settings.batch_size, "problem", work)
     return len(rows) * settings.num_return_sequences
 
 

@@ -12,7 +12,15 @@ from allo_fast.engine import Trainer
 from allo_fast.models import load_tokenizer, save_model
 from allo_fast.objectives import Dpo
 from allo_fast.runs import Progress, Unit
-from allo_fast.stages.common import base_path, dense_policy, make_prompts, pair_corpus, read_jsonl, train
+from allo_fast.stages.common import (
+    base_path,
+    dense_policy,
+    frozen_reference,
+    make_prompts,
+    pair_corpus,
+    read_jsonl,
+    train,
+)
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -20,6 +28,17 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))
-    facts = yield from train(unit, Trainer(policy, corpus, Dpo(settings.beta), settings, unit.folder, seed=unit.seed))
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model")
+    trainer = Trainer(
+        policy,
+        corpus,
+        Dpo(settings.beta),
+        settings,
+        unit.folder,
+        seed=unit.seed,
+        zero=unit.zero,
+        reference=frozen_reference(unit, settings.reference),
+    )
+    facts = yield from train(unit, trainer)
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+    trainer.backend.close()
     return facts

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -30,3 +31,18 @@ def peak_bytes(device: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def live_bytes() -> int:
+    """Of all tensors that exist in this process, on any device, each storage once."""
+    gc.collect()
+    tensors = [held for held in gc.get_objects() if isinstance(held, torch.Tensor) and held.device.type != "meta"]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (held.untyped_storage() for held in tensors)}
+    return sum(storages.values())
+
+
+def device_bytes() -> int:
+    """Memory of this process's GPU, or its share of the machine's where the launcher's processes have none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -16,7 +16,7 @@ from allo_kernels.positions import SPAN, Positions
 
 IGNORE = -100
 # How much of d loss / d logits exists at once: what a CPU's cache holds, and what keeps a GPU's matrix units busy.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 128 << 20}
 _MIN_COLUMNS = 1024  # narrower matrix products would be slower, however many the rows
 
 
@@ -168,7 +168,7 @@ def _spread(rows: Tensor, at: Tensor | None, like: Tensor) -> Tensor:
 
 def _chunks(rows: Rows, weight: Tensor, compact: bool) -> Iterator[tuple[int, int]]:
     """Ranges of the vocabulary; for a compact gradient they begin where a block of positions does."""
-    budget = _CHUNK_BYTES[weight.device.type] // weight.element_size()
+    budget = CHUNK_BYTES[weight.device.type] // weight.element_size()
     columns = budget // max(1, *rows.hidden.shape) if compact else budget // max(1, len(rows.targets))
     step = SPAN // math.gcd(SPAN, weight.shape[1]) if compact else 16
     columns = max(step, max(columns, _MIN_COLUMNS) // step * step)

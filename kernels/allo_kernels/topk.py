@@ -1,6 +1,6 @@
 """Exact top-k without sorting: over a stream of tensors, and per row of a batch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -23,12 +23,15 @@ class Threshold(NamedTuple):
     ties: int
 
 
-def topk_threshold(score_chunks: Iterable[Tensor], k: int, *, impl: str = "auto") -> Threshold:
+def topk_threshold(
+    score_chunks: Iterable[Tensor], k: int, *, add_up: Callable[[Tensor], Tensor] | None = None, impl: str = "auto"
+) -> Threshold:
     """The exact k-th largest |score| over all chunks, bitwise that of a full sort; O(1) memory beside one chunk.
 
     score_chunks: bf16, fp16 or fp32 tensors of any shape, on any devices; iterated once per digit (three times, twice
     when all are bf16 or fp16), so a list or an object with its own `__iter__`, never a generator.
-    The per-digit histograms are sums, so shards can add theirs.
+    add_up: where other processes hold further chunks, the sum of an int64 tensor over all of them; the threshold, the
+    counts and `k` are then of all chunks together.
     Raises ValueError when k is not in 1..(number of scores), a score is NaN, or a chunk has another dtype.
     """
     if iter(score_chunks) is score_chunks:
@@ -44,6 +47,7 @@ def topk_threshold(score_chunks: Iterable[Tensor], k: int, *, impl: str = "auto"
             narrow &= chunk.dtype != torch.float32
             run = choose("topk_threshold", impl, _histogram_torch, "topk_triton.histogram", chunk.device)
             total += run(chunk.detach().reshape(-1), shift, width, prefix).cpu()
+        total = total if add_up is None else add_up(total)
         counts, nans = total[:-1], int(total[-1])
         if nans:
             raise ValueError(f"score_chunks: {nans} scores are NaN")

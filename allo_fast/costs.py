@@ -1,0 +1,86 @@
+"""Bytes that a training stage holds and sends, by what the backends allocate; `benchmarks zero` measures both."""
+
+import math
+from collections.abc import Sequence
+
+from allo_fast.config import ModelConfig
+from allo_fast.shapes import BYTES, Shape
+from allo_fast.zero import PERSISTENT, Zero, bucket_size
+from allo_kernels.positions import blocks_of
+
+
+def states(
+    shape: Shape, dtype: str, ratio: float | None, zero: Zero | None, world: int, micros: int = 2
+) -> dict[str, int]:
+    """Bytes per device by kind; `host`: those that are offloaded. ratio None: every weight trains, in float32.
+
+    micros: micro-batches of a step on each rank.
+    """
+    stage, shared = (zero.stage, world) if zero else (0, 1)
+    trained = [size if ratio is None else int(ratio * size) for size in shape.sizes]
+    count, part = sum(trained), sum(math.ceil(size / shared) for size in trained)
+    flat = math.ceil(count / (2 * shared)) * 2  # ZeRO-1/2 cut one flat vector, aligned to two per rank
+    share = {0: count, 1: flat, 2: flat, 3: part}[stage]
+    base_bytes = 4 if ratio is None else BYTES[dtype]
+    base_share = sum(math.ceil(size / shared) for size in shape.sizes) if stage == 3 else shape.parameters
+    found = {"base": base_bytes * base_share}
+    if ratio is not None:
+        low = sum(math.ceil(2 * size / shared) for size in trained) if stage == 3 else 2 * count
+        found["positions"] = low + 8 * sum(blocks_of(size) + 1 for size in shape.sizes)
+        found["originals"] = 0 if stage == 3 else base_bytes * count
+        found["values"] = 4 * (part if stage == 3 else flat * shared if stage else count)
+    optimizer = {"master": 4 * share if stage else 0, "moments": 8 * share}
+    # ZeRO-1 keeps all until the last micro-batch; ZeRO-3 keeps its share, and copies it for the optimizer.
+    gradients = {0: 4 * count, 1: 4 * (count if micros > 1 else share), 2: 4 * share, 3: 8 * share}[stage]
+    if zero and zero.offload:
+        found["host"] = sum(optimizer.values()) + 4 * share
+        gradients = gradients if stage == 1 and micros > 1 else 0
+    else:
+        found |= optimizer
+    found["gradients"] = gradients
+    found["buckets"] = 4 * bucket_size(count) if stage == 3 else 0
+    return found
+
+
+def traffic(
+    sizes: Sequence[int], model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
+) -> int:
+    """Bytes that a device hands to collectives per step of `micros` micro-batches; of in- and output the larger counts.
+
+    ZeRO-1 reduces once a step; ZeRO-2 and 3 with every micro-batch; ZeRO-3 gathers in forward and again in backward
+    what is too large to stay. ratio None: every weight trains, in float32.
+    """
+    if zero is None or world == 1:
+        return 0
+    micros = math.ceil(micros / world)
+    trained = [size if ratio is None else int(ratio * size) for size in sizes]
+    count = sum(trained)
+    if zero.stage < 3:
+        return 4 * count * (1 if zero.stage < 2 else micros) + (4 * count if zero.stage else 0)
+    # (entries, bytes) of what is gathered; small ones once a step, others around each use.
+    parts = [] if ratio is None else [(size, BYTES[model.dtype] * size) for size in sizes]
+    parts += [] if ratio is None else [(2 * size, 2 * size) for size in trained]  # positions, byte by byte
+    parts += [(size, 4 * size) for size in trained]
+    persistent = int(zero.options.get(PERSISTENT, 100_000))
+    small = sum(size for entries, size in parts if entries <= persistent)
+    large = sum(size for entries, size in parts if entries > persistent)
+    passes = 3 if model.gradient_checkpointing else 2
+    return (passes * large + 4 * count) * micros + small
+
+
+def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
+    """What others need: bfloat16 weights, gradients and reference (2 bytes each), float32 master and moments (12)."""
+    stage = zero.stage if zero else 0
+    shared = {0: 0, 1: 12, 2: 14, 3: 18}[stage]
+    return parameters * (18 - shared) + parameters * shared // world
+
+
+def dense_dpo_traffic(parameters: int, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:
+    """Of the same in bfloat16; under ZeRO-3 the reference is gathered for its forward pass too."""
+    if zero is None or world == 1:
+        return 0
+    micros = math.ceil(micros / world)
+    if zero.stage < 3:
+        return 2 * parameters * ((1 if zero.stage < 2 else micros) + (1 if zero.stage else 0))
+    passes = 4 if model.gradient_checkpointing else 3
+    return 2 * parameters * (passes + 1) * micros

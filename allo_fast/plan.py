@@ -1,0 +1,259 @@
+"""What a job needs before it starts: memory by kind, traffic, disk and time, per device and stage, on paper.
+
+Counted from what the backends allocate for a `Shape`. `allo-fast plan CONFIG --gpus N --gpu-memory G`
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+from allo_fast.config import Config, SparseTrainConfig, TrainConfig
+from allo_fast.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
+from allo_fast.shapes import BYTES, Shape
+from allo_fast.zero import Zero, bucket_size, training_sections
+from allo_kernels.token_logps import CHUNK_BYTES
+
+USABLE = 0.92  # of a device's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
+
+
+@dataclass(frozen=True)
+class Device:
+    """What step times are estimated from. flops: dense bf16 at the assumed utilisation `mfu` of the peak."""
+
+    name: str
+    peak_flops: float  # per second
+    node_bytes_per_s: float  # to another device of the node, per direction
+    network_bytes_per_s: float  # to another node, per device and direction
+    per_node: int = 8
+    mfu: float = 0.4
+
+
+DEVICES = {
+    "h100": Device("H100", 989e12, 450e9, 50e9),
+    "a100": Device("A100", 312e12, 300e9, 25e9),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage on one placement: bytes of device memory by kind, and per step what it sends and computes."""
+
+    stage: str
+    placement: str  # dense, resident or sharded; of locating, whole or shares
+    zero_stage: int | None
+    memory: dict[str, int]
+    host_bytes: int  # offloaded states, per device
+    traffic_bytes: int  # handed to collectives per step and device
+    flops: float  # per step and device
+    step_s: float | None
+    checkpoint_bytes: int
+    dense_dpo_bytes: int  # states of dense DPO in bfloat16 with a reference copy, under the same stage
+    dense_dpo_traffic_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what lives between steps and the gradients; not activations, gathered weights or workspaces."""
+        return sum(size for kind, size in self.memory.items() if kind not in TRANSIENT)
+
+
+TRANSIENT = ("activations", "transient dW", "bfloat16 copies", "reduce buckets", "head workspace", "gathered weights")
+
+
+@dataclass(frozen=True)
+class Plan:
+    parameters: int
+    gpus: int
+    gpu_bytes: float
+    device: str
+    phases: list[Phase]
+    disk_bytes: int
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return all(phase.device_bytes <= USABLE * self.gpu_bytes for phase in self.phases)
+
+    def to_dict(self) -> dict:
+        phases = [{**asdict(phase), "device_bytes": phase.device_bytes} for phase in self.phases]
+        return {**asdict(self), "phases": phases, "fits": self.fits}
+
+
+def make_plan(
+    config: Config,
+    shape: Shape,
+    zeros: dict[str, Zero | None],
+    *,
+    gpus: int,
+    gpu_bytes: float,
+    device: Device,
+) -> Plan:
+    """zeros: how dense and sparse stages train, by "dense" and "sparse"; None: one process without DeepSpeed."""
+    phases = [phase for kind in zeros for phase in _phases(config, shape, kind, zeros[kind], gpus)]
+    phases = [_timed(phase, gpus, device) for phase in phases]
+    plan = Plan(shape.parameters, gpus, gpu_bytes, device.name, phases, _disk(config, shape))
+    return plan if plan.fits else Plan(**{**vars(plan), "advice": _advice(plan, config)})
+
+
+def choose(config: Config, shape: Shape, gpus: int, gpu_bytes: float) -> dict[str, Zero]:
+    """`deepspeed: auto`: for dense and for sparse stages the first of ZeRO 1, 2, 3 that fits; for dense ones also 3
+    with offload.
+
+    Fewer bytes travel the earlier one stops. The last is returned where nothing fits.
+    """
+    chosen, stages = {}, (Zero(1), Zero(2), Zero(3))
+    for kind, candidates in {"dense": (*stages, Zero(3, offload=True)), "sparse": stages}.items():
+        for zero in candidates:
+            phases = _phases(config, shape, kind, zero, gpus)
+            chosen[kind] = zero
+            if all(phase.device_bytes <= USABLE * gpu_bytes for phase in phases):
+                break
+    return chosen
+
+
+def _phases(config: Config, shape: Shape, kind: str, zero: Zero | None, gpus: int) -> list[Phase]:
+    """The stages that train densely, with the locating that follows; or those that train what it selected."""
+    found = [
+        _phase(config, shape, name, train, zero, gpus)
+        for name, train in training_sections(config).items()
+        if isinstance(train, SparseTrainConfig) == (kind == "sparse") and name != "pretrain"
+    ]
+    return found + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method == "allo" else [])
+
+
+def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase:
+    """Two models: the base, and the warm-up's in float32."""
+    part = gpus if zero and zero.sharded else 1
+    memory = {"base": BYTES[config.model.dtype] * shape.parameters // part, "after": 4 * shape.parameters // part}
+    placement = "shares" if part > 1 else "whole"
+    return Phase("locate", placement, zero and zero.stage, memory, 0, 0, 0.0, None, 0, 0, 0)
+
+
+def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Zero | None, gpus: int) -> Phase:
+    ratio = train.ratio if isinstance(train, SparseTrainConfig) else None
+    stage = zero.stage if zero else 0
+    micro_tokens, step_tokens = _tokens(config, name, train)
+    micros = train.gradient_accumulation_steps
+    memory = states(shape, config.model.dtype, ratio, zero, gpus, math.ceil(micros / gpus))
+    host = memory.pop("host", 0)
+    memory |= _transient(config, shape, ratio, zero, micro_tokens)
+    passes = 4 if config.model.gradient_checkpointing else 3  # forward, backward (two), perhaps forward again
+    return Phase(
+        stage=name,
+        placement="dense" if ratio is None else "sharded" if stage == 3 else "resident",
+        zero_stage=zero.stage if zero else None,
+        memory=memory,
+        host_bytes=host,
+        traffic_bytes=traffic(shape.sizes, config.model, micros, ratio, zero, gpus),
+        flops=2.0 * passes * shape.parameters * step_tokens / gpus,
+        step_s=None,
+        dense_dpo_bytes=dense_dpo_states(shape.parameters, zero, gpus),
+        dense_dpo_traffic_bytes=dense_dpo_traffic(shape.parameters, config.model, micros, zero, gpus),
+        checkpoint_bytes=12 * (shape.parameters if ratio is None else int(ratio * shape.parameters)),
+    )
+
+
+def _transient(config: Config, shape: Shape, ratio: float | None, zero: Zero | None, tokens: int) -> dict[str, int]:
+    """What lives only within a step."""
+    width = BYTES[config.model.dtype]
+    layers, inputs = shape.layers * shape.layer_bytes, shape.layers * shape.hidden * width
+    kept = inputs + shape.layer_bytes if config.model.gradient_checkpointing else layers
+    sharded = zero is not None and zero.sharded
+    weight_bytes = 4 if ratio is None else width
+    return {
+        "activations": tokens * (kept + shape.others_bytes),
+        "transient dW": weight_bytes * max(shape.sizes),
+        # Of whole float32 weights autocast keeps a copy each for backward; sharded ones are cast at every use.
+        "bfloat16 copies": 2 * shape.parameters if ratio is None and width == 2 and not sharded else 0,
+        "reduce buckets": 4 * bucket_size(int((ratio or 1) * shape.parameters)) if zero and not sharded else 0,
+        "head workspace": 3 * CHUNK_BYTES["cuda"],
+        "gathered weights": weight_bytes * min(shape.parameters, _live(zero)) if sharded else 0,
+    }
+
+
+def _live(zero: Zero) -> int:
+    return int(zero.options.get("stage3_max_live_parameters", 10**9))
+
+
+def _tokens(config: Config, name: str, train: TrainConfig) -> tuple[int, int]:
+    """At most, of one micro-batch and of a step: the longest allowed prompt with its responses."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    if name == "rewards.train":
+        example = prompt + 3 * response
+    else:
+        example = prompt + (response if name == "forget" else 2 * response)
+    micro = train.per_device_train_batch_size * example
+    return micro, micro * train.gradient_accumulation_steps
+
+
+def _timed(phase: Phase, gpus: int, device: Device) -> Phase:
+    bandwidth = device.node_bytes_per_s if gpus <= device.per_node else device.network_bytes_per_s
+    seconds = phase.flops / (device.mfu * device.peak_flops) + phase.traffic_bytes / bandwidth
+    return Phase(**{**vars(phase), "step_s": seconds})
+
+
+def _disk(config: Config, shape: Shape) -> int:
+    """Of a whole run: models, deltas and selections of every seed, and the largest checkpoint."""
+    width, count = BYTES[config.model.dtype], shape.parameters
+    per_seed = 4 * count
+    if config.method == "allo":
+        ratios = (config.forget.ratio, config.learn.ratio)
+        per_seed += 2 * width * count + sum(int((2 + 2 + width) * ratio * count) for ratio in ratios)
+    return len(config.seeds) * per_seed + 12 * count
+
+
+def _advice(plan: Plan, config: Config) -> list[str]:
+    """What to change, for each stage that does not fit."""
+    found = []
+    for phase in plan.phases:
+        missing = phase.device_bytes - USABLE * plan.gpu_bytes
+        if missing <= 0:
+            continue
+        activations = phase.memory.get("activations", 0)
+        if activations > missing and not config.model.gradient_checkpointing:
+            say = "set model.gradient_checkpointing=true"
+        elif activations > missing:
+            say = f"lower {phase.stage}.per_device_train_batch_size or data.max_response_tokens"
+        elif phase.zero_stage != 3:
+            say = "set deepspeed=configs/zero3.json"
+        elif not phase.host_bytes and phase.placement == "dense":
+            say = "set deepspeed=configs/zero3_offload.json"
+        else:
+            say = f"take more devices: {math.ceil(plan.gpus * phase.device_bytes / (USABLE * plan.gpu_bytes))} or more"
+        found.append(f"{phase.stage}: {missing / 1e9:.1f} GB too much; {say}")
+    return found
+
+
+def table(plan: Plan) -> str:
+    """The plan as text."""
+    head = f"{plan.parameters / 1e9:.2f}B weights on {plan.gpus} x {plan.device} with {plan.gpu_bytes / 1e9:.0f} GB"
+    kinds = list(dict.fromkeys(kind for phase in plan.phases for kind in phase.memory))
+    names = [f"{'GB per device':<22}", *(f"{phase.stage:>14}" for phase in plan.phases)]
+    lines = [head, "".join(names)]
+    lines.append("".join([f"{'placement':<22}", *(f"{_place(phase):>14}" for phase in plan.phases)]))
+    for kind in kinds:
+        lines.append(f"{kind:<22}" + "".join(f"{phase.memory.get(kind, 0) / 1e9:>14.2f}" for phase in plan.phases))
+    rows = {
+        "sum": [f"{phase.device_bytes / 1e9:.2f}" for phase in plan.phases],
+        "states": [f"{phase.state_bytes / 1e9:.2f}" for phase in plan.phases],
+        "states of dense DPO": [f"{phase.dense_dpo_bytes / 1e9:.2f}" for phase in plan.phases],
+        "host memory": [f"{phase.host_bytes / 1e9:.2f}" for phase in plan.phases],
+        "traffic / step": [f"{phase.traffic_bytes / 1e9:.2f}" for phase in plan.phases],
+        "traffic of dense DPO": [f"{phase.dense_dpo_traffic_bytes / 1e9:.2f}" for phase in plan.phases],
+        "PFLOP / step": [f"{phase.flops / 1e15:.1f}" for phase in plan.phases],
+        "seconds / step": [f"{phase.step_s:.1f}" for phase in plan.phases],
+        "checkpoint": [f"{phase.checkpoint_bytes / 1e9:.2f}" for phase in plan.phases],
+    }
+    lines += [f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items()]
+    lines.append(f"disk of the run: {plan.disk_bytes / 1e9:.1f} GB")
+    lines.append(
+        "dense DPO: bfloat16 weights, gradients and reference, float32 master and moments (18 bytes), same stage"
+    )
+    lines += plan.advice or [f"fits in {USABLE:.0%} of the memory"]
+    return "\n".join(lines)
+
+
+def _place(phase: Phase) -> str:
+    return phase.placement if phase.zero_stage is None else f"{phase.placement} Z{phase.zero_stage}"

@@ -1,0 +1,197 @@
+"""The processes of a run, and what passes between them. One code path: a single process skips communication.
+
+DeepSpeed starts the process group and carries every message; torchrun or the deepspeed launcher starts the processes.
+"""
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from allo_fast.config import UserError
+
+T = TypeVar("T")
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched_rank() -> int:
+    """Which of them this is, before they have met."""
+    return int(os.environ.get("RANK", 0))
+
+
+def name_accelerator() -> None:
+    """Tells DeepSpeed, whoever imports it, that there is no GPU; it warns when it must find out."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def import_deepspeed():
+    """DeepSpeed, quiet. Raises UserError where it is not installed."""
+    name_accelerator()
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError('deepspeed is not installed: pip install "allo-fast[deepspeed]"') from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Of torch's functions that DeepSpeed calls under their old names, once for each call.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    return deepspeed
+
+
+def start(timeout_s: float) -> None:
+    """Joins the process group. Raises UserError when not every process arrives in time, or DeepSpeed is missing."""
+    if dist.is_initialized():
+        return
+    deepspeed = import_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if launched_world_size() == 1:
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(timeout=timeout, verbose=False, auto_mpi_discovery=False)
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).splitlines()[0]
+        raise UserError(f"not all {launched_world_size()} processes met at {where} in {timeout_s:g} s: {why}") from None
+
+
+def stop() -> None:
+    """Leaves the process group, where one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Returns when every rank came here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(held: T) -> list[T]:
+    """What every rank holds, in the order of ranks."""
+    if world_size() == 1:
+        return [held]
+    found = [None] * world_size()
+    dist.all_gather_object(found, held)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank; a UserError there is raised everywhere."""
+    if world_size() == 1:
+        return work()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, on every rank."""
+    if world_size() == 1:
+        return tensor
+    import deepspeed
+
+    total = tensor.to(_wire(), copy=True)
+    deepspeed.comm.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def concatenate(part: Tensor) -> Tensor:
+    """Every rank's 1-D tensor one after another; they may differ in length."""
+    if world_size() == 1:
+        return part
+    import deepspeed
+
+    lengths = gather(len(part))
+    padded = torch.zeros(max(lengths), dtype=part.dtype, device=_wire())
+    padded[: len(part)] = part
+    found = [torch.empty_like(padded) for _ in lengths]
+    deepspeed.comm.all_gather(found, padded)
+    return torch.cat([piece[:length] for piece, length in zip(found, lengths, strict=True)]).to(part.device)
+
+
+def share(weight: Tensor) -> tuple[int, Tensor]:
+    """This rank's part of a weight, flat, and where in the weight it begins; parts are as ZeRO-3 cuts them."""
+    size = getattr(weight, "ds_numel", weight.numel())
+    part = -(-size // world_size())
+    begin, end = min(size, part * rank()), min(size, part * (rank() + 1))
+    if hasattr(weight, "ds_tensor"):
+        return begin, weight.ds_tensor.detach().view(-1)[: end - begin]
+    return begin, weight.detach().reshape(-1)[begin:end]
+
+
+def agree(held: dict[str, str]) -> None:
+    """Raises UserError on every rank, naming the keys, where a rank holds other values than rank 0."""
+    for number, theirs in enumerate(found := gather(held)):
+        if different := sorted(key for key in found[0].keys() | theirs.keys() if found[0].get(key) != theirs.get(key)):
+            raise UserError(f"rank {number} has another {', another '.join(different)} than rank 0")
+
+
+def _wire() -> torch.device:
+    """Where tensors must lie to travel."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+class Traffic:
+    """Counts the bytes of tensors handed to collectives, by operation; of input and output the larger counts.
+
+    Stands in front of DeepSpeed's communication backend, through which all of a step's collectives pass.
+    """
+
+    def __init__(self):
+        from deepspeed.comm import comm
+
+        self.bytes: Counter[str] = Counter()
+        self._backend = comm.cdb._backend if isinstance(comm.cdb, Traffic) else comm.cdb
+        comm.cdb = self
+
+    def __getattr__(self, name: str):
+        found = getattr(self._backend, name)
+        if not name.startswith(("all_", "reduce", "broadcast", "gather", "scatter")) or not callable(found):
+            return found
+
+        def counted(*arguments, **named):
+            if world_size() > 1:
+                self.bytes[name] += max((_nbytes(held) for held in (*arguments, *named.values())), default=0)
+            return found(*arguments, **named)
+
+        return counted
+
+
+def _nbytes(held: object) -> int:
+    if isinstance(held, Tensor):
+        return held.nbytes
+    return sum(map(_nbytes, held)) if isinstance(held, list | tuple) else 0

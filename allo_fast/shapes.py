@@ -1,0 +1,87 @@
+"""A model on paper: the sizes of its weights and what its activations take, without one weight being allocated.
+
+Both come from the model's own code, run on the meta device.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from allo_fast.config import Config, UserError
+from allo_fast.models import llama_config
+
+BYTES = {"float32": 4, "bfloat16": 2}
+_PROBE_TOKENS = 61  # a length that is no other dimension of a model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model on paper. layer_bytes: what autograd saves per token and layer; others_bytes: outside the layers."""
+
+    sizes: tuple[int, ...]  # entries of each weight
+    layers: int
+    hidden: int
+    layer_bytes: int
+    others_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
+
+def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
+    """Of the job's model, or from `path`: a folder, hub id or config.json. Raises UserError where there is none."""
+    if path is None and config.model.name_or_path is None:
+        return llama_config(config.pretrain)
+    try:
+        return AutoConfig.from_pretrained(path or config.model.name_or_path)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{path or config.model.name_or_path}: no model configuration that can be read: {why}"
+        ) from None
+
+
+def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
+    """Without a single weight being allocated."""
+    sizes = tuple(weight.numel() for weight in _on_meta(config, dtype).parameters())
+    text = config.get_text_config()
+    one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
+    return Shape(sizes, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
+
+
+def _on_meta(config: PretrainedConfig, dtype: str) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
+    """Bytes per token that a forward pass of this many layers keeps for its backward pass."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    model, total, seen = _on_meta(config, dtype), 0, set()
+    weights = {id(weight) for weight in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        owner = tensor if tensor._base is None else tensor._base
+        # Attention scores exist only where the meta device has no fused attention; weights are there anyway.
+        scores = tensor.shape[-2:] == (_PROBE_TOKENS, _PROBE_TOKENS)
+        if id(owner) not in weights and id(owner) not in seen and not scores:
+            seen.add(id(owner))
+            held.append(owner)  # alive, so that no other takes its id
+            total += tensor.nbytes
+        return tensor
+
+    held: list[torch.Tensor] = []
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
+    mask = torch.ones(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=torch.bool, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return total // _PROBE_TOKENS

@@ -1,0 +1,214 @@
+"""SparsePolicy whose base is sharded by ZeRO-3: its shards never change, values are set after every gather.
+
+    gathered weight = all-gather(shards);  policy: values set at positions, in forward and again in backward;
+    reference: nothing set
+
+Values and positions are parameters of the modules that read the weight, so DeepSpeed shards, gathers and releases them
+with it; of the values it also reduces the gradients and steps them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from allo_fast.logps import ResponseLogps
+from allo_fast.models import held_here, named_weights, size_of, whole
+from allo_fast.policy import Alias, SparsePolicy, install_reads
+from allo_fast.selection import Selection
+from allo_kernels import Positions, gather, scatter_
+
+linear = torch.ops.aten.linear  # torch.nn.functional.linear as it was: DeepSpeed puts its own there, which rounds twice
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The selected entries of one weight. weight, values, low: parameters that may be here or in shares."""
+
+    weight: nn.Parameter
+    values: nn.Parameter  # fp32 [K]
+    low: nn.Parameter  # uint8 [2 K]: the bytes of Positions.low; gloo and NCCL gather no uint16
+    starts: Tensor
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, at: Positions) -> "Entries":
+        at = at.to(weight.device)
+        with whole(weight):
+            values = nn.Parameter(gather(weight.data, at).float())
+        return cls(weight, values, nn.Parameter(at.low.view(torch.uint8), requires_grad=False), at.starts)
+
+    def positions(self) -> Positions:
+        """Where `low` is here."""
+        return Positions(self.low.data.view(torch.uint16), self.starts, (size_of(self.weight),), (self.count,))
+
+    @property
+    def count(self) -> int:
+        return size_of(self.values)
+
+    def set(self) -> Tensor:
+        """The gathered weight, the parameter itself, with the values set into it; or a copy of it."""
+        weight = self.weight
+        # A small weight stays gathered for the reference to see, and a single rank gathers nothing: not ours to write.
+        if weight.ds_persist or weight.data_ptr() == weight.ds_tensor.data_ptr():
+            weight = weight.detach().clone()
+        scatter_(weight.data, self.positions(), self.values.data)
+        return weight
+
+    def gather(self, gradient: Tensor) -> Tensor:
+        """Of a dense gradient the selected entries -> fp32 [K]."""
+        out = torch.empty(self.count, dtype=torch.float32, device=gradient.device)
+        return gather(gradient.contiguous(), self.positions(), out=out)
+
+
+class ShardedPolicy(SparsePolicy):
+    """Trains `selection`'s entries of a model for DeepSpeedBackend at stage 3, which must be given it before it runs.
+
+    The same interface as SparsePolicy. Raises UserError when the selection was made for another model.
+    """
+
+    def __init__(self, model: PreTrainedModel, selection: Selection):
+        selection.check(model)
+        self.model = model.requires_grad_(False)
+        self.base = selection.base
+        self.every_weight = weights = named_weights(model)
+        self.sizes = [size_of(weight) for weight in weights.values()]
+        self.parameters = sum(self.sizes)
+        self.weights = {name: weights[name] for name in selection.names}
+        self.entries = {name: Entries.of(weight, selection.positions(name)) for name, weight in self.weights.items()}
+        self.values = {name: held.values for name, held in self.entries.items()}
+        self.dense_gradients = {}
+        self._by_weight = {id(held.weight): held for held in self.entries.values()}
+        self.release: Callable[[], None] = lambda: None  # frees what is gathered; DeepSpeedBackend sets it
+        self._in_reference = True  # while the model is tried, as it is
+        self.logps = ResponseLogps(model, self._head_entries)
+        self._in_reference = False
+        for module in self.logps.modules():
+            self._install(module)
+        if head := self._by_weight.get(id(self.logps.head._parameters["weight"])):
+            self.logps.head.register_forward_hook(lambda module, inputs, logps: _SetAgain.apply(logps, head))
+
+    @property
+    def selected(self) -> int:
+        return sum(held.count for held in self.entries.values())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is the reference, bit for bit, and nothing has a gradient."""
+        assert not self._in_reference, "reference() inside reference()"
+        self.release()
+        self._in_reference = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.release()
+            self._in_reference = False
+
+    def write_back(self) -> None:
+        """Nothing: values are set whenever a weight is gathered."""
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes that this rank holds between steps, by kind."""
+        entries = self.entries.values()
+        kinds = {
+            "base": self.every_weight.values(),
+            "positions": [held.low for held in entries],
+            "values": self.values.values(),
+        }
+        shares = {kind: sum(held_here(weight).nbytes for weight in kinds[kind]) for kind in kinds}
+        return {**shares, "positions": shares["positions"] + sum(held.starts.nbytes for held in entries)}
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the policy, whole, one at a time; every rank iterates together."""
+        for name, weight in self.every_weight.items():
+            with whole(weight):
+                yield name, self._policy_weight(name) if name in self.entries else weight.data
+
+    def changed(self) -> int:
+        """How many selected entries differ from the base's, in its dtype."""
+        count = 0
+        for held in self.entries.values():
+            with whole(held.weight, held.values, held.low):
+                before = gather(held.weight.data, held.positions())
+                count += int((held.values.to(before.dtype) != before).sum())
+        return count
+
+    def located(self, name: str) -> Positions:
+        """The selected positions of a weight, whole, on the CPU; every rank calls it together."""
+        with whole(self.entries[name].low):
+            return self.entries[name].positions().to("cpu")
+
+    def _policy_weight(self, name: str) -> Tensor:
+        """A copy: what was gathered may be in use elsewhere."""
+        held = self.entries[name]
+        weight = held.weight.data.clone()
+        with whole(held.values, held.low):
+            scatter_(weight, held.positions(), held.values.data)
+        return weight
+
+    def _install(self, module: nn.Module) -> None:
+        """Gives a module the entries of its weights; linear layers set them themselves, others read an alias."""
+        mine = {name: held for name, w in module._parameters.items() if (held := self._by_weight.get(id(w)))}
+        for name, held in mine.items():
+            module.register_parameter(f"{name}_values", held.values)
+            module.register_parameter(f"{name}_positions", held.low)
+        methods = {}
+        if "weight" in mine and type(module).forward is nn.Linear.forward:
+            held = mine.pop("weight")
+            methods["forward"] = lambda module, hidden: self._linear(module, hidden, held)
+        install_reads(module, mine, self._read, methods)
+
+    def _linear(self, module: nn.Linear, hidden: Tensor, held: Entries) -> Tensor:
+        if self._in_reference:
+            return linear(hidden, held.weight, module.bias)
+        return _SetLinear.apply(hidden, held.values, module.bias, held)
+
+    def _read(self, weight: nn.Parameter) -> Tensor:
+        if self._in_reference or weight.numel() != size_of(weight):  # not gathered: a question, not a computation
+            return weight
+        held = self._by_weight[id(weight)]
+        return Alias.apply(held.values, held.set(), held.gather, None)
+
+    def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
+        held = self._by_weight.get(id(weight))
+        if held is None or self._in_reference:
+            return None
+        return held.set(), held.values, held.positions()  # `_SetAgain` sees to what backward gathers anew
+
+
+class _SetLinear(torch.autograd.Function):
+    """hidden @ weight.T + bias with the values set, in forward and backward; keeps the gathered weight in neither."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, values: Tensor, bias: Tensor | None, held: Entries) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.held = held
+        return linear(hidden, held.set(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        (hidden,) = ctx.saved_tensors
+        d_hidden = upstream @ ctx.held.set() if ctx.needs_input_grad[0] else None
+        d_weight = upstream.flatten(0, -2).T @ hidden.flatten(0, -2)
+        d_bias = upstream.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return d_hidden, ctx.held.gather(d_weight), d_bias, None
+
+
+class _SetAgain(torch.autograd.Function):
+    """Passes through; before what precedes it runs backward, sets the values into the weight gathered anew."""
+
+    @staticmethod
+    def forward(ctx, logps: Tensor, held: Entries) -> Tensor:
+        ctx.held = held
+        return logps.view_as(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        ctx.held.set()
+        return upstream, None

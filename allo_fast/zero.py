@@ -1,0 +1,180 @@
+"""A user's DeepSpeed JSON: read, checked against the run's configuration, and completed for one model.
+
+`"auto"` means "what the run's configuration says", as in transformers.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from allo_fast import ranks
+from allo_fast.config import Config, TrainConfig, UserError
+
+_OURS = {"optimizer": "AdamW with warmup.*, forget.* and learn.*", "scheduler": "lr_scheduler_type and warmup_steps"}
+_PASSED_ON = ("comms_logger", "wall_clock_breakdown", "steps_per_print", "flops_profiler", "zero_optimization")
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_UNSUPPORTED = (
+    "offload_param",
+    "zenflow",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "leaf_module",
+)
+_BUCKET = 50_000_000  # weights that are reduced at once, at most: 200 MB fill any link, and as much memory
+PERSISTENT = "stage3_param_persistence_threshold"  # entries up to which a weight stays gathered
+
+
+@dataclass(frozen=True)
+class Zero:
+    """stage: 0-3. offload: the optimizer's state lives in host memory. options: of `zero_optimization`, checked."""
+
+    stage: int
+    offload: bool = False
+    options: dict = field(default_factory=dict)
+    others: dict = field(default_factory=dict)
+
+    @property
+    def sharded(self) -> bool:
+        """Each rank holds a share of the base; otherwise all of it."""
+        return self.stage == 3
+
+    def engine_config(self, trainable: int) -> dict:
+        """What deepspeed.initialize gets, for `trainable` weights in float32.
+
+        Batches, clipping and dtypes are the engine's own: DeepSpeed sees one micro-batch and fp32 gradients.
+        """
+        bucket = bucket_size(trainable)
+        defaults = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": False}
+        if self.offload:
+            defaults["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {**defaults, **self.options, "stage": self.stage, "sub_group_size": int(1e15)},
+            "steps_per_print": None,
+            **self.others,
+        }
+
+
+def bucket_size(trainable: int) -> int:
+    return min(_BUCKET, trainable + trainable % 2)  # DeepSpeed aligns to two
+
+
+def read_zero(path: str, config: Config) -> Zero:
+    """Raises UserError for a file that does not parse, unknown or unsupported keys, and what contradicts `config`."""
+    try:
+        held = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"deepspeed: {path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"deepspeed: {path}: not JSON: {error}") from None
+    if not isinstance(held, dict) or not isinstance(held.get("zero_optimization"), dict):
+        raise UserError(f'deepspeed: {path}: expected an object with "zero_optimization"')
+    _check_top(path, held, config)
+    options = {key: value for key, value in held["zero_optimization"].items() if value != "auto"}
+    stage = options.get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path}: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    _check_options(path, options)
+    offload = options.get("offload_optimizer") or {}
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu") or offload.get("ratio", 1.0) != 1.0:
+        raise UserError(f"deepspeed: {path}: offload_optimizer: expected all of it on none or cpu, got {offload}")
+    if device == "cpu" and stage == 0:
+        raise UserError(f"deepspeed: {path}: offload_optimizer needs stage 1, 2 or 3")
+    others = {key: held[key] for key in _PASSED_ON if key in held and key != "zero_optimization"}
+    return Zero(stage, device == "cpu", options, others)
+
+
+def _check_top(path: str, held: dict, config: Config) -> None:
+    known = [*_OURS, *_PASSED_ON, *_BATCH, "gradient_clipping", "bf16", "fp16"]
+    for key, value in held.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"deepspeed: {path}: {key}: unknown or unsupported; the nearest supported key is {near}")
+        if key in _OURS:
+            raise UserError(f"deepspeed: {path}: {key}: remove it; the run's configuration has {_OURS[key]}")
+        if key in _BATCH and value != "auto":
+            raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
+        if key == "gradient_clipping" and value != "auto":
+            _check_clipping(path, value, config)
+    if _enabled(held, "fp16"):
+        raise UserError(f"deepspeed: {path}: fp16: not supported; model.dtype is float32 or bfloat16")
+    if (wanted := _enabled(held, "bf16")) not in (None, config.model.dtype == "bfloat16"):
+        raise UserError(f"deepspeed: {path}: bf16.enabled is {wanted}, but model.dtype is {config.model.dtype}")
+
+
+def _check_clipping(path: str, value: object, config: Config) -> None:
+    for name, train in training_sections(config).items():
+        if value != train.max_grad_norm:
+            raise UserError(
+                f"deepspeed: {path}: gradient_clipping is {value!r}, but the run's {name}.max_grad_norm is "
+                f'{train.max_grad_norm}; set it to "auto"'
+            )
+
+
+def _check_options(path: str, options: dict) -> None:
+    ranks.import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {name for key, field in DeepSpeedZeroConfig.model_fields.items() for name in (key, field.alias) if name}
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+            raise UserError(f"deepspeed: {path}: zero_optimization.{key}: unknown; did you mean {near}?")
+    try:
+        given, plain = DeepSpeedZeroConfig(**options), DeepSpeedZeroConfig()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"deepspeed: {path}: zero_optimization.{where}: {first['msg']}") from None
+    if given.offload_param is not None and given.offload_param.device == "none":
+        given.offload_param = None
+    if found := [key for key in _UNSUPPORTED if getattr(given, key) != getattr(plain, key)]:
+        raise UserError(f"deepspeed: {path}: zero_optimization.{found[0]}: not supported")
+
+
+def _enabled(held: dict, section: str) -> bool | None:
+    """None where the user leaves it to us."""
+    value = held.get(section)
+    if isinstance(value, dict):
+        value = value.get("enabled", "auto")
+    return None if value in (None, "auto") else bool(value)
+
+
+def training_sections(config: Config) -> dict[str, TrainConfig]:
+    """The sections of the stages that train, by name, for this method."""
+    sections = {"pretrain": config.pretrain} if config.model.name_or_path is None else {}
+    sections["warmup"] = config.warmup
+    if config.method == "allo":
+        if config.rewards.source == "rewriter":
+            sections["rewards.train"] = config.rewards.train
+        sections |= {"forget": config.forget, "learn": config.learn}
+    return sections
+
+
+def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
+    """Raises UserError, naming sizes that would do, where `world` ranks cannot divide the micro-batches of a step."""
+    micro, steps, prefix = (
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        f"{name}." if name else "",
+    )
+    if steps % world == 0:
+        return
+    say = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
+    if micro * steps % world:
+        raise UserError(f"{say}, nor its {micro * steps} examples")
+    fits = max(size for size in range(1, micro + 1) if micro * steps % (size * world) == 0)
+    raise UserError(
+        f"{say}; the same step on {world}: {prefix}per_device_train_batch_size={fits} "
+        f"{prefix}gradient_accumulation_steps={micro * steps // fits}"
+    )

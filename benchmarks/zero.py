@@ -1,0 +1,152 @@
+"""DeepSpeed ZeRO on this machine's ranks: model states per rank and bytes per step, dense DPO beside selected weights.
+
+Every row is measured: live tensors when gradients are there, and what the step hands to collectives. Beside it stands
+what `allo-fast plan` says. Each world is one launch of torchrun; nothing stays gathered, as in a model of billions.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from allo_fast import costs, ranks
+from allo_fast.config import LearnConfig, ModelConfig
+from allo_fast.engine import Trainer
+from allo_fast.models import fingerprint, named_weights
+from allo_fast.objectives import Dpo
+from allo_fast.policy import DensePolicy, SparsePolicy
+from allo_fast.runs import versions
+from allo_fast.selection import Selection
+from allo_fast.shapes import shape_of
+from allo_fast.sharded import ShardedPolicy
+from allo_fast.zero import Zero
+from allo_kernels import memory
+from benchmarks.step import pairs
+
+MODEL = LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
+LARGE = {f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")}
+
+
+@dataclass(frozen=True)
+class Row:
+    world: int
+    stage: int
+    placement: str
+    state_bytes: int  # rank 0's live tensors after backward or before the update, whichever are more
+    planned_state_bytes: int
+    traffic_bytes: int  # per step and rank
+    planned_traffic_bytes: int
+    parameters: int
+
+
+def run(worlds: tuple[int, ...], dtype: str, ratio: float, out: Path | None) -> list[Row]:
+    """Prints a table; writes JSON with versions when `out` is given."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in worlds:
+            found = Path(folder) / f"{world}.json"
+            arguments = ["-m", "benchmarks.zero", str(found), dtype, str(ratio)]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+            subprocess.run([*launcher, *arguments], check=True, stderr=subprocess.PIPE, text=True)
+            rows += [Row(**row) for row in json.loads(found.read_text())]
+    print(table(rows))
+    if out:
+        held = {"ratio": ratio, "dtype": dtype, "versions": versions(), "date": time.strftime("%Y-%m-%d")}
+        out.write_text(json.dumps({**held, "rows": [*map(asdict, rows)]}, indent=1))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """state bytes are per weight of the model; the ratios are to dense DPO in the same world and stage."""
+    head = f"{'world':>5} {'stage':>5} {'placement':<10}{'state bytes/weight':>20}{'plan':>8}{'ratio':>8}"
+    lines = [head + f"{'traffic/step, kB':>19}{'plan':>10}{'ratio':>8}"]
+    dense = {(row.world, row.stage): row for row in rows if row.placement == "dense"}
+    for row in rows:
+        rival = dense[row.world, row.stage]
+        cells = [row.state_bytes / row.parameters, row.planned_state_bytes / row.parameters]
+        share = row.traffic_bytes / rival.traffic_bytes if rival.traffic_bytes else 0
+        lines.append(
+            f"{row.world:>5} {row.stage:>5} {row.placement:<10}{cells[0]:>20.3f}{cells[1]:>8.3f}"
+            f"{row.state_bytes / rival.state_bytes:>8.3f}{row.traffic_bytes / 1e3:>19.1f}"
+            f"{row.planned_traffic_bytes / 1e3:>10.1f}{share:>8.4f}"
+        )
+    return "\n".join(lines)
+
+
+def measure(stage: int, ratio: float | None, dtype: str, model: LlamaForCausalLM, folder: Path) -> Row:
+    """Of one process in a group. ratio None: dense."""
+    zero = Zero(stage, options=LARGE if stage == 3 else {})
+    world = ranks.world_size()
+    train = LearnConfig(
+        learning_rate=1e-5,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        num_train_epochs=2,
+        ratio=ratio or 1.0,
+    )
+    shape = shape_of(model.config, dtype)
+    before = memory.live_bytes() - sum(weight.nbytes for weight in model.parameters())
+    trainer = Trainer(
+        _policy(model, ratio, zero), pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
+    )
+    found = []
+    trainer.backend.optimizer.register_step_pre_hook(lambda *_: found.append(memory.live_bytes()))
+    trainer.backend.backward = _watched(trainer.backend.backward, found)
+    metrics = list(trainer.run())
+    kept = sum(logps.nbytes for logps in trainer.reference.values())
+    planned = costs.states(shape, dtype, ratio, zero, world, 4 // world)
+    return Row(
+        world=world,
+        stage=stage,
+        placement="dense" if ratio is None else "sharded" if stage == 3 else "resident",
+        state_bytes=max(found) - before - kept,
+        planned_state_bytes=sum(planned.values()),
+        traffic_bytes=int(metrics[-1].metrics["traffic_bytes"]),
+        planned_traffic_bytes=costs.traffic(shape.sizes, ModelConfig(dtype=dtype), 4, ratio, zero, world),
+        parameters=shape.parameters,
+    )
+
+
+def _watched(backward: Callable, found: list[int]) -> Callable:
+    """Looks when gradients are there, as the optimizer's own hook does when DeepSpeed has divided them."""
+
+    def watched(loss: torch.Tensor, last: bool) -> None:
+        backward(loss, last)
+        found.append(memory.live_bytes())
+
+    return watched
+
+
+def _policy(model: LlamaForCausalLM, ratio: float | None, zero: Zero) -> DensePolicy | SparsePolicy:
+    if ratio is None:
+        return DensePolicy(model.float())
+    draw = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(weight.shape, generator=draw) for name, weight in named_weights(model).items()}
+    selection = Selection.from_scores(scores, ratio, base=fingerprint(model))
+    return (ShardedPolicy if zero.sharded else SparsePolicy)(model, selection)
+
+
+def main(out: str, dtype: str, ratio: str) -> None:
+    ranks.start(600)
+    rows = []
+    for stage in range(4):
+        for share in (None, float(ratio)):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(MODEL).to(getattr(torch, dtype)).eval()
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(stage, share, dtype, model, Path(folder)))
+            del model
+    if ranks.is_main():
+        Path(out).write_text(json.dumps([asdict(row) for row in rows]))
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

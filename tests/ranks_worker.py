@@ -1,0 +1,324 @@
+"""What the processes of a test do: `torchrun tests/ranks_worker.py CASE FOLDER [ARGUMENT ...]`; assertions fail it.
+
+What one process does without DeepSpeed is computed first, before the processes meet.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+
+import torch
+from conftest import pair_corpus, random_selection, tiny_llama
+from torch import distributed as dist
+from transformers import LlamaForCausalLM
+
+from allo_fast import ranks
+from allo_fast.__main__ import main
+from allo_fast.backend_deepspeed import frozen_engine
+from allo_fast.config import TrainConfig, load_config
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.batch import collate
+from allo_fast.data.problems import Problem
+from allo_fast.engine import CHECKPOINT, Trainer
+from allo_fast.logps import ResponseLogps
+from allo_fast.models import load_tokenizer, save_model
+from allo_fast.objectives import Dpo
+from allo_fast.policy import DensePolicy, SparsePolicy
+from allo_fast.runs import Run, Unit
+from allo_fast.selection import Selection
+from allo_fast.sharded import ShardedPolicy
+from allo_fast.stages import STAGES, common, evaluate
+from allo_fast.zero import Zero
+from allo_kernels import memory
+
+# Nothing stays gathered, as in a model of billions: every weight is gathered and released around its use.
+LARGE = {f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")}
+# Sizes that 4 ranks do not divide, and biases.
+ODD = {"hidden_size": 34, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
+SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+SETTINGS |= {"warmup_steps": 1, "max_grad_norm": 0.5, "num_train_epochs": 2}
+
+
+def build(kind: str, folder: Path, zero: Zero | None, model=None, **changes) -> Trainer:
+    model = model or tiny_llama(**ODD, tie_word_embeddings=changes.pop("tied", False))
+    if kind == "dense":
+        policy = DensePolicy(model)
+    else:
+        policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, random_selection(model))
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
+
+
+def outcome(trainer: Trainer) -> dict:
+    metrics = list(trainer.run())
+    return {
+        "losses": torch.tensor([m.loss for m in metrics]),
+        "norms": torch.tensor([m.grad_norm for m in metrics]),
+        "weights": {name: weight.detach().clone() for name, weight in trainer.backend.full_weights()},
+        "reference": trainer.reference,
+    }
+
+
+def assert_alike(ours: dict, wanted: dict, label: str) -> None:
+    """To rounding: ranks add gradients up in another order, and Adam turns the last bit into a part of lr."""
+    torch.testing.assert_close(ours["losses"], wanted["losses"], rtol=1e-4, atol=1e-5, msg=lambda m: f"{label}: {m}")
+    torch.testing.assert_close(ours["norms"], wanted["norms"], rtol=1e-3, atol=1e-5, msg=lambda m: f"{label}: {m}")
+    assert ours["weights"].keys() == wanted["weights"].keys()
+    for name, weight in wanted["weights"].items():
+        assert (ours["weights"][name] - weight).abs().mean() < 1e-6, f"{label}: {name}"
+    for number, logps in wanted["reference"].items():
+        torch.testing.assert_close(ours["reference"][number], logps, rtol=0, atol=1e-5)
+
+
+def agree(folder: Path) -> None:
+    cases = [("sparse", False), ("sparse", True), ("dense", False), ("dense", True)]
+    locals_ = {case: build(case[0], folder / f"local-{case}-{rank()}", None, tied=case[1]) for case in cases}
+    wanted = {case: outcome(trainer) for case, trainer in locals_.items()}
+    ranks.start(120)
+    for kind, tied in cases:
+        for stage in range(4):
+            label = f"{kind} tied={tied} stage {stage}"
+            zero = Zero(stage, options=LARGE if stage == 3 else {})
+            trainer = build(kind, folder / label, zero, tied=tied)
+            assert_alike(outcome(trainer), wanted[kind, tied], label)
+            if kind == "sparse":
+                reference_is_the_base(trainer, tied, locals_[kind, tied].policy.response_logps)
+
+
+def reference_is_the_base(trainer: Trainer, tied: bool, wanted) -> None:
+    """After training, bit for bit; the policy, with gradients or without, is `wanted` before and afterwards."""
+    corpus, policy = trainer.corpus, trainer.policy
+    batch = collate(corpus, corpus.examples[:2], share_prompts=policy.logps.share_prompts)
+    torch.testing.assert_close(before := policy.response_logps(batch).detach(), wanted(batch), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(before, policy.response_logps(batch))
+        with policy.reference():
+            reference = policy.response_logps(batch)
+        after = policy.response_logps(batch)
+        base = SparsePolicy(model := tiny_llama(**ODD, tie_word_embeddings=tied), random_selection(model))
+        assert torch.equal(reference, base.response_logps(batch))
+    assert torch.equal(before, after) and not torch.equal(before, reference)
+
+
+def same_bits(folder: Path) -> None:
+    """Two micro-batches a step on one or two ranks: a sum of two does not depend on who adds."""
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    wanted = outcome(build("dense", folder / f"local-{rank()}", None, model=tiny_llama(), **cut))
+    ranks.start(120)
+    for stage in range(4):
+        ours = outcome(build("dense", folder / f"stage-{stage}", Zero(stage), model=tiny_llama(), **cut))
+        for name, weight in wanted["weights"].items():
+            assert torch.equal(ours["weights"][name], weight), f"stage {stage}: {name}"
+
+
+def cuts(folder: Path) -> None:
+    """The update does not depend on accumulation, nor, sharded, on activation checkpointing."""
+    ranks.start(120)
+    for stage in (1, 2, 3):
+        zero = Zero(stage, options=LARGE if stage == 3 else {})
+        one = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+        four = {**one, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        whole = outcome(build("sparse", folder / f"{stage}-one", zero, **one))
+        split = outcome(build("sparse", folder / f"{stage}-four", zero, **four))
+        whole["reference"] = split["reference"] = {}
+        assert_alike(split, whole, f"stage {stage}")
+    model = tiny_llama(**ODD).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = outcome(build("sparse", folder / "recomputed", Zero(3, options=LARGE), model=model, **one))
+    recomputed["reference"] = {}
+    assert_alike(recomputed, whole, "recomputed")
+
+
+def offload(folder: Path) -> None:
+    wanted = {kind: outcome(build(kind, folder / f"local-{kind}-{rank()}", None)) for kind in ("dense", "sparse")}
+    ranks.start(120)
+    for kind in wanted:
+        for stage in (1, 2, 3):
+            trainer = build(kind, folder / f"{kind}-{stage}", Zero(stage, offload=True))
+            assert_alike(outcome(trainer), wanted[kind], f"{kind} stage {stage}")
+
+
+def steps(folder: Path, kind: str, stage: str, until: str) -> None:
+    """Continues the run in `folder` on this many ranks; stage: of ZeRO, or local. At the end writes the outcome."""
+    if stage != "local":
+        ranks.start(120)
+    zero = None if stage == "local" else Zero(int(stage))
+    trainer = build(kind, folder, zero, save_steps=1)
+    for metrics in trainer.run():
+        if metrics.step == int(until):
+            break
+    weights = dict(trainer.backend.full_weights())
+    if ranks.is_main():
+        torch.save({name: weight.clone() for name, weight in weights.items()}, folder / "weights.pt")
+        print(json.dumps({"step": metrics.step, "bytes": (folder / CHECKPOINT).stat().st_size}))
+
+
+def killed(folder: Path) -> None:
+    ranks.start(120)
+    for metrics in build("sparse", folder, Zero(2), save_steps=1).run():
+        if metrics.step == 2 and ranks.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def located(folder: Path) -> None:
+    """The same selection from whole models and from shards, ties and skipped weights included."""
+    before, after = tiny_llama(**ODD), tiny_llama(**ODD)
+    draw = torch.Generator().manual_seed(0)
+    for weight in after.parameters():  # few different changes: most are tied
+        weight.data += torch.randint(-3, 4, weight.shape, generator=draw) / 64
+        weight.data.copy_((weight.data * 64).round() / 64)
+    for weight in before.parameters():
+        weight.data.copy_((weight.data * 64).round() / 64)
+    settings = [{"ratio": 0.05}, {"ratio": 0.3, "skip": 0.2}, {"ratio": 0.1, "exclude": ("*norm*",)}]
+    wanted = [Selection.from_delta(before, after, **setting).sha256() for setting in settings]
+    ranks.start(120)
+    assert [Selection.from_delta(before, after, **setting).sha256() for setting in settings] == wanted
+    import deepspeed
+
+    for model in (before, after):
+        deepspeed.zero.Init(module=model, config_dict_or_path={"train_micro_batch_size_per_gpu": 1})
+    sharded = [Selection.from_delta(before, after, **setting) for setting in settings]
+    assert [selection.sha256() for selection in sharded] == wanted
+    assert len({selection.base for selection in sharded}) == 1
+
+
+def other_reference(folder: Path) -> None:
+    """A frozen reference of its own gives the log-probabilities that the same model gives in one process."""
+    corpus = pair_corpus()
+    micros = Trainer(DensePolicy(tiny_llama()), corpus, Dpo(0.5), TrainConfig(**SETTINGS), folder).micro_batches
+    plain = ResponseLogps(tiny_llama(seed=5))
+    with torch.no_grad():
+        wanted = {str(n): plain(collate(corpus, micro)) for n, micro in enumerate(micros)}
+    ranks.start(120)
+    for stage in (1, 3):
+        place = folder / str(stage)
+        place.mkdir(exist_ok=True)
+        logps = ResponseLogps(tiny_llama(seed=5).requires_grad_(False))
+        config, policy = TrainConfig(**SETTINGS), DensePolicy(tiny_llama())
+        trainer = Trainer(
+            policy,
+            corpus,
+            Dpo(0.5),
+            config,
+            place,
+            zero=Zero(stage),
+            reference=lambda share, held=logps: frozen_engine(held),
+        )
+        first = next(trainer.run())
+        assert first.metrics["rewards/margins"] != 0, "the reference is not the policy"
+        for number, logps in wanted.items():
+            torch.testing.assert_close(trainer.reference[number], logps, rtol=0, atol=1e-5)
+
+
+def as_planned(folder: Path) -> None:
+    """Live tensors within 5 % of the plan, traffic within 1 %, selected weights against dense in the same run."""
+    from benchmarks.zero import MODEL, measure
+
+    ranks.start(120)
+    for stage in range(4):
+        rows = []
+        for ratio in (None, 0.05):
+            place = folder / f"{stage}-{ratio}"
+            place.mkdir(exist_ok=True)
+            rows.append(row := measure(stage, ratio, "bfloat16", LlamaForCausalLM(MODEL).bfloat16().eval(), place))
+            assert abs(row.state_bytes / row.planned_state_bytes - 1) < 0.05, row
+            assert abs(row.traffic_bytes / row.planned_traffic_bytes - 1) < 0.01, row
+        if stage < 3:
+            assert rows[1].traffic_bytes < rows[0].traffic_bytes / 9
+
+
+def closed(folder: Path) -> None:
+    """After a stage nothing of it stays in memory."""
+    ranks.start(120)
+    before = memory.live_bytes()
+    for stage in range(4):
+        for kind in ("dense", "sparse"):
+            trainer = build(kind, folder / f"{kind}-{stage}", Zero(stage))
+            next(trainer.run())
+            assert memory.live_bytes() > before + 2 * trainer.policy.parameters
+            trainer.backend.close()
+            del trainer
+            assert memory.live_bytes() == before, f"{kind} stage {stage}"
+    with frozen_engine(ResponseLogps(tiny_llama().requires_grad_(False))) as engine:
+        engine.module.share_prompts  # noqa: B018  (it runs the model)
+    del engine
+    assert memory.live_bytes() == before
+
+
+def starts_small(folder: Path) -> None:
+    """Before DeepSpeed has divided the weights there is nothing of theirs but themselves."""
+    import deepspeed
+
+    ranks.start(120)
+    found, initialize = [], deepspeed.initialize
+    deepspeed.initialize = lambda **given: (found.append(memory.live_bytes()), initialize(**given))[1]
+    for stage in (1, 2, 3):
+        model = tiny_llama()
+        size = sum(weight.nbytes for weight in model.parameters())
+        build("dense", folder / str(stage), Zero(stage), model=model).backend.close()
+        assert found[-1] < 1.01 * size, f"stage {stage}"
+        del model
+
+
+def generator(folder: Path) -> None:
+    """A checkpoint brings back torch's generator too."""
+    ranks.start(120)
+    trainer = build("sparse", folder, Zero(1), save_steps=1)
+    next(trainer.run())
+    drawn = torch.rand(3)
+    again = build("sparse", folder, Zero(1), save_steps=1)
+    assert again.backend.load(folder / CHECKPOINT) == 1 and torch.equal(torch.rand(3), drawn)
+
+
+def mistakes(folder: Path, config: str) -> None:
+    """One clear error, said by rank 0; every rank leaves with 2."""
+    zero2 = "deepspeed=configs/zero2.json"
+    assert main(["run", config]) == 2, "without deepspeed"
+    assert main(["run", config, zero2, f"seeds=[{rank()}]"]) == 2, "another configuration"
+    assert main(["run", config, zero2, "pretrain.gradient_accumulation_steps=3"]) == 2, "indivisible"
+    (folder / "taken").mkdir(exist_ok=True)
+    (folder / "taken" / "notes.txt").touch()
+    assert main(["run", config, zero2, "name=taken"]) == 2, "on rank 0 only"
+
+
+def shared_inference(folder: Path, config: str) -> None:
+    """A model in shares of all ranks generates and scores as one that is whole on each."""
+    ranks.start(120)
+    zeros = dict.fromkeys(("dense", "sparse"), Zero(3))
+    path = folder / "model"
+    tokenizer = character_tokenizer()
+    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, path)
+    problems = [Problem(str(n), f"{n}+1=", "", "", (f"{n + 1}", f"{n}")) for n in range(3)]
+    found = {}
+    for name, device_bytes in (("whole", 1 << 40), ("shared", 1)):
+        common.memory.device_bytes = lambda held=device_bytes: held
+        given = [f"name={name}", f"output_dir={folder}", f"model.name_or_path={path}"]
+        unit = Unit(Run(load_config(config, given), STAGES, zeros=zeros), "sample", "seed-0")
+        deque(unit.execute(), maxlen=0)
+        scored = Unit(unit.owner, "evaluate", "base")
+        scored.folder.mkdir(parents=True, exist_ok=True)
+        deque(evaluate.evaluate(scored, path), maxlen=0)
+        prompts = common.make_prompts(unit, load_tokenizer(path))
+        with common.inference(unit, path, scoring=True) as held:
+            assert held.sharded == (name == "shared")
+            chosen = evaluate._likeliest(held, prompts, problems[: 1 + ranks.rank()], 2)
+        files = [unit.folder / "responses.jsonl", scored.folder / "predictions.jsonl"]
+        ranks.barrier()
+        found[name] = [chosen, *(file.read_text() for file in files)]
+    assert found["shared"] == found["whole"]
+
+
+def rank() -> int:
+    return ranks.launched_rank()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    case, place, *arguments = sys.argv[1:]
+    globals()[case](Path(place), *arguments)
+    if dist.is_initialized():
+        dist.barrier()
+        ranks.stop()

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from allo_fast.config import Config, UserError, load_config
+from allo_fast.zero import PERSISTENT, Zero, read_zero
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+JSONS = sorted(CONFIGS.glob("*.json"))
+
+
+def config(**model) -> Config:
+    return Config(name="x", model={"name_or_path": "m", **model}, data={"train": "a", "test": "b"})
+
+
+def read(tmp_path, held: object, **model) -> Zero:
+    path = tmp_path / "ds.json"
+    path.write_text(held if isinstance(held, str) else json.dumps(held))
+    return read_zero(str(path), config(**model))
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_shipped_files_are_read(path):
+    zero = read_zero(str(path), config())
+    assert zero.stage == int(path.stem[4]) and zero.offload == path.stem.endswith("offload")
+    engine = zero.engine_config(10**6)
+    assert engine["zero_optimization"]["stage"] == zero.stage and "auto" not in json.dumps(engine)
+
+
+@pytest.mark.parametrize(
+    "held, message",
+    [
+        ("{", "not JSON"),
+        ("[]", 'expected an object with "zero_optimization"'),
+        ({"zero_optimization": {"stage": 4}}, "stage: expected 0, 1, 2 or 3, got 4"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_sise": 1}}, "did you mean reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param: not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "all of it on none or cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "all of it on"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2}, "gradient_cliping": 1.0}, "nearest supported key is gradient_clipping"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "optimizer: remove it"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5},
+            "is 0.5, but the run's warmup.max_grad_norm is 1.0",
+        ),
+        ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size: set it to"),
+        ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 8}, "steps: set it to"),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16: not supported"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, held, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, held)
+
+
+def test_no_file():
+    with pytest.raises(UserError, match="nowhere.json: no such file"):
+        read_zero("nowhere.json", config())
+
+
+def test_what_agrees_is_taken(tmp_path):
+    held = {"bf16": {"enabled": "auto"}, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "auto"}
+    plain = {"sub_group_size": 1e9, "zero_hpz_partition_size": 1, "offload_param": {"device": "none"}}
+    options = {"stage": 3, PERSISTENT: 7, "stage3_max_live_parameters": "auto", "offload_optimizer": "auto", **plain}
+    zero = read(tmp_path, {**held, "zero_optimization": options, "wall_clock_breakdown": True})
+    assert "auto" not in zero.options.values()
+    engine = zero.engine_config(10**6)
+    assert engine["zero_optimization"][PERSISTENT] == 7 and engine["wall_clock_breakdown"]
+    assert engine["gradient_clipping"] == 0.0, "the optimizer clips"
+    assert read(tmp_path, {"zero_optimization": {"stage": 1}, "fp16": {"enabled": False}}, dtype="float32").stage == 1
+
+
+def test_the_release_needs_one_process(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nmodel: {name_or_path: m}\ndata: {train: a, test: b}\n")
+    for change in ("protocol=release", "learn.clip=all"):
+        with pytest.raises(UserError, match="need one process"):
+            load_config(path, ["deepspeed=auto", change])
