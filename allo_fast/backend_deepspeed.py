@@ -182,7 +182,8 @@ def frozen_engine(module: nn.Module) -> Iterator[nn.Module]:
 def close_engine(engine: nn.Module) -> None:
     """Lets go of an engine's memory, which DeepSpeed otherwise keeps for as long as the process lives."""
     engine.destroy()
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    ours = set(engine.module.modules())  # activation checkpointing leaves more than the engine's own there
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in ours]
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):  # a cache of all its instances' results, and so of them

@@ -3,6 +3,7 @@
 DeepSpeed starts the process group and carries every message; torchrun or the deepspeed launcher starts the processes.
 """
 
+import gc
 import logging
 import os
 import warnings
@@ -70,9 +71,15 @@ def start(timeout_s: float) -> None:
 
 
 def stop() -> None:
-    """Leaves the process group, where one was joined."""
+    """Leaves the process group, where one was joined; engines must be closed before.
+
+    DeepSpeed has groups of its own, and gloo's threads, should they outlive the interpreter, abort the process.
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        gc.collect()  # what closed engines held of the groups
+        deepspeed.comm.destroy_process_group()
 
 
 def rank() -> int:

@@ -101,6 +101,7 @@ def measure(stage: int, ratio: float | None, dtype: str, model: LlamaForCausalLM
     trainer.backend.backward = _watched(trainer.backend.backward, found)
     metrics = list(trainer.run())
     kept = sum(logps.nbytes for logps in trainer.reference.values())
+    trainer.backend.close()
     planned = costs.states(shape, dtype, ratio, zero, world, 4 // world)
     return Row(
         world=world,

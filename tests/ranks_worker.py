@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
-from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
 from allo_fast import ranks
@@ -42,6 +42,9 @@ SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 1, "gradient_a
 SETTINGS |= {"warmup_steps": 1, "max_grad_norm": 0.5, "num_train_epochs": 2}
 
 
+OPEN = ExitStack()  # closes what `build` made
+
+
 def build(kind: str, folder: Path, zero: Zero | None, model=None, **changes) -> Trainer:
     model = model or tiny_llama(**ODD, tie_word_embeddings=changes.pop("tied", False))
     if kind == "dense":
@@ -49,7 +52,9 @@ def build(kind: str, folder: Path, zero: Zero | None, model=None, **changes) -> 
     else:
         policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, random_selection(model))
     folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
+    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
+    OPEN.callback(trainer.backend.close)
+    return trainer
 
 
 def outcome(trainer: Trainer) -> dict:
@@ -125,11 +130,16 @@ def cuts(folder: Path) -> None:
         split = outcome(build("sparse", folder / f"{stage}-four", zero, **four))
         whole["reference"] = split["reference"] = {}
         assert_alike(split, whole, f"stage {stage}")
-    model = tiny_llama(**ODD).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    recomputed = outcome(build("sparse", folder / "recomputed", Zero(3, options=LARGE), model=model, **one))
+    trainer = build("sparse", folder / "recomputed", Zero(3, options=LARGE), model=recomputing_llama(), **one)
+    recomputed = outcome(trainer)
     recomputed["reference"] = {}
     assert_alike(recomputed, whole, "recomputed")
+
+
+def recomputing_llama() -> LlamaForCausalLM:
+    model = tiny_llama(**ODD).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def offload(folder: Path) -> None:
@@ -207,6 +217,7 @@ def other_reference(folder: Path) -> None:
             zero=Zero(stage),
             reference=lambda share, held=logps: frozen_engine(held),
         )
+        OPEN.callback(trainer.backend.close)
         first = next(trainer.run())
         assert first.metrics["rewards/margins"] != 0, "the reference is not the policy"
         for number, logps in wanted.items():
@@ -235,13 +246,15 @@ def closed(folder: Path) -> None:
     ranks.start(120)
     before = memory.live_bytes()
     for stage in range(4):
-        for kind in ("dense", "sparse"):
-            trainer = build(kind, folder / f"{kind}-{stage}", Zero(stage))
+        for case in ("dense", "sparse", "recomputed"):
+            model = recomputing_llama() if case == "recomputed" else None
+            kind = "dense" if case == "dense" else "sparse"
+            trainer = build(kind, folder / f"{case}-{stage}", Zero(stage), model=model)
             next(trainer.run())
             assert memory.live_bytes() > before + 2 * trainer.policy.parameters
-            trainer.backend.close()
-            del trainer
-            assert memory.live_bytes() == before, f"{kind} stage {stage}"
+            OPEN.close()
+            del trainer, model
+            assert memory.live_bytes() == before, f"{case} stage {stage}"
     with frozen_engine(ResponseLogps(tiny_llama().requires_grad_(False))) as engine:
         engine.module.share_prompts  # noqa: B018  (it runs the model)
     del engine
@@ -258,7 +271,8 @@ def starts_small(folder: Path) -> None:
     for stage in (1, 2, 3):
         model = tiny_llama()
         size = sum(weight.nbytes for weight in model.parameters())
-        build("dense", folder / str(stage), Zero(stage), model=model).backend.close()
+        build("dense", folder / str(stage), Zero(stage), model=model)
+        OPEN.close()
         assert found[-1] < 1.01 * size, f"stage {stage}"
         del model
 
@@ -282,6 +296,11 @@ def mistakes(folder: Path, config: str) -> None:
     (folder / "taken").mkdir(exist_ok=True)
     (folder / "taken" / "notes.txt").touch()
     assert main(["run", config, zero2, "name=taken"]) == 2, "on rank 0 only"
+
+
+def command(folder: Path, *words: str) -> None:
+    """`allo-fast WORDS` in this process."""
+    assert main(list(words)) == 0
 
 
 def shared_inference(folder: Path, config: str) -> None:
@@ -319,6 +338,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     case, place, *arguments = sys.argv[1:]
     globals()[case](Path(place), *arguments)
-    if dist.is_initialized():
-        dist.barrier()
-        ranks.stop()
+    OPEN.close()
+    ranks.barrier()
+    ranks.stop()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads

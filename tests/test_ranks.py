@@ -107,9 +107,9 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
 
 def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
     """Rounding too: two micro-batches a step, and sizes whose halves a vector unit fills."""
-    for world, *overrides in ((0, "name=one"), (2, "name=two", "deepspeed=configs/zero3.json")):
-        done = launch(world, "-m", "allo_fast", "run", job, *overrides)
-        assert done.returncode == 0, done.stderr[-6000:]
+    done = launch(0, "-m", "allo_fast", "run", job, "name=one")
+    assert done.returncode == 0, done.stderr[-6000:]
+    work(2, "command", tmp_path, "run", job, "name=two", "deepspeed=configs/zero3.json")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     for stage in ("forget", "learn"):
         assert (
