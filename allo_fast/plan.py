@@ -59,7 +59,15 @@ class Phase:
         return sum(size for kind, size in self.memory.items() if kind not in TRANSIENT)
 
 
-TRANSIENT = ("activations", "transient dW", "bfloat16 copies", "reduce buckets", "head workspace", "gathered weights")
+TRANSIENT = (
+    "reference",
+    "activations",
+    "transient dW",
+    "bfloat16 copies",
+    "reduce buckets",
+    "head workspace",
+    "gathered weights",
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,9 @@ def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Ze
     micros = train.gradient_accumulation_steps
     memory = states(shape, config.model.dtype, ratio, zero, gpus, math.ceil(micros / gpus))
     host = memory.pop("host", 0)
-    memory |= _transient(config, shape, ratio, zero, micro_tokens)
+    # The policy is its own reference; another one is freed before the first step, and counted as if it were not.
+    other = BYTES[config.model.dtype] * shape.parameters // gpus if getattr(train, "reference", None) else 0
+    memory |= {"reference": other, **_transient(config, shape, ratio, zero, micro_tokens)}
     passes = 4 if config.model.gradient_checkpointing else 3  # forward, backward (two), perhaps forward again
     return Phase(
         stage=name,
@@ -229,7 +239,8 @@ def _advice(plan: Plan, config: Config) -> list[str]:
 def table(plan: Plan) -> str:
     """The plan as text."""
     head = f"{plan.parameters / 1e9:.2f}B weights on {plan.gpus} x {plan.device} with {plan.gpu_bytes / 1e9:.0f} GB"
-    kinds = list(dict.fromkeys(kind for phase in plan.phases for kind in phase.memory))
+    kinds = dict.fromkeys(kind for phase in plan.phases for kind in phase.memory)
+    kinds = sorted(kinds, key=lambda kind: kind in TRANSIENT)
     names = [f"{'GB per device':<22}", *(f"{phase.stage:>14}" for phase in plan.phases)]
     lines = [head, "".join(names)]
     lines.append("".join([f"{'placement':<22}", *(f"{_place(phase):>14}" for phase in plan.phases)]))

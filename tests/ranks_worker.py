@@ -45,10 +45,10 @@ SETTINGS |= {"warmup_steps": 1, "max_grad_norm": 0.5, "num_train_epochs": 2}
 OPEN = ExitStack()  # closes what `build` made
 
 
-def build(kind: str, folder: Path, zero: Zero | None, model=None, **changes) -> Trainer:
+def build(kind: str, folder: Path, zero: Zero | None, model=None, autocast=None, **changes) -> Trainer:
     model = model or tiny_llama(**ODD, tie_word_embeddings=changes.pop("tied", False))
     if kind == "dense":
-        policy = DensePolicy(model)
+        policy = DensePolicy(model, autocast)
     else:
         policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, random_selection(model))
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +106,33 @@ def reference_is_the_base(trainer: Trainer, tied: bool, wanted) -> None:
         base = SparsePolicy(model := tiny_llama(**ODD, tie_word_embeddings=tied), random_selection(model))
         assert torch.equal(reference, base.response_logps(batch))
     assert torch.equal(before, after) and not torch.equal(before, reference)
+
+
+def bfloat16(folder: Path) -> None:
+    """A run on ranks is nearer to one process's than two dense runs of one process are, cut differently, to another."""
+
+    def trained(kind: str, name: str, zero: Zero | None = None, **cut) -> dict:
+        model = tiny_llama(**ODD)
+        if kind == "sparse":
+            model.bfloat16()
+        return outcome(build(kind, folder / f"{name}-{rank()}", zero, model, torch.bfloat16, **cut))
+
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    wanted = {kind: trained(kind, f"local-{kind}", **cut) for kind in ("dense", "sparse")}
+    spread = distances(wanted["dense"], trained("dense", "cut"))
+    ranks.start(120)
+    for kind in wanted:
+        for stage in range(4):
+            zero = Zero(stage, options=LARGE if stage == 3 else {})
+            found = distances(trained(kind, f"{kind}-{stage}", zero, **cut), wanted[kind])
+            assert all(found[key] <= spread[key] for key in spread), f"{kind} stage {stage}: {found}, dense: {spread}"
+
+
+def distances(ours: dict, wanted: dict) -> dict[str, float]:
+    """The largest difference of losses, and the mean one of weights."""
+    apart = [(ours["weights"][name].float() - weight.float()).flatten() for name, weight in wanted["weights"].items()]
+    losses = (ours["losses"] - wanted["losses"]).abs().max()
+    return {"losses": float(losses), "weights": float(torch.cat(apart).abs().mean())}
 
 
 def same_bits(folder: Path) -> None:

@@ -113,6 +113,14 @@ def test_locating_holds_two_models():
     assert any(line.startswith("locate:") and "zero3.json" in line for line in plan.advice)
 
 
+def test_a_reference_of_its_own_is_divided_among_the_devices():
+    shape, config = shape_of(EIGHT, "bfloat16"), job()
+    config.forget.reference = "other"
+    plan = plan_of(config, shape, dict.fromkeys(("dense", "sparse"), Zero(1)), 80)
+    held = {phase.stage: phase.memory["reference"] for phase in plan.phases if phase.stage != "locate"}
+    assert held == {"warmup": 0, "rewards.train": 0, "forget": 2 * shape.parameters // 8, "learn": 0}
+
+
 def test_what_does_not_fit_says_what_to_change():
     shape = shape_of(EIGHT, "bfloat16")
     plan = plan_of(job(), shape, dict.fromkeys(("dense", "sparse"), Zero(2)), 40)

@@ -69,7 +69,18 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    "case", ["same_bits", "cuts", "offload", "other_reference", "as_planned", "generator", "closed", "starts_small"]
+    "case",
+    [
+        "same_bits",
+        "bfloat16",
+        "cuts",
+        "offload",
+        "other_reference",
+        "as_planned",
+        "generator",
+        "closed",
+        "starts_small",
+    ],
 )
 def test_two_ranks(tmp_path, case):
     work(2, case, tmp_path)
