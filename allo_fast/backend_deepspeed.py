@@ -71,6 +71,7 @@ class DeepSpeedBackend:
     def step(self) -> Tensor:
         """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
         self.updated |= self.learning_rate > 0
+        self.optimizer.grad_norm = torch.tensor(torch.nan)  # stays where DeepSpeed passes over gradients not finite
         self.engine.step()
         if self.sparse and self.zero.stage in (1, 2):
             self.policy.write_back()

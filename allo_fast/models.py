@@ -148,6 +148,13 @@ def whole(*weights: nn.Parameter) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(weights))
 
 
+def divide(*weights: nn.Parameter) -> None:
+    """Leaves each rank its ZeRO-3 share of whole weights; every rank calls it together."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=nn.ParameterList(weights), mem_efficient_linear=False)
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all weights."""
     digest = hashlib.sha256()

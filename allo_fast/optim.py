@@ -11,14 +11,16 @@ from allo_fast import ranks
 from allo_fast.policy import SparsePolicy
 from allo_kernels import masked_adamw_
 
+_PART = 1 << 22  # entries that are fp64 at once
+
 
 def total_norm(gradients: Sequence[Tensor], *, across_ranks: bool = False) -> Tensor:
     """The norm of all gradients as one vector, 0-d fp32; across_ranks: every rank has a share of them.
 
     Squares are summed in fp64, so that neither their order nor the number of ranks shows in the result.
     """
-    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients])
-    total = squares.sum()
+    parts = [part for gradient in gradients for part in gradient.reshape(-1).split(_PART)]
+    total = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
     return (ranks.add_up(total) if across_ranks else total).sqrt().float()
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from allo_fast.logps import ResponseLogps
-from allo_fast.models import held_here, named_weights, size_of, whole
+from allo_fast.models import divide, held_here, named_weights, size_of, whole
 from allo_fast.policy import Alias, SparsePolicy, install_reads
 from allo_fast.selection import Selection
 from allo_kernels import Positions, gather, scatter_
@@ -27,7 +27,7 @@ linear = torch.ops.aten.linear  # torch.nn.functional.linear as it was: DeepSpee
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The selected entries of one weight. weight, values, low: parameters that may be here or in shares."""
+    """The selected entries of one weight. weight, values, low: parameters in shares, whole where they were gathered."""
 
     weight: nn.Parameter
     values: nn.Parameter  # fp32 [K]
@@ -39,7 +39,9 @@ class Entries:
         at = at.to(weight.device)
         with whole(weight):
             values = nn.Parameter(gather(weight.data, at).float())
-        return cls(weight, values, nn.Parameter(at.low.view(torch.uint8), requires_grad=False), at.starts)
+        low = nn.Parameter(at.low.view(torch.uint8), requires_grad=False)
+        divide(values, low)
+        return cls(weight, values, low, at.starts)
 
     def positions(self) -> Positions:
         """Where `low` is here."""

@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
 from transformers import LlamaForCausalLM
@@ -22,9 +23,9 @@ from allo_fast.config import TrainConfig, load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.problems import Problem
-from allo_fast.engine import CHECKPOINT, Trainer
+from allo_fast.engine import CHECKPOINT, Trainer, TrainingError
 from allo_fast.logps import ResponseLogps
-from allo_fast.models import load_tokenizer, save_model
+from allo_fast.models import divide, load_tokenizer, save_model
 from allo_fast.objectives import Dpo
 from allo_fast.policy import DensePolicy, SparsePolicy
 from allo_fast.runs import Run, Unit
@@ -289,7 +290,7 @@ def closed(folder: Path) -> None:
 
 
 def starts_small(folder: Path) -> None:
-    """Before DeepSpeed has divided the weights there is nothing of theirs but themselves."""
+    """Before DeepSpeed has divided the weights there is nothing of theirs but themselves, and of shares only shares."""
     import deepspeed
 
     ranks.start(120)
@@ -302,6 +303,14 @@ def starts_small(folder: Path) -> None:
         OPEN.close()
         assert found[-1] < 1.01 * size, f"stage {stage}"
         del model
+    model = tiny_llama(hidden_size=128)
+    selection, size = random_selection(model), sum(weight.nbytes for weight in model.parameters())
+    divide(*model.parameters())
+    before = memory.live_bytes()
+    policy = ShardedPolicy(model, selection)
+    added = (memory.live_bytes() - before) / size
+    assert added == pytest.approx((4 + 2) * 0.05 / 4 / ranks.world_size(), rel=0.1), "a value and a position"
+    assert policy.selected == selection.selected
 
 
 def generator(folder: Path) -> None:
@@ -312,6 +321,22 @@ def generator(folder: Path) -> None:
     drawn = torch.rand(3)
     again = build("sparse", folder, Zero(1), save_steps=1)
     assert again.backend.load(folder / CHECKPOINT) == 1 and torch.equal(torch.rand(3), drawn)
+
+
+def not_finite(folder: Path) -> None:
+    """A gradient that is not finite ends the run on every rank, in the first step and later, whoever had it."""
+    ranks.start(120)
+    for kind in ("dense", "sparse"):
+        for stage in range(4):
+            for step in (1, 3):
+                trainer = build(kind, folder / f"{kind}-{stage}-{step}", Zero(stage))
+                metrics, backward = trainer.run(), trainer.backend.backward
+                for _ in range(step - 1):
+                    next(metrics)
+                bad = torch.inf if ranks.rank() else 1.0
+                trainer.backend.backward = lambda loss, last, held=backward, bad=bad: held(loss * bad, last)
+                with pytest.raises(TrainingError, match=f"step {step}: .*norm (nan|inf)"):
+                    next(metrics)
 
 
 def mistakes(folder: Path, config: str) -> None:

@@ -80,6 +80,7 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
         "generator",
         "closed",
         "starts_small",
+        "not_finite",
     ],
 )
 def test_two_ranks(tmp_path, case):
