@@ -1,11 +1,10 @@
 """Bytes that a training stage holds and sends, by what the backends allocate; `benchmarks zero` measures both."""
 
 import math
-from collections.abc import Sequence
 
 from allo_fast.config import ModelConfig
 from allo_fast.shapes import BYTES, Shape
-from allo_fast.zero import PERSISTENT, Zero, bucket_size
+from allo_fast.zero import PERSISTENT, Zero
 from allo_kernels.positions import blocks_of
 
 
@@ -33,39 +32,45 @@ def states(
     # ZeRO-1 keeps all until the last micro-batch; ZeRO-3 keeps its share, and copies it for the optimizer.
     gradients = {0: 4 * count, 1: 4 * (count if micros > 1 else share), 2: 4 * share, 3: 8 * share}[stage]
     if zero and zero.offload:
-        found["host"] = sum(optimizer.values()) + 4 * share
-        gradients = gradients if stage == 1 and micros > 1 else 0
+        # Gradients, and the sum over micro-batches; ZeRO-1/2 copy values too, and have room for a weight on both sides.
+        room = 0 if stage == 3 else 4 * max(trained)
+        copies = 3 if stage == 2 and micros > 1 else 2
+        found["host"] = sum(optimizer.values()) + 4 * share * copies + room
+        gradients = room + (4 * count if stage == 1 and micros > 1 else 0)
     else:
         found |= optimizer
     found["gradients"] = gradients
-    found["buckets"] = 4 * bucket_size(count) if stage == 3 else 0
+    found["buckets"] = 4 * zero.bucket_size(count) if stage == 3 else 0
     return found
 
 
 def traffic(
-    sizes: Sequence[int], model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
-) -> int:
+    shape: Shape, model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
+) -> dict[str, int]:
     """Bytes that a device hands to collectives per step of `micros` micro-batches; of in- and output the larger counts.
 
     ZeRO-1 reduces once a step; ZeRO-2 and 3 with every micro-batch; ZeRO-3 gathers in forward and again in backward
     what is too large to stay. ratio None: every weight trains, in float32.
     """
     if zero is None or world == 1:
-        return 0
+        return {}
     micros = math.ceil(micros / world)
-    trained = [size if ratio is None else int(ratio * size) for size in sizes]
+    trained = [size if ratio is None else int(ratio * size) for size in shape.sizes]
     count = sum(trained)
     if zero.stage < 3:
-        return 4 * count * (1 if zero.stage < 2 else micros) + (4 * count if zero.stage else 0)
-    # (entries, bytes) of what is gathered; small ones once a step, others around each use.
-    parts = [] if ratio is None else [(size, BYTES[model.dtype] * size) for size in sizes]
-    parts += [] if ratio is None else [(2 * size, 2 * size) for size in trained]  # positions, byte by byte
-    parts += [(size, 4 * size) for size in trained]
-    persistent = int(zero.options.get(PERSISTENT, 100_000))
-    small = sum(size for entries, size in parts if entries <= persistent)
-    large = sum(size for entries, size in parts if entries > persistent)
-    passes = 3 if model.gradient_checkpointing else 2
-    return (passes * large + 4 * count) * micros + small
+        reduced = 4 * count * (1 if zero.stage < 2 else micros)
+        return {"all_reduce": reduced, "all_gather": 4 * count if zero.stage else 0}
+    persistent, gathered = int(zero.options.get(PERSISTENT, 100_000)), 0
+    for size, selected, passes in zip(shape.sizes, trained, _passes(shape, model), strict=True):
+        parts = [(selected, 4)] if ratio is None else [(size, BYTES[model.dtype]), (2 * selected, 1), (selected, 4)]
+        for entries, width in parts:  # small ones once a step, others around each use
+            gathered += entries * width * (1 if entries <= persistent else passes * micros)
+    return {"reduce_scatter": 4 * count * micros, "all_gather": gathered}
+
+
+def _passes(shape: Shape, model: ModelConfig) -> list[int]:
+    """How often a micro-batch needs each weight: forward, backward, perhaps to compute activations again."""
+    return [3 if again and model.gradient_checkpointing else 2 for again in shape.recomputed]
 
 
 def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
@@ -75,12 +80,12 @@ def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
     return parameters * (18 - shared) + parameters * shared // world
 
 
-def dense_dpo_traffic(parameters: int, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:
+def dense_dpo_traffic(shape: Shape, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:
     """Of the same in bfloat16; under ZeRO-3 the reference is gathered for its forward pass too."""
     if zero is None or world == 1:
         return 0
     micros = math.ceil(micros / world)
     if zero.stage < 3:
-        return 2 * parameters * ((1 if zero.stage < 2 else micros) + (1 if zero.stage else 0))
-    passes = 4 if model.gradient_checkpointing else 3
-    return 2 * parameters * (passes + 1) * micros
+        return 2 * shape.parameters * ((1 if zero.stage < 2 else micros) + (1 if zero.stage else 0))
+    passes = [number + 2 for number in _passes(shape, model)]  # with the reference's, and the gradient's
+    return 2 * sum(size * number for size, number in zip(shape.sizes, passes, strict=True)) * micros

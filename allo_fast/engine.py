@@ -79,6 +79,7 @@ class Trainer:
         self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
         per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
         check_divides(config, ranks.world_size())
+        ranks.agree_on("corpus", (corpus, token_weights))
         self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
         self.steps = [step for epoch in self.epochs for step in epoch]
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
@@ -145,16 +146,16 @@ class Trainer:
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
         sent = self.traffic.bytes.copy() if self.traffic else None
-        batches = {micro: self._collate(micro, "cpu") for micro in self.steps[number]}
-        counts = {micro: self.objective.count(batch) for micro, batch in batches.items()}
-        mine = self._share(self.steps[number])
+        mine = [(micro, weight, self._collate(micro, "cpu")) for micro, weight in self._share(self.steps[number])]
+        counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in mine]
+        count, tokens = ranks.add_up(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
         totals: dict[str, Tensor] = {}
-        for place, (micro, weight) in enumerate(mine, start=1):
-            batch = batches[micro].to(self.policy.model.device)
+        for place, (micro, _, batch) in enumerate(mine):
+            batch = batch.to(self.policy.model.device)
             logps = self.backend.response_logps(batch)
             loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
-            share = weight * counts[micro] / max(1, sum(counts.values()))
-            self.backend.backward(loss * share, last=place == len(mine))
+            share = counts[place][0] / max(1, count)
+            self.backend.backward(loss * share, last=place == len(mine) - 1)
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
         norm = float(self.backend.step())
@@ -172,7 +173,7 @@ class Trainer:
             loss=values.pop("loss"),
             grad_norm=norm,
             learning_rate=learning_rate,
-            tokens=sum(batch.tokens for batch in batches.values()),
+            tokens=int(tokens),
             seconds=time.perf_counter() - started,
             metrics=values,
         )

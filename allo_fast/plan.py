@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from allo_fast.config import Config, SparseTrainConfig, TrainConfig
 from allo_fast.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
 from allo_fast.shapes import BYTES, Shape
-from allo_fast.zero import Zero, bucket_size, training_sections
+from allo_fast.zero import Zero, training_sections
 from allo_kernels.token_logps import CHUNK_BYTES
 
 USABLE = 0.92  # of a device's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
@@ -42,12 +42,16 @@ class Phase:
     zero_stage: int | None
     memory: dict[str, int]
     host_bytes: int  # offloaded states, per device
-    traffic_bytes: int  # handed to collectives per step and device
+    traffic: dict[str, int]  # bytes handed to collectives per step and device, by operation
     flops: float  # per step and device
     step_s: float | None
     checkpoint_bytes: int
     dense_dpo_bytes: int  # states of dense DPO in bfloat16 with a reference copy, under the same stage
     dense_dpo_traffic_bytes: int
+
+    @property
+    def traffic_bytes(self) -> int:
+        return sum(self.traffic.values())
 
     @property
     def device_bytes(self) -> int:
@@ -59,7 +63,9 @@ class Phase:
         return sum(size for kind, size in self.memory.items() if kind not in TRANSIENT)
 
 
+_LOCATING = 16  # bytes an entry of one weight's share: both models' in float32, their difference, masks, counted ties
 TRANSIENT = (
+    "locating",
     "reference",
     "activations",
     "transient dW",
@@ -85,7 +91,8 @@ class Plan:
         return all(phase.device_bytes <= USABLE * self.gpu_bytes for phase in self.phases)
 
     def to_dict(self) -> dict:
-        phases = [{**asdict(phase), "device_bytes": phase.device_bytes} for phase in self.phases]
+        sums = ("device_bytes", "state_bytes", "traffic_bytes")
+        phases = [{**asdict(phase), **{name: getattr(phase, name) for name in sums}} for phase in self.phases]
         return {**asdict(self), "phases": phases, "fits": self.fits}
 
 
@@ -106,12 +113,12 @@ def make_plan(
 
 
 def choose(config: Config, shape: Shape, gpus: int, gpu_bytes: float) -> dict[str, Zero]:
-    """`deepspeed: auto`: for dense and for sparse stages the first of ZeRO 1, 2, 3 that fits; for dense ones also 3
-    with offload.
+    """`deepspeed: auto`: for dense and for sparse stages the first of ZeRO 0, 1, 2, 3 that fits; for dense ones also
+    3 with offload.
 
     Fewer bytes travel the earlier one stops. The last is returned where nothing fits.
     """
-    chosen, stages = {}, (Zero(1), Zero(2), Zero(3))
+    chosen, stages = {}, (Zero(0), Zero(1), Zero(2), Zero(3))
     for kind, candidates in {"dense": (*stages, Zero(3, offload=True)), "sparse": stages}.items():
         for zero in candidates:
             phases = _phases(config, shape, kind, zero, gpus)
@@ -136,7 +143,8 @@ def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase
     part = gpus if zero and zero.sharded else 1
     memory = {"base": BYTES[config.model.dtype] * shape.parameters // part, "after": 4 * shape.parameters // part}
     placement = "shares" if part > 1 else "whole"
-    return Phase("locate", placement, zero and zero.stage, memory, 0, 0, 0.0, None, 0, 0, 0)
+    memory["locating"] = _LOCATING * math.ceil(max(shape.sizes) / gpus)
+    return Phase("locate", placement, zero and zero.stage, memory, 0, {}, 0.0, None, 0, 0, 0)
 
 
 def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Zero | None, gpus: int) -> Phase:
@@ -156,11 +164,11 @@ def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Ze
         zero_stage=zero.stage if zero else None,
         memory=memory,
         host_bytes=host,
-        traffic_bytes=traffic(shape.sizes, config.model, micros, ratio, zero, gpus),
+        traffic=traffic(shape, config.model, micros, ratio, zero, gpus),
         flops=2.0 * passes * shape.parameters * step_tokens / gpus,
         step_s=None,
         dense_dpo_bytes=dense_dpo_states(shape.parameters, zero, gpus),
-        dense_dpo_traffic_bytes=dense_dpo_traffic(shape.parameters, config.model, micros, zero, gpus),
+        dense_dpo_traffic_bytes=dense_dpo_traffic(shape, config.model, micros, zero, gpus),
         checkpoint_bytes=12 * (shape.parameters if ratio is None else int(ratio * shape.parameters)),
     )
 
@@ -172,12 +180,14 @@ def _transient(config: Config, shape: Shape, ratio: float | None, zero: Zero | N
     kept = inputs + shape.layer_bytes if config.model.gradient_checkpointing else layers
     sharded = zero is not None and zero.sharded
     weight_bytes = 4 if ratio is None else width
+    trained = int((ratio or 1) * shape.parameters)
+    buckets = 2 if zero and zero.options.get("overlap_comm") else 1  # one is filled while the other travels
     return {
         "activations": tokens * (kept + shape.others_bytes),
         "transient dW": weight_bytes * max(shape.sizes),
         # Of whole float32 weights autocast keeps a copy each for backward; sharded ones are cast at every use.
         "bfloat16 copies": 2 * shape.parameters if ratio is None and width == 2 and not sharded else 0,
-        "reduce buckets": 4 * bucket_size(int((ratio or 1) * shape.parameters)) if zero and not sharded else 0,
+        "reduce buckets": 0 if zero is None or sharded else 4 * buckets * zero.bucket_size(trained),
         "head workspace": 3 * CHUNK_BYTES["cuda"],
         "gathered weights": weight_bytes * min(shape.parameters, _live(zero)) if sharded else 0,
     }
@@ -200,7 +210,8 @@ def _tokens(config: Config, name: str, train: TrainConfig) -> tuple[int, int]:
 
 def _timed(phase: Phase, gpus: int, device: Device) -> Phase:
     bandwidth = device.node_bytes_per_s if gpus <= device.per_node else device.network_bytes_per_s
-    seconds = phase.flops / (device.mfu * device.peak_flops) + phase.traffic_bytes / bandwidth
+    crossing = phase.traffic_bytes + phase.traffic.get("all_reduce", 0)  # a ring sends its bytes twice
+    seconds = phase.flops / (device.mfu * device.peak_flops) + crossing / bandwidth
     return Phase(**{**vars(phase), "step_s": seconds})
 
 
@@ -226,9 +237,9 @@ def _advice(plan: Plan, config: Config) -> list[str]:
             say = "set model.gradient_checkpointing=true"
         elif activations > missing:
             say = f"lower {phase.stage}.per_device_train_batch_size or data.max_response_tokens"
-        elif phase.zero_stage != 3:
+        elif phase.zero_stage != 3 and plan.gpus > 1:
             say = "set deepspeed=configs/zero3.json"
-        elif not phase.host_bytes and phase.placement == "dense":
+        elif phase.zero_stage == 3 and not phase.host_bytes and phase.placement == "dense":
             say = "set deepspeed=configs/zero3_offload.json"
         else:
             say = f"take more devices: {math.ceil(plan.gpus * phase.device_bytes / (USABLE * plan.gpu_bytes))} or more"
@@ -250,7 +261,7 @@ def table(plan: Plan) -> str:
         "sum": [f"{phase.device_bytes / 1e9:.2f}" for phase in plan.phases],
         "states": [f"{phase.state_bytes / 1e9:.2f}" for phase in plan.phases],
         "states of dense DPO": [f"{phase.dense_dpo_bytes / 1e9:.2f}" for phase in plan.phases],
-        "host memory": [f"{phase.host_bytes / 1e9:.2f}" for phase in plan.phases],
+        "host memory / device": [f"{phase.host_bytes / 1e9:.2f}" for phase in plan.phases],
         "traffic / step": [f"{phase.traffic_bytes / 1e9:.2f}" for phase in plan.phases],
         "traffic of dense DPO": [f"{phase.dense_dpo_traffic_bytes / 1e9:.2f}" for phase in plan.phases],
         "PFLOP / step": [f"{phase.flops / 1e15:.1f}" for phase in plan.phases],

@@ -63,8 +63,7 @@ class SparsePolicy:
         selection.check(model)
         self.model = model.requires_grad_(False)
         self.base = selection.base
-        self.sizes = [weight.numel() for weight in model.parameters()]
-        self.parameters = sum(self.sizes)
+        self.parameters = sum(weight.numel() for weight in model.parameters())
         weights = named_weights(model)
         self.weights = {name: weights[name] for name in selection.names}
         self.groups = [self._group(dtype, selection) for dtype in {w.dtype: None for w in self.weights.values()}]
@@ -185,8 +184,7 @@ class DensePolicy:
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
         self.model = model.requires_grad_(True)
         self.autocast = autocast
-        self.sizes = [size_of(weight) for weight in model.parameters()]
-        self.parameters = sum(self.sizes)
+        self.parameters = sum(map(size_of, model.parameters()))
         self.logps = ResponseLogps(model)
 
     def response_logps(self, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ DeepSpeed starts the process group and carries every message; torchrun or the de
 """
 
 import gc
+import hashlib
 import logging
 import os
 import warnings
@@ -165,6 +166,12 @@ def agree(held: dict[str, str]) -> None:
     for number, theirs in enumerate(found := gather(held)):
         if different := sorted(key for key in found[0].keys() | theirs.keys() if found[0].get(key) != theirs.get(key)):
             raise UserError(f"rank {number} has another {', another '.join(different)} than rank 0")
+
+
+def agree_on(name: str, held: object) -> None:
+    """Raises UserError on every rank where one holds something else than rank 0. held: what `repr` shows in full."""
+    if world_size() > 1:
+        agree({name: hashlib.sha256(repr(held).encode()).hexdigest()})
 
 
 def _wire() -> torch.device:

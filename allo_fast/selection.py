@@ -176,7 +176,7 @@ def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tup
     for (name, score), top, passed in zip(scores.items(), _top(scores, last), _top(scores, first), strict=True):
         begin, _ = ranks.share(score.before if isinstance(score, _Change) else score)
         found = ranks.concatenate((top & ~passed).nonzero().squeeze(1) + begin)
-        yield name, Positions.pack(found, score.numel())
+        yield name, Positions.pack(found, score.numel()).to("cpu")
 
 
 def _top(scores: Mapping, k: int) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from allo_fast.config import Config, UserError
 from allo_fast.models import llama_config
@@ -22,6 +23,7 @@ class Shape:
     """A model on paper. layer_bytes: what autograd saves per token and layer; others_bytes: outside the layers."""
 
     sizes: tuple[int, ...]  # entries of each weight
+    recomputed: tuple[bool, ...]  # of each weight, whether activation checkpointing needs it once more
     layers: int
     hidden: int
     layer_bytes: int
@@ -47,10 +49,24 @@ def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
 
 def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
     """Without a single weight being allocated."""
-    sizes = tuple(weight.numel() for weight in _on_meta(config, dtype).parameters())
+    model = _on_meta(config, dtype)
+    again = _recomputed(model)
+    weights = list(model.parameters())
     text = config.get_text_config()
     one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
-    return Shape(sizes, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
+    sizes, recomputed = (tuple(found) for found in zip(*((w.numel(), id(w) in again) for w in weights), strict=True))
+    return Shape(sizes, recomputed, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
+
+
+def _recomputed(model: nn.Module) -> set[int]:
+    """Identities of layers' weights but each one's last matrix: there recomputation stops, and leaves it gathered."""
+    found = set()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            weights = list(layer.parameters())
+            last = [weight for weight in weights if weight.ndim > 1][-1]
+            found |= {id(weight) for weight in weights if weight is not last}
+    return found
 
 
 def _on_meta(config: PretrainedConfig, dtype: str) -> nn.Module:

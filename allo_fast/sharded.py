@@ -77,8 +77,7 @@ class ShardedPolicy(SparsePolicy):
         self.model = model.requires_grad_(False)
         self.base = selection.base
         self.every_weight = weights = named_weights(model)
-        self.sizes = [size_of(weight) for weight in weights.values()]
-        self.parameters = sum(self.sizes)
+        self.parameters = sum(map(size_of, weights.values()))
         self.weights = {name: weights[name] for name in selection.names}
         self.entries = {name: Entries.of(weight, selection.positions(name)) for name, weight in self.weights.items()}
         self.values = {name: held.values for name, held in self.entries.items()}

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +54,9 @@ def run(worlds: tuple[int, ...], dtype: str, ratio: float, out: Path | None) -> 
             found = Path(folder) / f"{world}.json"
             arguments = ["-m", "benchmarks.zero", str(found), dtype, str(ratio)]
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-            subprocess.run([*launcher, *arguments], check=True, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run([*launcher, *arguments], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
             rows += [Row(**row) for row in json.loads(found.read_text())]
     print(table(rows))
     if out:
@@ -80,10 +82,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def measure(stage: int, ratio: float | None, dtype: str, model: LlamaForCausalLM, folder: Path) -> Row:
-    """Of one process in a group. ratio None: dense."""
-    zero = Zero(stage, options=LARGE if stage == 3 else {})
-    world = ranks.world_size()
+def measure(zero: Zero, ratio: float | None, dtype: str, model: LlamaForCausalLM, folder: Path) -> Row:
+    """Of one process in a group; as many weights stay gathered as in a model of billions: none. ratio None: dense."""
+    zero, world = replace(zero, options={**zero.options, **(LARGE if zero.sharded else {})}), ranks.world_size()
     train = LearnConfig(
         learning_rate=1e-5,
         per_device_train_batch_size=1,
@@ -91,7 +92,7 @@ def measure(stage: int, ratio: float | None, dtype: str, model: LlamaForCausalLM
         num_train_epochs=2,
         ratio=ratio or 1.0,
     )
-    shape = shape_of(model.config, dtype)
+    shape, config = shape_of(model.config, dtype), ModelConfig(dtype=dtype, gradient_checkpointing=model.training)
     before = memory.live_bytes() - sum(weight.nbytes for weight in model.parameters())
     trainer = Trainer(
         _policy(model, ratio, zero), pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
@@ -105,12 +106,12 @@ def measure(stage: int, ratio: float | None, dtype: str, model: LlamaForCausalLM
     planned = costs.states(shape, dtype, ratio, zero, world, 4 // world)
     return Row(
         world=world,
-        stage=stage,
-        placement="dense" if ratio is None else "sharded" if stage == 3 else "resident",
+        stage=zero.stage,
+        placement="dense" if ratio is None else "sharded" if zero.sharded else "resident",
         state_bytes=max(found) - before - kept,
         planned_state_bytes=sum(planned.values()),
         traffic_bytes=int(metrics[-1].metrics["traffic_bytes"]),
-        planned_traffic_bytes=costs.traffic(shape.sizes, ModelConfig(dtype=dtype), 4, ratio, zero, world),
+        planned_traffic_bytes=sum(costs.traffic(shape, config, 4, ratio, zero, world).values()),
         parameters=shape.parameters,
     )
 
@@ -142,7 +143,7 @@ def main(out: str, dtype: str, ratio: str) -> None:
             torch.manual_seed(0)
             model = LlamaForCausalLM(MODEL).to(getattr(torch, dtype)).eval()
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(stage, share, dtype, model, Path(folder)))
+                rows.append(measure(Zero(stage), share, dtype, model, Path(folder)))
             del model
     if ranks.is_main():
         Path(out).write_text(json.dumps([asdict(row) for row in rows]))

@@ -59,7 +59,7 @@ def test_activations_are_what_autograd_saves():
 
 def test_the_bytes_of_the_design():
     """5 % of a bfloat16 model: 3 bytes a weight, where dense training in float32 takes 16."""
-    shape = Shape((1 << 20,) * 8, 4, 64, 0, 0)
+    shape = shape_like((1 << 20,) * 8)
     per_weight = {kind: size / shape.parameters for kind, size in states(shape, "bfloat16", 0.05, None, 1).items()}
     expected = {"base": 2, "positions": 0.1, "originals": 0.1, "values": 0.2, "moments": 0.4, "gradients": 0.2}
     assert {kind: size for kind, size in per_weight.items() if size} == pytest.approx(expected, rel=0.01)
@@ -69,18 +69,17 @@ def test_the_bytes_of_the_design():
 
 
 def test_offload_moves_states_to_the_host():
-    shape = Shape((1 << 20,), 1, 64, 0, 0)
+    shape = shape_like((1 << 20,))
     on_device, offloaded = (states(shape, "bfloat16", None, Zero(3, offload=held), 2) for held in (False, True))
-    assert sum(offloaded.values()) < sum(on_device.values())
-    assert offloaded["host"] == on_device["master"] + on_device["moments"] + on_device["gradients"] / 2
+    assert offloaded["host"] == on_device["master"] + on_device["moments"] + on_device["gradients"]
 
 
 @pytest.mark.parametrize("stage, expected", [(0, 0.05), (1, 0.05), (2, 0.05)])
 def test_resident_traffic_is_the_selected_share(stage, expected):
-    sizes, model = [1 << 20] * 4, job().model
-    sparse, dense = (traffic(sizes, model, 8, ratio, Zero(stage), 8) for ratio in (0.05, None))
+    shape, model = shape_like((1 << 20,) * 4), job().model
+    sparse, dense = (sum(traffic(shape, model, 8, ratio, Zero(stage), 8).values()) for ratio in (0.05, None))
     assert sparse / dense == pytest.approx(expected, rel=0.01) and dense == 4 * (4 << 20) * (1 if stage == 0 else 2)
-    assert traffic(sizes, model, 8, 0.05, Zero(stage), 1) == 0
+    assert traffic(shape, model, 8, 0.05, Zero(stage), 1) == {}
 
 
 def test_auto_takes_the_first_stage_that_fits():
@@ -91,11 +90,16 @@ def test_auto_takes_the_first_stage_that_fits():
     }
     stages = [held["dense"] for held in picked.values()]
     assert stages == sorted(stages, key=lambda held: (-held[0], not held[1])), "less memory, more sharding"
-    assert picked[192] == {"dense": (1, False), "sparse": (1, False)}
-    assert picked[80]["sparse"] == (1, False) and picked[24]["sparse"][0] == 3
+    assert picked[192] == {"dense": (0, False), "sparse": (0, False)}
+    assert picked[40]["sparse"] == (0, False) and picked[24]["sparse"][0] == 3
     for gpu, held in picked.items():
         plan = plan_of(config, shape, {kind: Zero(*found) for kind, found in held.items()}, gpu)
         assert plan.fits or plan.advice
+
+
+def shape_like(sizes: tuple[int, ...], layers: int = 4, hidden: int = 64) -> Shape:
+    """Without activations, nothing recomputed."""
+    return Shape(sizes, (False,) * len(sizes), layers, hidden, 0, 0)
 
 
 def plan_of(config, shape, zeros, gpu, gpus=8):
@@ -104,12 +108,12 @@ def plan_of(config, shape, zeros, gpu, gpus=8):
 
 def test_locating_holds_two_models():
     """13B: the warm-up would fit whole on many devices, the base with the warm-up's weights would not."""
-    shape = Shape((130_000_000,) * 100, 40, 5120, 1, 1)
+    shape = shape_like((130_000_000,) * 100, 40, 5120)
     config = job(gradient_checkpointing=True)
     config.warmup.gradient_accumulation_steps = config.rewards.train.gradient_accumulation_steps = 64
     assert choose(config, shape, 64, 80e9)["dense"].stage == 3
     plan = plan_of(config, shape, dict.fromkeys(("dense", "sparse"), Zero(1)), 80, 64)
-    assert {phase.stage: phase.device_bytes for phase in plan.phases}["locate"] == 6 * shape.parameters
+    assert {phase.stage: phase.state_bytes for phase in plan.phases}["locate"] == 6 * shape.parameters
     assert any(line.startswith("locate:") and "zero3.json" in line for line in plan.advice)
 
 
@@ -127,6 +131,8 @@ def test_what_does_not_fit_says_what_to_change():
     assert not plan.fits and any("gradient_checkpointing=true" in line for line in plan.advice)
     plan = plan_of(job(gradient_checkpointing=True), shape, dict.fromkeys(("dense", "sparse"), Zero(1)), 40)
     assert any("zero3.json" in line for line in plan.advice) and "GB too much" in table(plan)
+    alone = plan_of(job(gradient_checkpointing=True), shape, dict.fromkeys(("dense", "sparse"), Zero(1)), 24, 1)
+    assert all("take more devices" in line for line in alone.advice), "sharding needs several"
     for phase in plan.phases:
         short = phase.device_bytes > USABLE * 40e9
         assert short == any(line.startswith(phase.stage + ":") for line in plan.advice)

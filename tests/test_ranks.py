@@ -76,7 +76,7 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
         "cuts",
         "offload",
         "other_reference",
-        "as_planned",
+        "options",
         "generator",
         "closed",
         "starts_small",
@@ -85,6 +85,11 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
 )
 def test_two_ranks(tmp_path, case):
     work(2, case, tmp_path)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_memory_and_traffic_are_as_planned(tmp_path, world):
+    work(world, "as_planned", tmp_path)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -173,4 +178,4 @@ def test_auto_chooses_and_runs(tmp_path, job):
         done = launch(2, "-m", "allo_fast", stage, job, "deepspeed=auto")
         assert done.returncode == 0, done.stderr[-6000:]
     manifest = json.loads((tmp_path / "job/00-pretrain/base/MANIFEST.json").read_text())
-    assert manifest["facts"]["zero_stage"] == 1, "the first that fits, of a model this small"
+    assert manifest["facts"]["zero_stage"] == 0, "the first that fits, of a model this small"

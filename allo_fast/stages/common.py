@@ -172,7 +172,10 @@ def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
     policy, zero, world = trainer.policy, unit.zero, ranks.world_size()
     ratio = policy.selected / policy.parameters if isinstance(policy, SparsePolicy) else None
     micros = trainer.config.gradient_accumulation_steps
-    planned = [costs.traffic(policy.sizes, unit.config.model, micros, share, zero, world) for share in (ratio, None)]
+    shape = shape_of(policy.model.config, unit.config.model.dtype)
+    planned = [
+        sum(costs.traffic(shape, unit.config.model, micros, share, zero, world).values()) for share in (ratio, None)
+    ]
     return {
         "world_size": world,
         "zero_stage": zero.stage,
@@ -216,6 +219,7 @@ def by_chunks(
     Each rank does one chunk of a round; what comes out does not depend on their number. Until all rows are there they
     are in `path`.partial; a killed stage continues after its last whole chunk.
     """
+    ranks.agree_on(f"list of {noun}s", items)
     partial = path.with_name(path.name + ".partial")
     rows = ranks.on_main(lambda: _whole_chunks(partial, size))
     for first in range(len(rows), len(items), size * ranks.world_size()):
