@@ -167,8 +167,8 @@ class Config(Section):
             raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
         if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):
             raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
-        if self.deepspeed and self.model.device not in ("auto", "cuda", "cpu"):
-            raise ValueError(f"model.device: {self.model.device} is one device; with deepspeed each rank has its own")
+        if self.deepspeed and self.model.device != "auto":
+            raise ValueError(f"model.device: {self.model.device}; with deepspeed each rank has its own: leave it auto")
         if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
             raise ValueError("locate.skip plus a stage's ratio is more than 1")
         return self

@@ -372,6 +372,12 @@ def mistakes(folder: Path, config: str) -> None:
     (folder / "taken").mkdir(exist_ok=True)
     (folder / "taken" / "notes.txt").touch()
     assert main(["run", config, zero2, "name=taken"]) == 2, "on rank 0 only"
+    zero2 = f"deepspeed={Path('configs/zero2.json').resolve()}"
+    (node := folder / f"node-{rank()}").mkdir()
+    os.chdir(node)
+    Path("rows.jsonl").write_text(f"{rank()}")
+    other = ["data.train=rows.jsonl", f"model.name_or_path={folder / 'other'}"]
+    assert main(["run", config, zero2, *other]) == 2, "other data under the same name"
 
 
 def command(folder: Path, *words: str) -> None:

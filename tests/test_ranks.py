@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama
+from safetensors.torch import load_file
+
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.models import save_model
 
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[1]
 SOURCES = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
 ENVIRONMENT = {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
-
-
+MODEL = "model/model.safetensors"
 JOB = """
 name: job
 output_dir: {folder}
@@ -31,14 +35,17 @@ pairs: {{gold: missing}}
 warmup: {{learning_rate: 1e-4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 2}}
-learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 2, ratio: 0.1, num_train_epochs: 3}}
+learn:
+  {{learning_rate: 1e-3, gradient_accumulation_steps: 2, ratio: 0.1, num_train_epochs: 3, reference: "{folder}/other"}}
 evaluate: {{max_new_tokens: 12, batch_size: 3}}
 """
 
 
 @pytest.fixture
 def job(tmp_path) -> Path:
-    """A configuration whose run lies beside it."""
+    """A configuration whose run lies beside it, as does the model that its last stage compares with."""
+    tokenizer = character_tokenizer()
+    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, tmp_path / "other")
     path = tmp_path / "job.yaml"
     path.write_text(JOB.format(folder=tmp_path))
     return path
@@ -132,8 +139,11 @@ def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
         assert (
             one["stages"]["04-locate/seed-0"][f"{stage}_sha256"] == two["stages"]["04-locate/seed-0"][f"{stage}_sha256"]
         )
-    for path in ("01-sample/seed-0/responses.jsonl", "05-rewards/seed-0/rewards.jsonl"):
+    for path in ("01-sample/seed-0/responses.jsonl", "05-rewards/seed-0/rewards.jsonl", f"03-warmup/seed-0/{MODEL}"):
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+    for stage in ("06-forget", "07-learn"):  # of compact vectors and of shares a vector unit leaves other rests
+        models = [load_file(tmp_path / name / stage / "seed-0" / MODEL) for name in ("one", "two")]
+        assert all((models[0][name] - weight).abs().mean() < 1e-6 for name, weight in models[1].items())
     assert {name: held["accuracy"] for name, held in one["models"].items()} == {
         name: held["accuracy"] for name, held in two["models"].items()
     }
@@ -155,8 +165,17 @@ def test_mistakes_are_said_once(tmp_path, job):
         "rank 1 has another configuration",
         "2 ranks cannot divide the 3",
         "not the folder of a run",
+        "rank 1 has another rows.jsonl than rank 0",
     ]
     assert len(said) == len(expected) and all(text in line for text, line in zip(expected, said, strict=True)), said
+
+
+def test_ranks_that_leave_say_one_line(tmp_path, job):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
+    done = launch(2, "-m", "allo_fast", "run", job, f"deepspeed={path}")
+    said = [line for line in done.stderr.splitlines() if "allo-fast: " in line]
+    assert done.returncode != 0 and len(said) == 1 and "gradient_clipping is 0.5" in said[0], said
 
 
 def test_a_missing_peer_is_named(tmp_path, job, monkeypatch):

@@ -5,15 +5,18 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_llama
-from transformers import GenerationConfig
+from conftest import TINY, pair_corpus, tiny_llama
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.batch import collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.generation import generate
+from allo_fast.logps import ResponseLogps
+from allo_fast.models import save_model
 from allo_fast.policy import DensePolicy
-from allo_fast.stages import forget, pairs, rewards
+from allo_fast.stages import common, forget, pairs, rewards
 from allo_fast.stages.common import read_jsonl, write_jsonl
 
 
@@ -35,6 +38,41 @@ def run_pairs(tmp_path, rows, seed=0, **settings):
     )
     list(pairs.execute(unit))
     return [(row["chosen"], row["rejected"]) for row in read_jsonl(tmp_path / "pairs.jsonl")]
+
+
+@pytest.fixture
+def reference_unit(tmp_path):
+    """A stage whose base lies in `base`, and beside it: another model, one with another vocabulary, one that slides."""
+    tokenizer = character_tokenizer()
+    larger = character_tokenizer()
+    larger.add_tokens(["zz"])
+    save_model(tiny_llama(), tokenizer, tmp_path / "base")
+    save_model(tiny_llama(seed=5), tokenizer, tmp_path / "other")
+    save_model(tiny_llama(), larger, tmp_path / "larger")
+    sliding = MistralConfig(**TINY, sliding_window=4)
+    save_model(MistralForCausalLM(sliding), tokenizer, tmp_path / "sliding")
+    data = {"train": "a", "test": "b"}
+    model = {"name_or_path": str(tmp_path / "base"), "dtype": "float32"}
+    return types.SimpleNamespace(name="learn", zero=None, config=Config(name="x", data=data, model=model))
+
+
+def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
+    batch = collate(corpus := pair_corpus(), corpus.examples)
+    with common.frozen_reference(reference_unit, str(tmp_path / "other"))(True) as compute:
+        found = compute(batch)
+    torch.testing.assert_close(found, ResponseLogps(tiny_llama(seed=5))(batch).detach())
+    assert common.frozen_reference(reference_unit, None) is None
+
+
+def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
+    with pytest.raises(UserError, match="learn.reference: .*larger has another vocabulary than .*base"):
+        common.frozen_reference(reference_unit, str(tmp_path / "larger"))
+    opened = common.frozen_reference(reference_unit, str(tmp_path / "sliding"))
+    with opened(False):
+        pass
+    with pytest.raises(UserError, match="learn.reference: .*sliding cannot keep the responses of one row apart"):
+        with opened(True):
+            pass
 
 
 def problem(correct, wrong, name="p"):

@@ -55,7 +55,7 @@ def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after
     """
     sharded = unit.zero is not None and unit.zero.sharded
     model = load_model(path, unit.config.model, sharded=sharded)
-    selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors", None if after else model)
+    selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors")
     if after:
         if after.base != selection.base:
             raise UserError(f"{path}: does not come from the model that the selection was made for")
