@@ -136,12 +136,12 @@ def _open(given: argparse.Namespace) -> Run:
         return Run(config, STAGES, given.rerun)
     ranks.start(config.ddp_timeout)
     ranks.agree(inputs_of(config))
-    check_ranks(config, ranks.world_size())
+    _check_ranks(config, ranks.world_size())
     zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
     return Run(config, STAGES, given.rerun, zeros)
 
 
-def check_ranks(config: Config, world: int) -> None:
+def _check_ranks(config: Config, world: int) -> None:
     """Raises UserError where a stage's steps cannot be divided, before any stage runs."""
     for name, train in training_sections(config).items():
         check_divides(train, world, name)
@@ -163,7 +163,7 @@ def _plan(given: argparse.Namespace) -> int:
         raise UserError(
             f"--gpus {given.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
         )
-    check_ranks(config, given.gpus)
+    _check_ranks(config, given.gpus)
     shape = shape_of(model_config(config, given.model_config), config.model.dtype)
     gpu_bytes = given.gpu_memory * 1e9
     zeros = _zeros(config, given.gpus, gpu_bytes, given.model_config)

@@ -73,9 +73,9 @@ class DeepSpeedBackend:
         self.updated |= self.learning_rate > 0
         self.optimizer.grad_norm = torch.tensor(torch.nan)  # stays where DeepSpeed passes over gradients not finite
         self.engine.step()
-        if self.sparse and self.zero.stage in (1, 2):
+        if self.sparse and self.zero.stage:
             self.policy.write_back()
-        elif self.sparse and self.zero.stage == 0:
+        elif self.sparse:
             self.optimizer.zero_grad()  # puts back the flat gradients that DeepSpeed let go of
         self.scheduler.step()
         return self.optimizer.grad_norm
@@ -114,7 +114,7 @@ class DeepSpeedBackend:
                 self._write(value, key, read(f"{key}.{name}").to(self.policy.model.device))
         for state in self.optimizer.state.values():
             state["step"].copy_(read(f"step.{name}"))
-        if self.sparse and not self.zero.sharded:
+        if self.sparse:
             self.policy.write_back()
         return step
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
-from allo_fast.config import UserError, load_config
+from allo_fast.config import Config, UserError, load_config
 from allo_fast.models import named_weights
 from allo_fast.runs import MANIFEST, Run, Unit
-from allo_fast.stages import STAGES, stages_of
+from allo_fast.stages import STAGES, inputs_of, stages_of
 
 MICRO = """
 name: micro
@@ -55,6 +55,19 @@ def copied(finished, tmp_path):
     text = (tmp_path / "micro" / "config.yaml").read_text()
     (tmp_path / "micro" / "config.yaml").write_text(text.replace(str(finished[0].parent), str(tmp_path)))
     return config, tmp_path / "micro"
+
+
+def test_large_files_are_told_apart_by_their_ends(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = []
+    for first, last in ((b"a", b"b"), (b"c", b"b"), (b"a", b"c")):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write(first)
+            file.seek((1 << 26) + 1)
+            file.write(last)
+        data = {"train": "a", "test": "b"}
+        found.append(str(inputs_of(Config(name="x", model={"name_or_path": str(tmp_path)}, data=data))))
+    assert len(set(found)) == 3
 
 
 def units(config, *overrides):
