@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from allo_fast.engine import TrainingError
 from allo_fast.models import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.policy import Delta
 from allo_fast.report import summarize, table, write_report
-from allo_fast.runs import Progress, Run, Unit, versions
+from allo_fast.runs import Progress, Run, Unit, alone_in, versions
 from allo_fast.shapes import model_config, shape_of
 from allo_fast.stages import STAGES, inputs_of, stages_of
+from allo_fast.stages.common import check_references
 from allo_fast.stages.evaluate import evaluate
 from allo_fast.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
@@ -41,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     ranks.name_accelerator()
     try:
+        if ranks.launched_world_size() > 1 and given.command not in (_run, _stage):
+            raise UserError(f"{ranks.launched_world_size()} processes were started for what one does")
         return given.command(given) or 0
     except (UserError, TrainingError) as error:
         _complain(error)
@@ -100,13 +104,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(given: argparse.Namespace) -> None:
-    run = _open(given)
-    for unit in run.units(stages_of(run.config)):
-        if given.name == "run":
-            _complete(unit)
-        elif not unit.is_complete():
-            raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast run CONFIG` first")
-    ranks.on_main(lambda: _report(run))
+    with _opened(given) as run:
+        for unit in run.units(stages_of(run.config)):
+            if given.name == "run":
+                _complete(unit)
+            elif not unit.is_complete():
+                raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast run CONFIG` first")
+        ranks.on_main(lambda: _report(run))
     ranks.stop()
 
 
@@ -118,13 +122,14 @@ def _report(run: Run) -> None:
 
 
 def _stage(given: argparse.Namespace) -> None:
-    run = _open(given)
-    for unit in run.units([given.name]):
-        _complete(unit)
+    with _opened(given) as run:
+        for unit in run.units([given.name]):
+            _complete(unit)
     ranks.stop()
 
 
-def _open(given: argparse.Namespace) -> Run:
+@contextmanager
+def _opened(given: argparse.Namespace) -> Iterator[Run]:
     """The run of this command; of several processes all come here, and must have come with the same inputs."""
     config = load_config(given.config, given.overrides)
     if config.deepspeed is None:
@@ -133,12 +138,15 @@ def _open(given: argparse.Namespace) -> Run:
                 f"{ranks.launched_world_size()} processes were started, but deepspeed is not set; add "
                 "deepspeed=configs/zero2.json, or deepspeed=auto"
             )
-        return Run(config, STAGES, given.rerun)
-    ranks.start(config.ddp_timeout)
-    ranks.agree(inputs_of(config))
-    _check_ranks(config, ranks.world_size())
-    zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
-    return Run(config, STAGES, given.rerun, zeros)
+        zeros = None
+    else:
+        ranks.start(config.ddp_timeout)
+        ranks.agree(inputs_of(config))
+        _check_ranks(config, ranks.world_size())
+        zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
+    ranks.on_main(lambda: check_references(config))
+    with alone_in(Path(config.output_dir) / config.name):
+        yield Run(config, STAGES, given.rerun, zeros)
 
 
 def _check_ranks(config: Config, world: int) -> None:
@@ -157,7 +165,7 @@ def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None
 
 def _plan(given: argparse.Namespace) -> int:
     config = load_config(given.config, given.overrides)
-    if given.gpus < 1 or not 0 < given.gpu_memory < float("inf"):
+    if given.gpus < 1 or not 0 < given.gpu_memory < 1e9:
         raise UserError("--gpus, --gpu-memory: expected at least one device with some memory")
     if given.gpus > 1 and config.deepspeed is None:
         raise UserError(

@@ -33,6 +33,7 @@ def load_model(
     sharded: in ZeRO-3 shares, on the device never more than one weight whole. Dropout is off because policy and
     reference must agree at step 0. Raises UserError where there is no such model.
     """
+    check_there(path)
     device, dtype = pick_device(config.device), dtype or config.dtype
     try:
         with _zero_init(dtype) if sharded else nullcontext():
@@ -73,7 +74,15 @@ def _zero_init(dtype: str) -> Iterator[None]:
         del held
 
 
+def check_there(path: str | Path) -> None:
+    """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
+    text = str(path)
+    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    check_there(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

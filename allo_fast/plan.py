@@ -273,7 +273,8 @@ def table(plan: Plan) -> str:
     lines.append(
         "dense DPO: bfloat16 weights, gradients and reference, float32 master and moments (18 bytes), same stage"
     )
-    lines += plan.advice or [f"fits in {USABLE:.0%} of the memory"]
+    most = max(phase.device_bytes for phase in plan.phases)
+    lines += plan.advice or [f"fits: {most / 1e9:.1f} of {USABLE * plan.gpu_bytes / 1e9:.1f} usable GB"]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 folder and ends with MANIFEST.json; a unit with a manifest that still fits its settings and inputs is not run again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -196,6 +198,30 @@ class Run:
 
     def units(self, names: Iterable[str]) -> list[Unit]:
         return [Unit(self, name, key) for name in names for key in self.stages[name].keys(self.config)]
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other command works in a run's folder; the end of rank 0's process lets go too.
+
+    Raises UserError where one does already.
+    """
+    with ExitStack() as held:
+        ranks.on_main(lambda: _lock(folder, held))
+        yield
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(folder.with_name(f".{folder.name}.lock").open("a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read()} works there; end it first") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}")
+    file.flush()
 
 
 def versions() -> dict[str, str]:

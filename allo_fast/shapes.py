@@ -7,12 +7,13 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from allo_fast.config import Config, UserError
-from allo_fast.models import llama_config
+from allo_fast.models import check_there, llama_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
 _PROBE_TOKENS = 61  # a length that is no other dimension of a model
@@ -38,13 +39,14 @@ def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
     """Of the job's model, or from `path`: a folder, hub id or config.json. Raises UserError where there is none."""
     if path is None and config.model.name_or_path is None:
         return llama_config(config.pretrain)
+    check_there(path := path or config.model.name_or_path)
     try:
-        return AutoConfig.from_pretrained(path or config.model.name_or_path)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(
-            f"{path or config.model.name_or_path}: no model configuration that can be read: {why}"
-        ) from None
+        found = AutoConfig.from_pretrained(path)
+        _on_meta(found, config.model.dtype)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{path}: no model configuration that can be read: {why}") from None
+    return found
 
 
 def shape_of(config: PretrainedConfig, dtype: str) -> Shape:

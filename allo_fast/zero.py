@@ -15,7 +15,7 @@ from allo_fast.config import Config, TrainConfig, UserError
 
 PERSISTENT = "stage3_param_persistence_threshold"  # entries up to which a weight stays gathered
 _OURS = {"optimizer": "AdamW with warmup.*, forget.* and learn.*", "scheduler": "lr_scheduler_type and warmup_steps"}
-_PASSED_ON = ("comms_logger", "wall_clock_breakdown", "steps_per_print", "flops_profiler")
+_PASSED_ON = {"comms_logger": dict, "flops_profiler": dict, "wall_clock_breakdown": bool, "steps_per_print": int}
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _OPTIONS = (  # of zero_optimization: those that the tests train with
     "stage",
@@ -78,8 +78,8 @@ def read_zero(path: str, config: Config) -> Zero:
     """Raises UserError for a file that does not parse, unknown or unsupported keys, and what contradicts `config`."""
     try:
         held = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"deepspeed: {path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"deepspeed: {path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"deepspeed: {path}: not JSON: {error}") from None
     if not isinstance(held, dict) or not isinstance(held.get("zero_optimization"), dict):
@@ -99,7 +99,7 @@ def read_zero(path: str, config: Config) -> Zero:
         )
     if device == "cpu" and stage == 0:
         raise UserError(f"deepspeed: {path}: offload_optimizer needs stage 1, 2 or 3")
-    others = {key: held[key] for key in _PASSED_ON if key in held}
+    others = {key: held[key] for key in _PASSED_ON if held.get(key, "auto") != "auto"}
     return Zero(stage, device == "cpu", options, others)
 
 
@@ -110,11 +110,13 @@ def _check_top(path: str, held: dict, config: Config) -> None:
             raise UserError(f"deepspeed: {path}: {key}: remove it; the run's configuration has {_OURS[key]}")
         if key in _BATCH and value != "auto":
             raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
+        if key in _PASSED_ON and value != "auto" and type(value) is not _PASSED_ON[key]:
+            raise UserError(f"deepspeed: {path}: {key}: expected {_PASSED_ON[key].__name__}, got {value!r}")
         if key == "gradient_clipping" and value != "auto":
             _check_clipping(path, value, config)
-    if _enabled(held, "fp16"):
+    if _enabled(path, held, "fp16"):
         raise UserError(f"deepspeed: {path}: fp16: not supported; model.dtype is float32 or bfloat16")
-    if (wanted := _enabled(held, "bf16")) not in (None, config.model.dtype == "bfloat16"):
+    if (wanted := _enabled(path, held, "bf16")) not in (None, config.model.dtype == "bfloat16"):
         raise UserError(f"deepspeed: {path}: bf16.enabled is {wanted}, but model.dtype is {config.model.dtype}")
 
 
@@ -146,12 +148,13 @@ def _check_values(path: str, options: dict) -> None:
         raise UserError(f"deepspeed: {path}: zero_optimization.{where}: {first['msg']}") from None
 
 
-def _enabled(held: dict, section: str) -> bool | None:
+def _enabled(path: str, held: dict, section: str) -> bool | None:
     """None where the user leaves it to us."""
-    value = held.get(section)
-    if isinstance(value, dict):
-        value = value.get("enabled", "auto")
-    return None if value in (None, "auto") else bool(value)
+    value = held.get(section, {})
+    value = value.get("enabled", "auto") if isinstance(value, dict) else value
+    if value not in ("auto", True, False):
+        raise UserError(f'deepspeed: {path}: {section}.enabled: expected true, false or "auto", got {value!r}')
+    return None if value == "auto" else bool(value)
 
 
 def training_sections(config: Config) -> dict[str, TrainConfig]:
@@ -176,7 +179,10 @@ def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
         return
     say = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
     if micro * steps % world:
-        raise UserError(f"{say}, nor its {micro * steps} examples")
+        larger = -(-steps // world) * world
+        raise UserError(
+            f"{say}, nor its {micro * steps} examples; {prefix}gradient_accumulation_steps={larger} would do"
+        )
     fits = max(size for size in range(1, micro + 1) if micro * steps % (size * world) == 0)
     raise UserError(
         f"{say}; the same step on {world}: {prefix}per_device_train_batch_size={fits} "

@@ -138,6 +138,15 @@ def test_what_does_not_fit_says_what_to_change():
         assert short == any(line.startswith(phase.stage + ":") for line in plan.advice)
 
 
+@pytest.mark.parametrize("held, message", [(None, "no such file"), ({"hidden_size": -4}, "not a multiple")])
+def test_models_that_cannot_be_planned(tmp_path, held, message, capsys):
+    path = tmp_path / "config.json"
+    if held:
+        path.write_text(json.dumps({"model_type": "llama", **held}))
+    words = ["plan", str(CONFIGS / "llama3_8b.yaml"), "--gpus", "8", "--model-config", str(path)]
+    assert main(words) == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gpus", [1, 8, 1024])
 @pytest.mark.parametrize("layers, hidden", [(30, 576), (126, 16384)], ids=["135M", "405B"])
 def test_from_135m_to_405b_and_1_to_1024_devices(gpus, layers, hidden):

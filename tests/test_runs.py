@@ -1,6 +1,7 @@
 """The main job end to end on a micro model, and everything that can interrupt it."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError, load_config
 from allo_fast.models import named_weights
-from allo_fast.runs import MANIFEST, Run, Unit
+from allo_fast.runs import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
 MICRO = """
@@ -55,6 +56,19 @@ def copied(finished, tmp_path):
     text = (tmp_path / "micro" / "config.yaml").read_text()
     (tmp_path / "micro" / "config.yaml").write_text(text.replace(str(finished[0].parent), str(tmp_path)))
     return config, tmp_path / "micro"
+
+
+def test_one_command_at_a_time(finished, capsys):
+    config, folder = finished
+    with alone_in(folder):
+        assert main(["run", str(config)]) == 2
+        assert f"micro: process {os.getpid()} of " in capsys.readouterr().err
+    assert main(["run", str(config)]) == 0
+
+
+def test_what_one_process_does_is_not_started_by_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["env"]) == 2 and "2 processes were started for what one does" in capsys.readouterr().err
 
 
 def test_large_files_are_told_apart_by_their_ends(tmp_path):
@@ -333,7 +347,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, capsys):
     "overrides, message",
     [
         (["data.max_prompt_tokens=3"], "no usable row; .*data.max_prompt_tokens is 3"),
-        (["model.name_or_path=/nowhere"], "/nowhere: no tokenizer that can be loaded"),
+        (["model.name_or_path=/nowhere"], "/nowhere: no such file or folder"),
         (["pairs.gold=never"], "no pair left: of 6 problems 6 have no correct response"),
         (["forget.threshold=0"], "no token's reward is below forget.threshold"),
         (["data.max_response_tokens=2", "data.format=multiple_choice"], "no usable row"),

@@ -54,6 +54,8 @@ def test_shipped_files_are_read(path):
         ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 8}, "steps: set it to"),
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16: not supported"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "no"}}, "bf16.enabled: expected true, false or"),
+        ({"zero_optimization": {"stage": 2}, "comms_logger": True}, "comms_logger: expected dict, got True"),
     ],
 )
 def test_mistakes_are_named(tmp_path, held, message):
@@ -62,14 +64,16 @@ def test_mistakes_are_named(tmp_path, held, message):
 
 
 def test_no_file():
-    with pytest.raises(UserError, match="nowhere.json: no such file"):
+    with pytest.raises(UserError, match="nowhere.json: cannot be read: No such file"):
         read_zero("nowhere.json", config())
 
 
 def test_what_agrees_is_taken(tmp_path):
     held = {"bf16": {"enabled": "auto"}, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "auto"}
     options = {"stage": 3, PERSISTENT: 7, "stage3_max_live_parameters": "auto", "offload_optimizer": "auto"}
-    zero = read(tmp_path, {**held, "zero_optimization": options, "wall_clock_breakdown": True})
+    zero = read(
+        tmp_path, {**held, "zero_optimization": options, "wall_clock_breakdown": True, "steps_per_print": "auto"}
+    )
     assert "auto" not in zero.options.values()
     engine = zero.engine_config(10**6)
     assert engine["zero_optimization"][PERSISTENT] == 7 and engine["wall_clock_breakdown"]

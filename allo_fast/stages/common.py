@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import costs, ranks
-from allo_fast.config import SparseTrainConfig, UserError
+from allo_fast.config import Config, SparseTrainConfig, UserError
+from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.engine import Trainer
@@ -105,15 +106,29 @@ def _bytes(unit: Unit, path: str | Path) -> int:
     return BYTES[dtype] * shape_of(model_config(unit.config, str(path)), dtype).parameters
 
 
+def check_references(config: Config) -> None:
+    """Before any stage runs: raises UserError where one compares with a model that cannot be, naming the key."""
+    named = {name: getattr(config, name).reference for name in ("warmup", "forget", "learn")}
+    for name, path in named.items():
+        if path is None:
+            continue
+        try:
+            found, base = load_tokenizer(path).get_vocab(), config.model.name_or_path
+            wanted = (load_tokenizer(base) if base else character_tokenizer()).get_vocab()
+            embeddings = model_config(config, path).get_text_config().vocab_size
+        except UserError as error:
+            raise UserError(f"{name}.reference: {error}") from None
+        if found != wanted or embeddings <= max(found.values()):
+            raise UserError(f"{name}.reference: {path} has another vocabulary than {base or 'the base model'}")
+
+
 def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:
     """What opens the reference model at `path`: log-probabilities [R, L] fp32 of a batch. On ranks it is sharded.
 
-    Opened with whether responses share rows. Raises UserError for another vocabulary, or attention that cannot.
+    Opened with whether responses share rows; then raises UserError for attention that cannot.
     """
     if path is None:
         return None
-    if load_tokenizer(path).get_vocab() != load_tokenizer(base_path(unit)).get_vocab():
-        raise UserError(f"{unit.name}.reference: {path} has another vocabulary than {base_path(unit)}")
 
     @contextmanager
     def opened(share_prompts: bool) -> Iterator[Callable]:
