@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     ranks.name_accelerator()
     try:
-        if ranks.launched_world_size() > 1 and given.command not in (_run, _stage):
+        if "LOCAL_RANK" in os.environ and ranks.launched_world_size() > 1 and given.command not in (_run, _stage):
             raise UserError(f"{ranks.launched_world_size()} processes were started for what one does")
         return given.command(given) or 0
     except (UserError, TrainingError) as error:
@@ -130,7 +131,7 @@ def _stage(given: argparse.Namespace) -> None:
 
 @contextmanager
 def _opened(given: argparse.Namespace) -> Iterator[Run]:
-    """The run of this command; of several processes all come here, and must have come with the same inputs."""
+    """The run of this command, alone in its folder; several processes all come here, and with the same inputs."""
     config = load_config(given.config, given.overrides)
     if config.deepspeed is None:
         if ranks.launched_world_size() > 1:
@@ -165,8 +166,10 @@ def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None
 
 def _plan(given: argparse.Namespace) -> int:
     config = load_config(given.config, given.overrides)
-    if given.gpus < 1 or not 0 < given.gpu_memory < 1e9:
-        raise UserError("--gpus, --gpu-memory: expected at least one device with some memory")
+    if given.gpus < 1 or not 0 < given.gpu_memory < 1e6:
+        raise UserError(
+            f"--gpus, --gpu-memory: expected devices, and GB of each; got {given.gpus}, {given.gpu_memory:g}"
+        )
     if given.gpus > 1 and config.deepspeed is None:
         raise UserError(
             f"--gpus {given.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"

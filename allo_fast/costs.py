@@ -3,7 +3,7 @@
 import math
 
 from allo_fast.config import ModelConfig
-from allo_fast.shapes import BYTES, Shape
+from allo_fast.shapes import BYTES, Shape, Weights
 from allo_fast.zero import PERSISTENT, Zero
 from allo_kernels.positions import blocks_of
 
@@ -32,11 +32,12 @@ def states(
     # ZeRO-1 keeps all until the last micro-batch; ZeRO-3 keeps its share, and copies it for the optimizer.
     gradients = {0: 4 * count, 1: 4 * (count if micros > 1 else share), 2: 4 * share, 3: 8 * share}[stage]
     if zero and zero.offload:
-        # Gradients, and the sum over micro-batches; ZeRO-1/2 copy values too, and have room for a weight on both sides.
-        room = 0 if stage == 3 else 4 * max(trained)
-        copies = 3 if stage == 2 and micros > 1 else 2
-        found["host"] = sum(optimizer.values()) + 4 * share * copies + room
-        gradients = room + (4 * count if stage == 1 and micros > 1 else 0)
+        room = 4 * max(trained)  # of one weight, on both sides, for what ZeRO-1/2 bring over
+        values = room + 4 * share  # and their copy of the values
+        summed = 4 * share if micros > 1 else 0  # where ZeRO-2 adds up micro-batches
+        beside = {1: values, 2: values + summed, 3: 4 * share}[stage]
+        found["host"] = sum(optimizer.values()) + 4 * share + beside
+        gradients = {1: room + (4 * count if micros > 1 else 0), 2: room, 3: 0}[stage]
     else:
         found |= optimizer
     found["gradients"] = gradients
@@ -45,7 +46,7 @@ def states(
 
 
 def traffic(
-    shape: Shape, model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
+    weights: Weights, model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
 ) -> dict[str, int]:
     """Bytes that a device hands to collectives per step of `micros` micro-batches; of in- and output the larger counts.
 
@@ -55,22 +56,22 @@ def traffic(
     if zero is None or world == 1:
         return {}
     micros = math.ceil(micros / world)
-    trained = [size if ratio is None else int(ratio * size) for size in shape.sizes]
+    trained = [size if ratio is None else int(ratio * size) for size in weights.sizes]
     count = sum(trained)
     if zero.stage < 3:
         reduced = 4 * count * (1 if zero.stage < 2 else micros)
         return {"all_reduce": reduced, "all_gather": 4 * count if zero.stage else 0}
     persistent, gathered = int(zero.options.get(PERSISTENT, 100_000)), 0
-    for size, selected, passes in zip(shape.sizes, trained, _passes(shape, model), strict=True):
+    for size, selected, passes in zip(weights.sizes, trained, _passes(weights, model), strict=True):
         parts = [(selected, 4)] if ratio is None else [(size, BYTES[model.dtype]), (2 * selected, 1), (selected, 4)]
         for entries, width in parts:  # small ones once a step, others around each use
             gathered += entries * width * (1 if entries <= persistent else passes * micros)
     return {"reduce_scatter": 4 * count * micros, "all_gather": gathered}
 
 
-def _passes(shape: Shape, model: ModelConfig) -> list[int]:
+def _passes(weights: Weights, model: ModelConfig) -> list[int]:
     """How often a micro-batch needs each weight: forward, backward, perhaps to compute activations again."""
-    return [3 if again and model.gradient_checkpointing else 2 for again in shape.recomputed]
+    return [3 if again and model.gradient_checkpointing else 2 for again in weights.recomputed]
 
 
 def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
@@ -80,12 +81,12 @@ def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
     return parameters * (18 - shared) + parameters * shared // world
 
 
-def dense_dpo_traffic(shape: Shape, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:
+def dense_dpo_traffic(weights: Weights, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:
     """Of the same in bfloat16; under ZeRO-3 the reference is gathered for its forward pass too."""
     if zero is None or world == 1:
         return 0
     micros = math.ceil(micros / world)
     if zero.stage < 3:
-        return 2 * shape.parameters * ((1 if zero.stage < 2 else micros) + (1 if zero.stage else 0))
-    passes = [number + 2 for number in _passes(shape, model)]  # with the reference's, and the gradient's
-    return 2 * sum(size * number for size, number in zip(shape.sizes, passes, strict=True)) * micros
+        return 2 * weights.parameters * ((1 if zero.stage < 2 else micros) + (1 if zero.stage else 0))
+    passes = [number + 2 for number in _passes(weights, model)]  # with the reference's, and the gradient's
+    return 2 * sum(size * number for size, number in zip(weights.sizes, passes, strict=True)) * micros

@@ -4,7 +4,7 @@ Counted from what the backends allocate for a `Shape`. `allo-fast plan CONFIG --
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from allo_fast.config import Config, SparseTrainConfig, TrainConfig
 from allo_fast.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
@@ -41,13 +41,13 @@ class Phase:
     placement: str  # dense, resident or sharded; of locating, whole or shares
     zero_stage: int | None
     memory: dict[str, int]
-    host_bytes: int  # offloaded states, per device
-    traffic: dict[str, int]  # bytes handed to collectives per step and device, by operation
-    flops: float  # per step and device
-    step_s: float | None
-    checkpoint_bytes: int
-    dense_dpo_bytes: int  # states of dense DPO in bfloat16 with a reference copy, under the same stage
-    dense_dpo_traffic_bytes: int
+    host_bytes: int = 0  # offloaded states, per device
+    traffic: dict[str, int] = field(default_factory=dict)  # bytes for collectives per step and device, by operation
+    flops: float = 0.0  # per step and device
+    checkpoint_bytes: int = 0
+    dense_dpo_bytes: int = 0  # states of dense DPO in bfloat16 with a reference copy, under the same stage
+    dense_dpo_traffic_bytes: int = 0
+    step_s: float = 0.0
 
     @property
     def traffic_bytes(self) -> int:
@@ -109,7 +109,7 @@ def make_plan(
     phases = [phase for kind in zeros for phase in _phases(config, shape, kind, zeros[kind], gpus)]
     phases = [_timed(phase, gpus, device) for phase in phases]
     plan = Plan(shape.parameters, gpus, gpu_bytes, device.name, phases, _disk(config, shape))
-    return plan if plan.fits else Plan(**{**vars(plan), "advice": _advice(plan, config)})
+    return plan if plan.fits else replace(plan, advice=_advice(plan, config))
 
 
 def choose(config: Config, shape: Shape, gpus: int, gpu_bytes: float) -> dict[str, Zero]:
@@ -144,7 +144,7 @@ def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase
     memory = {"base": BYTES[config.model.dtype] * shape.parameters // part, "after": 4 * shape.parameters // part}
     placement = "shares" if part > 1 else "whole"
     memory["locating"] = _LOCATING * math.ceil(max(shape.sizes) / gpus)
-    return Phase("locate", placement, zero and zero.stage, memory, 0, {}, 0.0, None, 0, 0, 0)
+    return Phase("locate", placement, zero and zero.stage, memory)
 
 
 def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Zero | None, gpus: int) -> Phase:
@@ -166,7 +166,6 @@ def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Ze
         host_bytes=host,
         traffic=traffic(shape, config.model, micros, ratio, zero, gpus),
         flops=2.0 * passes * shape.parameters * step_tokens / gpus,
-        step_s=None,
         dense_dpo_bytes=dense_dpo_states(shape.parameters, zero, gpus),
         dense_dpo_traffic_bytes=dense_dpo_traffic(shape, config.model, micros, zero, gpus),
         checkpoint_bytes=12 * (shape.parameters if ratio is None else int(ratio * shape.parameters)),
@@ -212,7 +211,7 @@ def _timed(phase: Phase, gpus: int, device: Device) -> Phase:
     bandwidth = device.node_bytes_per_s if gpus <= device.per_node else device.network_bytes_per_s
     crossing = phase.traffic_bytes + phase.traffic.get("all_reduce", 0)  # a ring sends its bytes twice
     seconds = phase.flops / (device.mfu * device.peak_flops) + crossing / bandwidth
-    return Phase(**{**vars(phase), "step_s": seconds})
+    return replace(phase, step_s=seconds)
 
 
 def _disk(config: Config, shape: Shape) -> int:
@@ -256,17 +255,17 @@ def table(plan: Plan) -> str:
     lines = [head, "".join(names)]
     lines.append("".join([f"{'placement':<22}", *(f"{_place(phase):>14}" for phase in plan.phases)]))
     for kind in kinds:
-        lines.append(f"{kind:<22}" + "".join(f"{phase.memory.get(kind, 0) / 1e9:>14.2f}" for phase in plan.phases))
+        lines.append(f"{kind:<22}" + "".join(f"{_gb(phase.memory.get(kind, 0)):>14}" for phase in plan.phases))
     rows = {
-        "sum": [f"{phase.device_bytes / 1e9:.2f}" for phase in plan.phases],
-        "states": [f"{phase.state_bytes / 1e9:.2f}" for phase in plan.phases],
-        "states of dense DPO": [f"{phase.dense_dpo_bytes / 1e9:.2f}" for phase in plan.phases],
-        "host memory / device": [f"{phase.host_bytes / 1e9:.2f}" for phase in plan.phases],
-        "traffic / step": [f"{phase.traffic_bytes / 1e9:.2f}" for phase in plan.phases],
-        "traffic of dense DPO": [f"{phase.dense_dpo_traffic_bytes / 1e9:.2f}" for phase in plan.phases],
-        "PFLOP / step": [f"{phase.flops / 1e15:.1f}" for phase in plan.phases],
-        "seconds / step": [f"{phase.step_s:.1f}" for phase in plan.phases],
-        "checkpoint": [f"{phase.checkpoint_bytes / 1e9:.2f}" for phase in plan.phases],
+        "sum": [_gb(phase.device_bytes) for phase in plan.phases],
+        "states": [_gb(phase.state_bytes) for phase in plan.phases],
+        "states of dense DPO": [_gb(phase.dense_dpo_bytes) for phase in plan.phases],
+        "host memory / device": [_gb(phase.host_bytes) for phase in plan.phases],
+        "traffic / step": [_gb(phase.traffic_bytes) for phase in plan.phases],
+        "traffic of dense DPO": [_gb(phase.dense_dpo_traffic_bytes) for phase in plan.phases],
+        "PFLOP / step": [f"{phase.flops / 1e15:.1f}" if phase.flops else "-" for phase in plan.phases],
+        "seconds / step": [f"{phase.step_s:.1f}" if phase.step_s else "-" for phase in plan.phases],
+        "checkpoint": [_gb(phase.checkpoint_bytes) for phase in plan.phases],
     }
     lines += [f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items()]
     lines.append(f"disk of the run: {plan.disk_bytes / 1e9:.1f} GB")
@@ -276,6 +275,10 @@ def table(plan: Plan) -> str:
     most = max(phase.device_bytes for phase in plan.phases)
     lines += plan.advice or [f"fits: {most / 1e9:.1f} of {USABLE * plan.gpu_bytes / 1e9:.1f} usable GB"]
     return "\n".join(lines)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f}" if count else "-"
 
 
 def _place(phase: Phase) -> str:

@@ -268,7 +268,9 @@ class Delta:
     def merge_into(self, model: nn.Module) -> None:
         """Sets the values into the base they were trained on. Raises UserError for any other model."""
         if (found := fingerprint(model)) != self.base:
-            raise UserError(f"delta: made for the model {self.base[:12]}, got the model {found[:12]}; it goes with its run's base")
+            raise UserError(
+                f"delta: made for the model {self.base[:12]}, got the model {found[:12]}; it goes with its run's base"
+            )
         weights = named_weights(model)
         for name, at in self.positions.items():
             weight = weights[name].data

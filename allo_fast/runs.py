@@ -5,6 +5,7 @@ folder and ends with MANIFEST.json; a unit with a manifest that still fits its s
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -22,6 +23,8 @@ from allo_fast.engine import CHECKPOINT
 from allo_fast.models import pick_device
 from allo_fast.zero import Zero
 from allo_kernels import memory
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 STARTED = "STARTED.json"
@@ -218,7 +221,9 @@ def _lock(folder: Path, held: ExitStack) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{folder}: {file.read()} works there; end it first") from None
+        raise UserError(f"{folder}: {file.read() or 'another command'} works there; end it first") from None
+    except OSError as error:
+        logger.warning("%s: cannot be locked (%s): see to it that one command works there", folder, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} of {platform.node()}")
     file.flush()
@@ -254,8 +259,11 @@ def _is(path: Path, held: dict) -> bool:
     return path.is_file() and path.stat().st_size == held["bytes"] and sha256(path) == held["sha256"]
 
 
+_ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "model": {"device"}}  # where a run is continued, not what it is
+
+
 def _differences(old: Config, new: Config) -> str:
-    before, after = (_flat(config.model_dump(exclude={"deepspeed", "ddp_timeout"})) for config in (old, new))
+    before, after = (_flat(config.model_dump(exclude=_ELSEWHERE)) for config in (old, new))
     return ", ".join(f"{key} was {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key])
 
 

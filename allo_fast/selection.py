@@ -30,12 +30,14 @@ logger = logging.getLogger(__name__)
 class Selection:
     """positions: per tensor name, where the selected weights lie.
 
-    parameters: the number of weights that competed; base: fingerprint of the model it was made for.
+    parameters: the number of weights that competed; base: fingerprint of the model it was made for; where: the file it
+    came from, for errors.
     """
 
     _positions: dict[str, Positions]
     parameters: int
     base: str
+    where: str = "selection"
 
     @classmethod
     def from_delta(
@@ -114,31 +116,29 @@ class Selection:
         save_positions(path, mine, {"base": self.base, "parameters": self.parameters}, {})
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Selection":
-        """Raises UserError when the file is not a selection, or was made for another model than `model`."""
+    def load(cls, path: str | Path) -> "Selection":
+        """Raises UserError when the file is not a selection."""
         try:
             positions, about, _ = load_positions(path)
-            selection = cls(positions, int(about["parameters"]), about["base"])
+            selection = cls(positions, int(about["parameters"]), about["base"], str(path))
             if selection.parameters < max(1, selection.selected):
                 raise ValueError(f"{selection.selected} of {selection.parameters} parameters")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a selection: {error}") from None
-        if model is not None:
-            selection.check(model, str(path))
         return selection
 
     def rebased(self, model: nn.Module) -> "Selection":
         """The same entries for another stage of the same model."""
         return replace(self, base=fingerprint(model))
 
-    def check(self, model: nn.Module, where: str = "selection") -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises UserError when it was made for another model."""
         if (found := fingerprint(model)) != self.base:
-            raise UserError(f"{where}: made for the model {self.base[:12]}, got the model {found[:12]}")
+            raise UserError(f"{self.where}: made for the model {self.base[:12]}, got the model {found[:12]}")
         weights = named_weights(model)
         for name in self.names:
             if name not in weights or size_of(weights[name]) != self._positions[name].sizes[0]:
-                raise UserError(f"{where}: {name} is not a tensor of the model, or has another size")
+                raise UserError(f"{self.where}: {name} is not a tensor of the model, or has another size")
 
 
 @dataclass

@@ -20,19 +20,25 @@ _PROBE_TOKENS = 61  # a length that is no other dimension of a model
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model on paper. layer_bytes: what autograd saves per token and layer; others_bytes: outside the layers."""
+class Weights:
+    """A model's weights on paper."""
 
-    sizes: tuple[int, ...]  # entries of each weight
-    recomputed: tuple[bool, ...]  # of each weight, whether activation checkpointing needs it once more
-    layers: int
-    hidden: int
-    layer_bytes: int
-    others_bytes: int
+    sizes: tuple[int, ...]  # entries of each
+    recomputed: tuple[bool, ...]  # whether activation checkpointing needs it once more
 
     @property
     def parameters(self) -> int:
         return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class Shape(Weights):
+    """A model on paper. layer_bytes: what autograd saves per token and layer; others_bytes: outside the layers."""
+
+    layers: int
+    hidden: int
+    layer_bytes: int
+    others_bytes: int
 
 
 def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
@@ -49,26 +55,31 @@ def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
     return found
 
 
-def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
-    """Without a single weight being allocated."""
+def weights_of(config: PretrainedConfig, dtype: str) -> Weights:
+    """Without a single one being allocated."""
     model = _on_meta(config, dtype)
-    again = _recomputed(model)
-    weights = list(model.parameters())
-    text = config.get_text_config()
-    one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
-    sizes, recomputed = (tuple(found) for found in zip(*((w.numel(), id(w) in again) for w in weights), strict=True))
-    return Shape(sizes, recomputed, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
-
-
-def _recomputed(model: nn.Module) -> set[int]:
-    """Identities of layers' weights but each one's last matrix: there recomputation stops, and leaves it gathered."""
-    found = set()
+    again = set()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             weights = list(layer.parameters())
+            # Recomputation stops before the last matrix, and leaves it gathered for backward.
             last = [weight for weight in weights if weight.ndim > 1][-1]
-            found |= {id(weight) for weight in weights if weight is not last}
-    return found
+            again |= {id(weight) for weight in weights if weight is not last}
+    weights = list(model.parameters())
+    return Weights(tuple(w.numel() for w in weights), tuple(id(w) in again for w in weights))
+
+
+def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
+    """Without a single weight being allocated. Raises UserError for a model that cannot run on the meta device."""
+    weights, text = weights_of(config, dtype), config.get_text_config()
+    try:
+        one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{config.model_type} in {dtype}: its activations cannot be estimated on paper: {why}"
+        ) from None
+    return Shape(weights.sizes, weights.recomputed, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
 
 
 def _on_meta(config: PretrainedConfig, dtype: str) -> nn.Module:

@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 
 from allo_fast import ranks
 from allo_fast.config import Config, TrainConfig, UserError
+
+logger = logging.getLogger(__name__)
 
 PERSISTENT = "stage3_param_persistence_threshold"  # entries up to which a weight stays gathered
 _OURS = {"optimizer": "AdamW with warmup.*, forget.* and learn.*", "scheduler": "lr_scheduler_type and warmup_steps"}
@@ -31,6 +34,12 @@ _OPTIONS = (  # of zero_optimization: those that the tests train with
     "stage3_prefetch_bucket_size",
     PERSISTENT,
 )
+_UNUSED = {  # known from many a JSON, and without effect here
+    "zero_allow_untested_optimizer": "the optimizer is the engine's own",
+    "zero_force_ds_cpu_optimizer": "the optimizer is the engine's own",
+    "sub_group_size": "one optimizer step takes all gradients",
+    "stage3_gather_16bit_weights_on_model_save": "saved models are always whole",
+}
 _BUCKET = 50_000_000  # weights that are reduced at once, at most: 200 MB fill any link, and as much memory
 
 
@@ -86,8 +95,9 @@ def read_zero(path: str, config: Config) -> Zero:
         raise UserError(f'deepspeed: {path}: expected an object with "zero_optimization"')
     _check_top(path, held, config)
     _check_names(f"{path}: zero_optimization", held["zero_optimization"], _OPTIONS)
-    options = {key: value for key, value in held["zero_optimization"].items() if value != "auto"}
-    stage = options.get("stage")
+    zero = held["zero_optimization"]
+    options = {key: value for key, value in zero.items() if value != "auto" and key not in _UNUSED}
+    stage = zero.get("stage")
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed: {path}: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
     _check_values(path, options)
@@ -99,7 +109,7 @@ def read_zero(path: str, config: Config) -> Zero:
         )
     if device == "cpu" and stage == 0:
         raise UserError(f"deepspeed: {path}: offload_optimizer needs stage 1, 2 or 3")
-    others = {key: held[key] for key in _PASSED_ON if held.get(key, "auto") != "auto"}
+    others = {key: kind(held[key]) for key, kind in _PASSED_ON.items() if held.get(key, "auto") != "auto"}
     return Zero(stage, device == "cpu", options, others)
 
 
@@ -110,7 +120,8 @@ def _check_top(path: str, held: dict, config: Config) -> None:
             raise UserError(f"deepspeed: {path}: {key}: remove it; the run's configuration has {_OURS[key]}")
         if key in _BATCH and value != "auto":
             raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
-        if key in _PASSED_ON and value != "auto" and type(value) is not _PASSED_ON[key]:
+        wanted = _PASSED_ON.get(key)
+        if wanted and value != "auto" and not _is(value, wanted):
             raise UserError(f"deepspeed: {path}: {key}: expected {_PASSED_ON[key].__name__}, got {value!r}")
         if key == "gradient_clipping" and value != "auto":
             _check_clipping(path, value, config)
@@ -130,10 +141,18 @@ def _check_clipping(path: str, value: object, config: Config) -> None:
 
 
 def _check_names(where: str, held: dict, known: tuple[str, ...]) -> None:
+    """Says all that is refused at once."""
+    refused = []
     for key in held:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"deepspeed: {where}: {key}: unknown or unsupported; the nearest supported key is {near}")
+        if key in _UNUSED:
+            logger.warning("deepspeed: %s: %s is not used: %s", where, key, _UNUSED[key])
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            refused.append(key + (f" (did you mean {near[0]}?)" if near else ""))
+    if refused:
+        raise UserError(
+            f"deepspeed: {where}: unknown or unsupported: {', '.join(refused)}; known are {', '.join(known)}"
+        )
 
 
 def _check_values(path: str, options: dict) -> None:
@@ -148,9 +167,14 @@ def _check_values(path: str, options: dict) -> None:
         raise UserError(f"deepspeed: {path}: zero_optimization.{where}: {first['msg']}") from None
 
 
+def _is(value: object, kind: type) -> bool:
+    """1e5 is an integer too, though JSON reads a float."""
+    return type(value) is kind or (kind is int and type(value) is float and value.is_integer())
+
+
 def _enabled(path: str, held: dict, section: str) -> bool | None:
     """None where the user leaves it to us."""
-    value = held.get(section, {})
+    value = held.get(section) or {}
     value = value.get("enabled", "auto") if isinstance(value, dict) else value
     if value not in ("auto", True, False):
         raise UserError(f'deepspeed: {path}: {section}.enabled: expected true, false or "auto", got {value!r}')

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from allo_fast import ranks
 from allo_fast.__main__ import main
 from allo_fast.backend_deepspeed import frozen_engine
-from allo_fast.config import TrainConfig, load_config
+from allo_fast.config import TrainConfig, UserError, load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.problems import Problem
@@ -32,7 +32,7 @@ from allo_fast.runs import Run, Unit
 from allo_fast.selection import Selection
 from allo_fast.sharded import ShardedPolicy
 from allo_fast.stages import STAGES, common, evaluate
-from allo_fast.zero import Zero
+from allo_fast.zero import _OPTIONS, Zero
 from allo_kernels import memory
 
 # Nothing stays gathered, as in a model of billions: every weight is gathered and released around its use.
@@ -320,11 +320,12 @@ def starts_small(folder: Path) -> None:
 
 
 def options(folder: Path) -> None:
-    """Whatever zero_optimization may say, the run is the same and continues from its checkpoint."""
+    """Whatever zero_optimization may say, the run is the same and continues from its checkpoint; `offload` has one."""
     wanted = {kind: outcome(build(kind, folder / f"local-{kind}-{rank()}", None)) for kind in ("dense", "sparse")}
     ranks.start(120)
     small = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "reduce_scatter": False}
     small |= {"allgather_partitions": False, "stage3_prefetch_bucket_size": 100, **LARGE}
+    assert {*small, "overlap_comm", "contiguous_gradients", "stage", "offload_optimizer"} == {*_OPTIONS}
     for kind in wanted:
         for stage in (1, 2, 3):
             for number, given in enumerate((small, {"overlap_comm": True}, {"contiguous_gradients": False})):
@@ -378,6 +379,8 @@ def mistakes(folder: Path, config: str) -> None:
     Path("rows.jsonl").write_text(f"{rank()}")
     other = ["data.train=rows.jsonl", f"model.name_or_path={folder / 'other'}"]
     assert main(["run", config, zero2, *other]) == 2, "other data under the same name"
+    with pytest.raises(UserError, match="rank 1 has another corpus than rank 0"):
+        Trainer(DensePolicy(tiny_llama()), pair_corpus(seed=rank()), Dpo(0.5), TrainConfig(**SETTINGS), node)
 
 
 def command(folder: Path, *words: str) -> None:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from allo_fast import optim
 from allo_fast.data.batch import collate
 from allo_fast.models import named_weights
 from allo_fast.optim import SparseAdamW
@@ -151,3 +152,11 @@ def test_gradients_dropped_and_made_again():
         policy.values["w"].grad = gradient
         optimizer.step()
     assert policy.weights["w"].tolist() == pytest.approx([-0.1 / 0.19 / (0.001 / 0.001999) ** 0.5] * 2, rel=1e-5)
+
+
+def test_the_norm_of_many_parts(monkeypatch):
+    gradients = [torch.randn(7, 3), torch.randn(2)]
+    whole = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
+    for part in (3, 1 << 22):
+        monkeypatch.setattr(optim, "_PART", part)
+        torch.testing.assert_close(optim.total_norm(gradients), whole.float(), rtol=1e-7, atol=0)

@@ -130,7 +130,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
 
 
 def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
-    """Rounding too: two micro-batches a step, and sizes whose halves a vector unit fills."""
+    """Dense training bit for bit: two micro-batches a step, and sizes whose halves a vector unit fills."""
     done = launch(0, "-m", "allo_fast", "run", job, "name=one")
     assert done.returncode == 0, done.stderr[-6000:]
     work(2, "command", tmp_path, "run", job, "name=two", "deepspeed=configs/zero3.json")
@@ -141,7 +141,7 @@ def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
         )
     for path in ("01-sample/seed-0/responses.jsonl", "05-rewards/seed-0/rewards.jsonl", f"03-warmup/seed-0/{MODEL}"):
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
-    for stage in ("06-forget", "07-learn"):  # of compact vectors and of shares a vector unit leaves other rests
+    for stage in ("06-forget", "07-learn"):  # vector units round the last few entries of a vector in another way
         models = [load_file(tmp_path / name / stage / "seed-0" / MODEL) for name in ("one", "two")]
         assert all((models[0][name] - weight).abs().mean() < 1e-6 for name, weight in models[1].items())
     assert {name: held["accuracy"] for name, held in one["models"].items()} == {

@@ -1,9 +1,11 @@
 """The main job end to end on a micro model, and everything that can interrupt it."""
 
+import errno
 import json
-import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,14 +62,28 @@ def copied(finished, tmp_path):
 
 def test_one_command_at_a_time(finished, capsys):
     config, folder = finished
-    with alone_in(folder):
+    code = f"from allo_fast.runs import *\nwith alone_in(Path({str(folder)!r})): print('in', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
         assert main(["run", str(config)]) == 2
-        assert f"micro: process {os.getpid()} of " in capsys.readouterr().err
+        assert f"micro: process {other.pid} of " in capsys.readouterr().err
+        other.kill()
     assert main(["run", str(config)]) == 0
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone_in(tmp_path / "run"):
+        assert "cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_what_one_process_does_is_not_started_by_several(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["env"]) == 0, "some schedulers set it everywhere"
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["env"]) == 2 and "2 processes were started for what one does" in capsys.readouterr().err
 
 

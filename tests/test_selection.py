@@ -96,12 +96,13 @@ def test_saved_and_loaded(tmp_path):
     model = tiny_llama()
     selection = random_selection(model)
     selection.save(tmp_path / "mask.safetensors")
-    loaded = Selection.load(tmp_path / "mask.safetensors", model)
+    loaded = Selection.load(tmp_path / "mask.safetensors")
+    loaded.check(model)
     assert loaded.sha256() == selection.sha256()
     assert (loaded.parameters, loaded.ratio) == (selection.parameters, selection.ratio)
     assert random_selection(model, seed=2).sha256() != selection.sha256()
     with pytest.raises(UserError, match="mask.safetensors: made for the model"):
-        Selection.load(tmp_path / "mask.safetensors", tiny_llama(seed=5))
+        loaded.check(tiny_llama(seed=5))
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "mask.safetensors").read_bytes()[:100])
     with pytest.raises(UserError, match="torn.safetensors: not a selection"):
         Selection.load(tmp_path / "torn.safetensors")
@@ -145,4 +146,4 @@ def test_tampered_files_are_refused(tmp_path):
     ):
         save_file(held, path, {"about": json.dumps(about)})
         with pytest.raises(UserError, match=message):
-            Selection.load(path, model)
+            Selection.load(path).check(model)

@@ -65,10 +65,7 @@ def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
 
 
 def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
-    (tmp_path / "small").mkdir()
-    small = tiny_llama(vocab_size=20)  # smaller than its tokenizer
-    save_model(small, character_tokenizer(), tmp_path / "small")
-    for name, message in (("larger", "has another voc"), ("small", "has another vocabulary"), ("none", "no such f")):
+    for name, message in (("larger", "has another vocabulary than .*base"), ("none", "no such file")):
         reference_unit.config.learn.reference = str(tmp_path / name)
         with pytest.raises(UserError, match=f"learn.reference: .*{name}.* {message}"):
             common.check_references(reference_unit.config)

@@ -5,8 +5,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from allo_fast.config import Config, UserError, load_config
-from allo_fast.zero import PERSISTENT, Zero, read_zero
+from allo_fast.config import Config, TrainConfig, UserError, load_config
+from allo_fast.zero import PERSISTENT, Zero, check_divides, read_zero
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 JSONS = sorted(CONFIGS.glob("*.json"))
@@ -36,15 +36,26 @@ def test_shipped_files_are_read(path):
         ("{", "not JSON"),
         ("[]", 'expected an object with "zero_optimization"'),
         ({"zero_optimization": {"stage": 4}}, "stage: expected 0, 1, 2 or 3, got 4"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_sise": "auto"}}, "supported key is reduce_bucket_size"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_sise": "auto"}},
+            r"reduce_bucket_sise \(did you mean reduce_bucket_size",
+        ),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"stage": "auto"}}, "expected 0, 1, 2 or 3, got 'auto'"),
+        ({"zero_optimization": {"stage": 2, "a": 1, "bcd": 2}}, "unsupported: a, bcd;"),
         ({"zero_optimization": {"stage": True}}, "expected 0, 1, 2 or 3, got True"),
-        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients: unknown or unsup"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param: unknown or unsup"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "unsupported: round_robin_gradients; known are stage,",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "unsupported: offload_param"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "expected device none or cpu"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "none or cpu"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2}, "gradient_cliping": 1.0}, "nearest supported key is gradient_clipping"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_cliping": 1.0},
+            r"unsupported: gradient_cliping \(did you mean gradient_clipping",
+        ),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "optimizer: remove it"),
         (
             {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5},
@@ -79,6 +90,22 @@ def test_what_agrees_is_taken(tmp_path):
     assert engine["zero_optimization"][PERSISTENT] == 7 and engine["wall_clock_breakdown"]
     assert engine["gradient_clipping"] == 0.0, "the optimizer clips"
     assert read(tmp_path, {"zero_optimization": {"stage": 1}, "fp16": {"enabled": False}}, dtype="float32").stage == 1
+
+
+def test_what_has_no_effect_is_said(tmp_path, caplog):
+    held = {"zero_allow_untested_optimizer": True, "steps_per_print": 1e5, "bf16": None}
+    zero = read(tmp_path, {**held, "zero_optimization": {"stage": 3, "sub_group_size": 1e9}})
+    assert zero.others == {"steps_per_print": 100_000} and zero.options == {"stage": 3}
+    assert "zero_allow_untested_optimizer is not used" in caplog.text
+    assert "sub_group_size is not used: one optimizer step takes all gradients" in caplog.text
+
+
+def test_indivisible_steps_name_sizes_that_do():
+    check_divides(TrainConfig(gradient_accumulation_steps=4), 2)
+    with pytest.raises(UserError, match="x.per_device_train_batch_size=2 x.gradient_accumulation_steps=6"):
+        check_divides(TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3), 2, "x")
+    with pytest.raises(UserError, match="nor its 9 examples; gradient_accumulation_steps=4 would do"):
+        check_divides(TrainConfig(per_device_train_batch_size=3, gradient_accumulation_steps=3), 2)
 
 
 def test_the_release_needs_one_process(tmp_path):

@@ -133,19 +133,19 @@ STAGES = {
 
 
 def inputs_of(config: Config) -> dict[str, str]:
-    """What every rank of a run must have alike, by name: the settings, the software, and each input file's SHA-256.
+    """What every rank of a run must have alike, by name: the settings, the software, and each input file.
 
-    Of files above 64 MiB, which are models', the size and both ends: 64 ranks reading 140 GB each would take too long.
+    Of a file its SHA-256; above 64 MiB the size and both ends: 64 ranks reading 140 GB each would take too long.
     """
     files = {path for stage in STAGES.values() for path in stage.files(config)}
     return {
         "configuration": config.model_dump_json(),
         "software": str(versions()),
-        **{str(path): _identity(path) for path in sorted(files)},
+        **{str(path): _told_apart(path) for path in sorted(files)},
     }
 
 
-def _identity(path: Path) -> str:
+def _told_apart(path: Path) -> str:
     size = path.stat().st_size
     if size <= 1 << 26:
         return sha256(path)

@@ -20,8 +20,9 @@ from allo_fast.models import load_model, load_tokenizer
 from allo_fast.policy import Delta, DensePolicy, SparsePolicy
 from allo_fast.runs import Progress, Unit
 from allo_fast.selection import Selection
-from allo_fast.shapes import BYTES, model_config, shape_of
+from allo_fast.shapes import BYTES, model_config, weights_of
 from allo_fast.sharded import ShardedPolicy
+from allo_fast.zero import training_sections
 from allo_kernels import memory
 
 
@@ -103,22 +104,21 @@ def inference(
 
 def _bytes(unit: Unit, path: str | Path) -> int:
     dtype = unit.config.model.dtype
-    return BYTES[dtype] * shape_of(model_config(unit.config, str(path)), dtype).parameters
+    return BYTES[dtype] * weights_of(model_config(unit.config, str(path)), dtype).parameters
 
 
 def check_references(config: Config) -> None:
     """Before any stage runs: raises UserError where one compares with a model that cannot be, naming the key."""
-    named = {name: getattr(config, name).reference for name in ("warmup", "forget", "learn")}
+    named = {name: getattr(train, "reference", None) for name, train in training_sections(config).items()}
+    named = {name: path for name, path in named.items() if path}
+    base = config.model.name_or_path
+    wanted = (load_tokenizer(base) if base and named else character_tokenizer()).get_vocab()
     for name, path in named.items():
-        if path is None:
-            continue
         try:
-            found, base = load_tokenizer(path).get_vocab(), config.model.name_or_path
-            wanted = (load_tokenizer(base) if base else character_tokenizer()).get_vocab()
-            embeddings = model_config(config, path).get_text_config().vocab_size
+            found = load_tokenizer(path).get_vocab()
         except UserError as error:
             raise UserError(f"{name}.reference: {error}") from None
-        if found != wanted or embeddings <= max(found.values()):
+        if found != wanted:
             raise UserError(f"{name}.reference: {path} has another vocabulary than {base or 'the base model'}")
 
 
@@ -187,9 +187,9 @@ def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
     policy, zero, world = trainer.policy, unit.zero, ranks.world_size()
     ratio = policy.selected / policy.parameters if isinstance(policy, SparsePolicy) else None
     micros = trainer.config.gradient_accumulation_steps
-    shape = shape_of(policy.model.config, unit.config.model.dtype)
+    weights = weights_of(policy.model.config, unit.config.model.dtype)
     planned = [
-        sum(costs.traffic(shape, unit.config.model, micros, share, zero, world).values()) for share in (ratio, None)
+        sum(costs.traffic(weights, unit.config.model, micros, share, zero, world).values()) for share in (ratio, None)
     ]
     return {
         "world_size": world,
