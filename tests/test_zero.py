@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from allo_fast.config import Config, TrainConfig, UserError, load_config
+from allo_fast.config import Config, LearnConfig, UserError, load_config
 from allo_fast.zero import PERSISTENT, Zero, check_divides, read_zero
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -101,11 +101,11 @@ def test_what_has_no_effect_is_said(tmp_path, caplog):
 
 
 def test_indivisible_steps_name_sizes_that_do():
-    check_divides(TrainConfig(gradient_accumulation_steps=4), 2)
-    with pytest.raises(UserError, match="x.per_device_train_batch_size=2 x.gradient_accumulation_steps=6"):
-        check_divides(TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3), 2, "x")
+    check_divides(LearnConfig(gradient_accumulation_steps=4), 2)
+    with pytest.raises(UserError, match="x.per_device_train_batch_size=3 x.gradient_accumulation_steps=4"):
+        check_divides(LearnConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3), 2, "x")
     with pytest.raises(UserError, match="nor its 9 examples; gradient_accumulation_steps=4 would do"):
-        check_divides(TrainConfig(per_device_train_batch_size=3, gradient_accumulation_steps=3), 2)
+        check_divides(LearnConfig(per_device_train_batch_size=3, gradient_accumulation_steps=3), 2)
 
 
 def test_the_release_needs_one_process(tmp_path):
