@@ -182,7 +182,8 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
 def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
     """How the stage was divided, and what a rank handed to collectives in its last step: counted, and planned.
 
-    Nothing was counted where an earlier session, perhaps without ranks, made every step.
+    Nothing was counted where an earlier session, perhaps without ranks, made every step; a stage of one step counts
+    DeepSpeed's first, in which ZeRO-3 learns the order of modules and gathers more.
     """
     policy, zero, world = trainer.policy, unit.zero, ranks.world_size()
     ratio = policy.selected / policy.parameters if isinstance(policy, SparsePolicy) else None
