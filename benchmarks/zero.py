@@ -98,7 +98,7 @@ def measure(zero: Zero, ratio: float | None, dtype: str, model: LlamaForCausalLM
         _policy(model, ratio, zero), pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
     )
     found = []
-    trainer.backend.optimizer.register_step_pre_hook(lambda *_: found.append(memory.live_bytes()))
+    trainer.backend.optimizer.register_step_pre_hook(lambda *_: found.append(_settled_bytes()))
     trainer.backend.backward = _watched(trainer.backend.backward, found)
     metrics = list(trainer.run())
     kept = sum(logps.nbytes for logps in trainer.reference.values())
@@ -121,9 +121,15 @@ def _watched(backward: Callable, found: list[int]) -> Callable:
 
     def watched(loss: torch.Tensor, last: bool) -> None:
         backward(loss, last)
-        found.append(memory.live_bytes())
+        found.append(_settled_bytes())
 
     return watched
+
+
+def _settled_bytes() -> int:
+    """Once gloo's threads have let go of what they sent."""
+    time.sleep(0.2)
+    return memory.live_bytes()
 
 
 def _policy(model: LlamaForCausalLM, ratio: float | None, zero: Zero) -> DensePolicy | SparsePolicy:
