@@ -56,8 +56,8 @@ class Trainer:
     token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
     depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
     ranks divide the micro-batches of each step, so that the step is the same for any number of them. Raises UserError
-    where they cannot be divided. reference: opens another model than the policy to compare with, told whether responses
-    share rows, while the reference's log-probabilities are computed.
+    where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
+    compare with, told whether responses share rows, while the reference's log-probabilities are computed.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ def _check_top(path: str, held: dict, config: Config) -> None:
             raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
         wanted = _PASSED_ON.get(key)
         if wanted and value != "auto" and not _is(value, wanted):
-            raise UserError(f"deepspeed: {path}: {key}: expected {_PASSED_ON[key].__name__}, got {value!r}")
+            raise UserError(f"deepspeed: {path}: {key}: expected {wanted.__name__}, got {value!r}")
         if key == "gradient_clipping" and value != "auto":
             _check_clipping(path, value, config)
     if _enabled(path, held, "fp16"):
