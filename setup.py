@@ -7,9 +7,21 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # kernels/ is a source root, not a package: a top-level `kernels` would shadow the PyPI package of that name.
-    packages=["allo_fast", "allo_fast.data", "allo_fast.stages", "allo_kernels"],
+    packages=[
+        "allo_fast",
+        "allo_fast.data",
+        "allo_fast.method",
+        "allo_fast.model",
+        "allo_fast.plan",
+        "allo_fast.report",
+        "allo_fast.runs",
+        "allo_fast.stages",
+        "allo_fast.training",
+        "allo_kernels",
+        "allo_kernels.tools",
+    ],
     package_dir={"allo_fast": "allo_fast", "allo_kernels": "kernels/allo_kernels"},
-    package_data={"allo_fast": ["report.css"]},
+    package_data={"allo_fast.report": ["report.css"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from allo_kernels import bench
 from allo_kernels.__main__ import machine, this_device
-from allo_kernels.bench_cases import GPU, Sizes
-from allo_kernels.check import Case
-from allo_kernels.check_cases import cases
+from allo_kernels.tools import bench
+from allo_kernels.tools.bench_cases import GPU, Sizes
+from allo_kernels.tools.check import Case
+from allo_kernels.tools.check_cases import cases
 
 
 @dataclass

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import Corpus
-from allo_fast.engine import Trainer
-from allo_fast.models import fingerprint, load_model, named_weights
-from allo_fast.objectives import Dpo
-from allo_fast.policy import DensePolicy, SparsePolicy
-from allo_fast.runs import versions
-from allo_fast.selection import Selection
+from allo_fast.method.objectives import Dpo
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import fingerprint, load_model, named_weights
+from allo_fast.runs.run import versions
+from allo_fast.training.engine import Trainer
 from allo_kernels import memory
 
 

@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_fast import costs, ranks
+from allo_fast import ranks
 from allo_fast.config import LearnConfig, ModelConfig
-from allo_fast.engine import Trainer
-from allo_fast.models import fingerprint, named_weights
-from allo_fast.objectives import Dpo
-from allo_fast.policy import DensePolicy, SparsePolicy
-from allo_fast.runs import versions
-from allo_fast.selection import Selection
-from allo_fast.shapes import shape_of
-from allo_fast.sharded import ShardedPolicy
-from allo_fast.zero import Zero
+from allo_fast.method.objectives import Dpo
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import fingerprint, named_weights
+from allo_fast.plan import costs
+from allo_fast.plan.shapes import shape_of
+from allo_fast.runs.run import versions
+from allo_fast.training.engine import Trainer
+from allo_fast.training.sharded import ShardedPolicy
+from allo_fast.training.zero import Zero
 from allo_kernels import memory
 from benchmarks.step import pairs
 

@@ -10,8 +10,8 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data.batch import Corpus
-from allo_fast.models import fingerprint, named_weights
-from allo_fast.selection import Selection
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import fingerprint, named_weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = {

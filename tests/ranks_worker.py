@@ -18,21 +18,21 @@ from transformers import LlamaForCausalLM
 
 from allo_fast import ranks
 from allo_fast.__main__ import main
-from allo_fast.backend_deepspeed import frozen_engine
 from allo_fast.config import TrainConfig, UserError, load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.problems import Problem
-from allo_fast.engine import CHECKPOINT, Trainer, TrainingError
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import divide, load_tokenizer, save_model
-from allo_fast.objectives import Dpo
-from allo_fast.policy import DensePolicy, SparsePolicy
-from allo_fast.runs import Run, Unit
-from allo_fast.selection import Selection
-from allo_fast.sharded import ShardedPolicy
+from allo_fast.method.objectives import Dpo
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import divide, load_tokenizer, save_model
+from allo_fast.model.logps import ResponseLogps
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, common, evaluate
-from allo_fast.zero import _OPTIONS, Zero
+from allo_fast.training.backend_deepspeed import frozen_engine
+from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
+from allo_fast.training.sharded import ShardedPolicy
+from allo_fast.training.zero import _OPTIONS, Zero
 from allo_kernels import memory
 
 # Nothing stays gathered, as in a model of billions: every weight is gathered and released around its use.

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from allo_kernels import aot
 from allo_kernels.__main__ import main
+from allo_kernels.tools import aot
 
 
 def test_every_kernel_compiles_for_both_targets_without_a_spill(tmp_path):

@@ -3,7 +3,7 @@ import torch
 from conftest import pair_corpus, tiny_llama
 
 from allo_fast.data.batch import Corpus, attention_mask, collate, plan_micro_batches, plan_steps
-from allo_fast.logps import ResponseLogps
+from allo_fast.model.logps import ResponseLogps
 
 
 def two_problems() -> Corpus:

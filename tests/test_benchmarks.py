@@ -8,10 +8,10 @@ from itertools import islice
 import pytest
 import torch
 
-from allo_kernels import bench
 from allo_kernels.__main__ import main as kernels_main
-from allo_kernels.bench_cases import Benchmark, Sizes, _sector_bytes
-from allo_kernels.check_cases import cases
+from allo_kernels.tools import bench
+from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
+from allo_kernels.tools.check_cases import cases
 from benchmarks import gpu, zero
 from benchmarks.__main__ import main
 

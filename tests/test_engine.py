@@ -8,11 +8,11 @@ from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
-from allo_fast.engine import CHECKPOINT, Trainer, TrainingError
-from allo_fast.models import fingerprint, named_weights
-from allo_fast.objectives import Dpo, Npo, Sft
-from allo_fast.policy import DensePolicy, SparsePolicy
-from allo_fast.selection import Selection
+from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import fingerprint, named_weights
+from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
 
 SETTINGS = {
     "learning_rate": 1e-2,

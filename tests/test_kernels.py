@@ -10,12 +10,12 @@ from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import collate
-from allo_fast.engine import Trainer
-from allo_fast.objectives import Dpo
-from allo_fast.policy import SparsePolicy
+from allo_fast.method.objectives import Dpo
+from allo_fast.method.policy import SparsePolicy
+from allo_fast.training.engine import Trainer
 from allo_kernels import Positions, dispatch, gather, scatter_, token_logps
-from allo_kernels.check_cases import cases
 from allo_kernels.positions import SPAN
+from allo_kernels.tools.check_cases import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = list(cases())

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from allo_fast.objectives import (
+from allo_fast.method.objectives import (
     dpo_loss,
     npo_token_loss,
     release_key_token_weights,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from allo_fast.objectives import dpo_loss
+from allo_fast.method.objectives import dpo_loss
 from allo_kernels import key_token_dpo_loss, key_token_weights, top_fraction_weights
 
 

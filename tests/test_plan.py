@@ -8,11 +8,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError, load_config
-from allo_fast.costs import states, traffic
 from allo_fast.data.batch import Corpus, attention_mask, collate
-from allo_fast.plan import DEVICES, USABLE, choose, make_plan, table
-from allo_fast.shapes import Shape, shape_of, weights_of
-from allo_fast.zero import Zero
+from allo_fast.plan.costs import states, traffic
+from allo_fast.plan.job import DEVICES, USABLE, choose, make_plan, table
+from allo_fast.plan.shapes import Shape, shape_of, weights_of
+from allo_fast.training.zero import Zero
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EIGHT = LlamaConfig(

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import collate
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import load_model, named_weights
-from allo_fast.optim import SparseAdamW
-from allo_fast.policy import Delta, SparsePolicy
+from allo_fast.method.optim import SparseAdamW
+from allo_fast.method.policy import Delta, SparsePolicy
+from allo_fast.model.loading import load_model, named_weights
+from allo_fast.model.logps import ResponseLogps
 
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 MAMBA = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}

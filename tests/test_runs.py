@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError, load_config
-from allo_fast.models import named_weights
-from allo_fast.runs import MANIFEST, Run, Unit, alone_in
+from allo_fast.model.loading import named_weights
+from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
 MICRO = """
@@ -62,7 +62,7 @@ def copied(finished, tmp_path):
 
 def test_one_command_at_a_time(finished, capsys):
     config, folder = finished
-    code = f"from allo_fast.runs import *\nwith alone_in(Path({str(folder)!r})): print('in', flush=True); input()"
+    code = f"from allo_fast.runs.run import *\nwith alone_in(Path({str(folder)!r})): print('in', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"in\n"
         assert main(["run", str(config)]) == 2
@@ -149,7 +149,7 @@ def test_forgetting_trains_only_the_selected_weights(finished):
         named_weights(AutoModelForCausalLM.from_pretrained(folder / path))
         for path in ("00-pretrain/base/model", "06-forget/seed-0/model")
     )
-    from allo_fast.selection import Selection
+    from allo_fast.method.selection import Selection
 
     selection = Selection.load(folder / "04-locate/seed-0/forget.safetensors")
     changed = 0

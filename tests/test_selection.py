@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from allo_fast.config import UserError
-from allo_fast.models import named_weights
-from allo_fast.selection import Selection
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import named_weights
 
 
 def from_scores(scores, ratio, **settings):

@@ -12,10 +12,10 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.generation import generate
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import save_model
-from allo_fast.policy import DensePolicy
+from allo_fast.method.policy import DensePolicy
+from allo_fast.model.generation import generate
+from allo_fast.model.loading import save_model
+from allo_fast.model.logps import ResponseLogps
 from allo_fast.stages import common, forget, pairs, rewards
 from allo_fast.stages.common import read_jsonl, write_jsonl
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from allo_fast.config import Config
 from allo_fast.data.problems import split_slice
-from allo_fast.runs import Stage, sha256, versions
+from allo_fast.runs.run import Stage, sha256, versions
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
 
 

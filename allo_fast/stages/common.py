@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from allo_fast import costs, ranks
+from allo_fast import ranks
 from allo_fast.config import Config, SparseTrainConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
-from allo_fast.engine import Trainer
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import load_model, load_tokenizer
-from allo_fast.policy import Delta, DensePolicy, SparsePolicy
-from allo_fast.runs import Progress, Unit
-from allo_fast.selection import Selection
-from allo_fast.shapes import BYTES, model_config, weights_of
-from allo_fast.sharded import ShardedPolicy
-from allo_fast.zero import training_sections
+from allo_fast.method.policy import Delta, DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.logps import ResponseLogps
+from allo_fast.plan import costs
+from allo_fast.plan.shapes import BYTES, model_config, weights_of
+from allo_fast.runs.run import Progress, Unit
+from allo_fast.training.engine import Trainer
+from allo_fast.training.sharded import ShardedPolicy
+from allo_fast.training.zero import training_sections
 from allo_kernels import memory
 
 
@@ -94,7 +95,7 @@ def inference(
     model = load_model(path, wanted, sharded=sharded).eval().requires_grad_(False)
     module = ResponseLogps(model) if scoring else model
     if sharded:
-        from allo_fast.backend_deepspeed import frozen_engine
+        from allo_fast.training.backend_deepspeed import frozen_engine
 
         with frozen_engine(module) as engine:
             yield Inference(model, engine, scoring and module.share_prompts, True)

@@ -12,11 +12,11 @@ from collections.abc import Generator
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
-from allo_fast.engine import Trainer
-from allo_fast.models import load_tokenizer, save_model
-from allo_fast.objectives import Npo
-from allo_fast.runs import Progress, Unit
+from allo_fast.method.objectives import Npo
+from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import base_path, frozen_reference, make_prompts, read_jsonl, sparse_policy, train
+from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

@@ -11,9 +11,9 @@ import json
 from collections.abc import Generator
 
 from allo_fast import ranks
-from allo_fast.models import load_model, named_weights, size_of
-from allo_fast.runs import Progress, Unit
-from allo_fast.selection import Selection
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import load_model, named_weights, size_of
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import base_path
 
 

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from itertools import product
 
 from allo_fast.config import UserError
-from allo_fast.runs import Progress, Unit
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import read_jsonl, write_jsonl
 
 

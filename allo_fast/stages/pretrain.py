@@ -13,12 +13,12 @@ from transformers import LlamaForCausalLM
 
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.batch import Corpus
-from allo_fast.engine import Trainer
-from allo_fast.models import llama_config, pick_device, save_model
-from allo_fast.objectives import Sft
-from allo_fast.policy import DensePolicy
-from allo_fast.runs import Progress, Unit
+from allo_fast.method.objectives import Sft
+from allo_fast.method.policy import DensePolicy
+from allo_fast.model.loading import llama_config, pick_device, save_model
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import make_prompts, train
+from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

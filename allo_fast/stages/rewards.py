@@ -19,11 +19,10 @@ from rapidfuzz.distance import Levenshtein
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.engine import Trainer
-from allo_fast.models import load_tokenizer
-from allo_fast.objectives import Sft
-from allo_fast.policy import DensePolicy
-from allo_fast.runs import Progress, Unit
+from allo_fast.method.objectives import Sft
+from allo_fast.method.policy import DensePolicy
+from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import (
     base_path,
     by_chunks,
@@ -34,6 +33,7 @@ from allo_fast.stages.common import (
     train,
     write_jsonl,
 )
+from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

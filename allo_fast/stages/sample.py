@@ -13,9 +13,9 @@ from allo_fast.config import UserError
 from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import is_correct
-from allo_fast.generation import generate
-from allo_fast.models import load_tokenizer
-from allo_fast.runs import Progress, Unit
+from allo_fast.model.generation import generate
+from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import base_path, by_chunks, inference, make_prompts, write_jsonl
 
 

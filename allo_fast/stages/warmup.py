@@ -8,10 +8,9 @@ Writes model/ in float32, so that updates smaller than the model's own rounding 
 
 from collections.abc import Generator
 
-from allo_fast.engine import Trainer
-from allo_fast.models import load_tokenizer, save_model
-from allo_fast.objectives import Dpo
-from allo_fast.runs import Progress, Unit
+from allo_fast.method.objectives import Dpo
+from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.common import (
     base_path,
     dense_policy,
@@ -21,6 +20,7 @@ from allo_fast.stages.common import (
     read_jsonl,
     train,
 )
+from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check() -> Iterator[dict]:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is now
-    from allo_kernels.check_cases import cases
+    from allo_kernels.tools.check_cases import cases
 
     device = this_device()
     for case in cases():
@@ -49,7 +49,7 @@ def check() -> Iterator[dict]:
 
 def aot() -> Iterator[dict]:
     os.environ.pop("TRITON_INTERPRET", None)
-    from allo_kernels.aot import compile_all
+    from allo_kernels.tools.aot import compile_all
 
     for row in compile_all():
         used = f"registers {row.registers}, shared {row.shared_bytes} B, stack {row.stack_bytes} B, spills {row.spills}"
@@ -58,8 +58,8 @@ def aot() -> Iterator[dict]:
 
 
 def bench() -> Iterator[dict]:
-    from allo_kernels import bench
-    from allo_kernels.bench_cases import CPU, GPU
+    from allo_kernels.tools import bench
+    from allo_kernels.tools.bench_cases import CPU, GPU
 
     device, rows = this_device(), []
     for ceilings, row in bench.run(device, GPU if device.type == "cuda" else CPU):

@@ -19,7 +19,7 @@ from allo_kernels import (
     top_fraction_weights,
     topk_threshold,
 )
-from allo_kernels.check import Case
+from allo_kernels.tools.check import Case
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}

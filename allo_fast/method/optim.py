@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from allo_fast import ranks
-from allo_fast.policy import SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_kernels import masked_adamw_
 
 _PART = 1 << 22  # entries that are fp64 at once

@@ -3,8 +3,8 @@
 import math
 
 from allo_fast.config import ModelConfig
-from allo_fast.shapes import BYTES, Shape, Weights
-from allo_fast.zero import PERSISTENT, Zero
+from allo_fast.plan.shapes import BYTES, Shape, Weights
+from allo_fast.training.zero import PERSISTENT, Zero
 from allo_kernels.positions import blocks_of
 
 

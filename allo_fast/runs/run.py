@@ -19,9 +19,9 @@ from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError, load_config, save_config
-from allo_fast.engine import CHECKPOINT
-from allo_fast.models import pick_device
-from allo_fast.zero import Zero
+from allo_fast.training.engine import CHECKPOINT
+from allo_fast.model.loading import pick_device
+from allo_fast.training.zero import Zero
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)

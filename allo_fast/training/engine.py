@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allo_fast import ranks
-from allo_fast.backend import LocalBackend
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.objectives import Dpo, Npo, Sft
-from allo_fast.policy import DensePolicy, SparsePolicy
-from allo_fast.zero import Zero, check_divides
+from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.training.backend import LocalBackend
+from allo_fast.training.zero import Zero, check_divides
 
 if TYPE_CHECKING:
-    from allo_fast.backend_deepspeed import DeepSpeedBackend
+    from allo_fast.training.backend_deepspeed import DeepSpeedBackend
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -202,6 +202,6 @@ def make_backend(
 ) -> "LocalBackend | DeepSpeedBackend":
     if zero is None:
         return LocalBackend(policy, config, total_steps, protocol)
-    from allo_fast.backend_deepspeed import DeepSpeedBackend
+    from allo_fast.training.backend_deepspeed import DeepSpeedBackend
 
     return DeepSpeedBackend(policy, config, total_steps, zero)

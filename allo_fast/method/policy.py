@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
-from allo_fast.logps import ResponseLogps
-from allo_fast.models import fingerprint, held_here, named_weights, size_of, whole_weights
+from allo_fast.model.loading import fingerprint, held_here, named_weights, size_of, whole_weights
+from allo_fast.model.logps import ResponseLogps
 from allo_kernels import Positions, gather, scatter_, swap_
 
 if TYPE_CHECKING:
-    from allo_fast.selection import Selection
+    from allo_fast.method.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transformers import get_scheduler
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
-from allo_fast.optim import ClippedAdamW, SparseAdamW, clip_scale, total_norm
-from allo_fast.policy import DensePolicy, SparsePolicy
+from allo_fast.method.optim import ClippedAdamW, SparseAdamW, clip_scale, total_norm
+from allo_fast.method.policy import DensePolicy, SparsePolicy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

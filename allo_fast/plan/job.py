@@ -7,9 +7,9 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 
 from allo_fast.config import Config, SparseTrainConfig, TrainConfig
-from allo_fast.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
-from allo_fast.shapes import BYTES, Shape
-from allo_fast.zero import Zero, training_sections
+from allo_fast.plan.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
+from allo_fast.plan.shapes import BYTES, Shape
+from allo_fast.training.zero import Zero, training_sections
 from allo_kernels.token_logps import CHUNK_BYTES
 
 USABLE = 0.92  # of a device's memory; the rest is the CUDA context, NCCL's buffers and fragmentation

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from allo_fast.config import Config, UserError
-from allo_fast.models import check_there, llama_config
+from allo_fast.model.loading import check_there, llama_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
 _PROBE_TOKENS = 61  # a length that is no other dimension of a model

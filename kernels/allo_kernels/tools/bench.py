@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from allo_kernels import memory
-from allo_kernels.bench_cases import Benchmark, Sizes, benchmarks
+from allo_kernels.tools.bench_cases import Benchmark, Sizes, benchmarks
 
 
 @dataclass(frozen=True)

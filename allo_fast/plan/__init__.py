@@ -1,0 +1,1 @@
+"""What a job needs, on paper: memory, traffic, disk and time, counted from shapes before anything is allocated."""
