@@ -19,15 +19,15 @@ from tqdm import tqdm
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, UserError, load_config
 from allo_fast.data.scoring import SCORERS
-from allo_fast.method.policy import Delta
+from allo_fast.method.delta import Delta
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.plan import job as plan
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.report.page import summarize, table, write_report
 from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
 from allo_fast.stages import STAGES, inputs_of, stages_of
-from allo_fast.stages.common import check_references
 from allo_fast.stages.evaluate import evaluate
+from allo_fast.stages.models import check_references
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory

@@ -20,7 +20,8 @@ from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import fingerprint, load_model, named_weights
+from allo_fast.model.loading import load_model
+from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.run import versions
 from allo_fast.training.engine import Trainer
 from allo_kernels import memory

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data.batch import Corpus
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import fingerprint, named_weights
+from allo_fast.model.weights import fingerprint, named_weights
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = {

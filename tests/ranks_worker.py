@@ -25,10 +25,11 @@ from allo_fast.data.problems import Problem
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import divide, load_tokenizer, save_model
+from allo_fast.model.loading import load_tokenizer, save_model
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.weights import divide
 from allo_fast.runs.run import Run, Unit
-from allo_fast.stages import STAGES, common, evaluate
+from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import frozen_engine
 from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
 from allo_fast.training.sharded import ShardedPolicy
@@ -398,15 +399,15 @@ def shared_inference(folder: Path, config: str) -> None:
     problems = [Problem(str(n), f"{n}+1=", "", "", (f"{n + 1}", f"{n}")) for n in range(3)]
     found = {}
     for name, device_bytes in (("whole", 1 << 40), ("shared", 1)):
-        common.memory.device_bytes = lambda held=device_bytes: held
+        models.memory.device_bytes = lambda held=device_bytes: held
         given = [f"name={name}", f"output_dir={folder}", f"model.name_or_path={path}"]
         unit = Unit(Run(load_config(config, given), STAGES, zeros=zeros), "sample", "seed-0")
         deque(unit.execute(), maxlen=0)
         scored = Unit(unit.owner, "evaluate", "base")
         scored.folder.mkdir(parents=True, exist_ok=True)
         deque(evaluate.evaluate(scored, path), maxlen=0)
-        prompts = common.make_prompts(unit, load_tokenizer(path))
-        with common.inference(unit, path, scoring=True) as held:
+        prompts = models.make_prompts(unit, load_tokenizer(path))
+        with models.inference(unit, path, scoring=True) as held:
             assert held.sharded == (name == "shared")
             chosen = evaluate._likeliest(held, prompts, problems[: 1 + ranks.rank()], 2)
         files = [unit.folder / "responses.jsonl", scored.folder / "predictions.jsonl"]

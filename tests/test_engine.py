@@ -11,7 +11,7 @@ from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import fingerprint, named_weights
+from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
 
 SETTINGS = {

@@ -11,7 +11,7 @@ from allo_fast import optim
 from allo_fast.data.batch import collate
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import Group, SparsePolicy
-from allo_fast.model.loading import named_weights
+from allo_fast.model.weights import named_weights
 from allo_kernels import Positions
 
 

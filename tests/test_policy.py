@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import collate
+from allo_fast.method.delta import Delta
 from allo_fast.method.optim import SparseAdamW
-from allo_fast.method.policy import Delta, SparsePolicy
-from allo_fast.model.loading import load_model, named_weights
+from allo_fast.method.policy import SparsePolicy
+from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.weights import named_weights
 
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 MAMBA = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}

@@ -22,26 +22,41 @@ def layer(module: str) -> int:
     return FLOORS.index(module.split(".")[1])
 
 
-def runtime_imports(path: Path):
-    """Modules of allo_fast that a file imports when it runs, wherever the import stands."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    guards = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
-    typing_only = {inner for guard in guards for inner in ast.walk(guard)}
-    for node in nodes:
-        module = getattr(node, "module", None) or ""
-        if node not in typing_only and isinstance(node, ast.ImportFrom) and module.startswith("allo_fast"):
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "allo_fast" else []
-            yield from names or [module]
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("kernels.").removesuffix(".__init__")
+
+
+MODULES = {
+    name_of(path): path for root in ("allo_fast", "kernels/allo_kernels") for path in (ROOT / root).rglob("*.py")
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Our modules that a file imports, wherever the import stands, for types only too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= names or {node.module} & MODULES.keys()
+    return found
+
+
+def test_no_two_modules_import_each_other_by_any_way_round():
+    left = {name: imports(path) - {name} for name, path in MODULES.items() if name not in ("allo_fast", "allo_kernels")}
+    while leaves := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in leaves}
+    assert not left
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "allo_fast").rglob("*.py")), ids=lambda p: p.stem)
 def test_imports_go_one_way(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    if module in ("allo_fast.__init__", "allo_fast.__main__"):
+    module = name_of(path)
+    if module in ("allo_fast", "allo_fast.__main__"):
         return
-    for imported in runtime_imports(path):
-        same = module.split(".")[1] == imported.split(".")[1]
-        assert same or layer(imported) < layer(module), f"{module} imports {imported}"
+    for imported in imports(path):
+        if imported.startswith("allo_fast."):
+            same = module.split(".")[1] == imported.split(".")[1]
+            assert same or layer(imported) < layer(module), f"{module} imports {imported}"
 
 
 def test_the_floors_name_every_folder():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError, load_config
-from allo_fast.model.loading import named_weights
+from allo_fast.model.weights import named_weights
 from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
@@ -380,7 +380,7 @@ def test_too_long_for_the_model(copied, capsys):
     config, _ = copied
     with pytest.raises(UserError, match="has .* tokens, the model reads 512"):
         from allo_fast.data.batch import Corpus
-        from allo_fast.stages.common import check_lengths
+        from allo_fast.stages.driving import check_lengths
 
         corpus = Corpus()
         corpus.add([5] * 510, [[5] * 3])

@@ -9,7 +9,7 @@ from torch import nn
 
 from allo_fast.config import UserError
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import named_weights
+from allo_fast.model.weights import named_weights
 
 
 def from_scores(scores, ratio, **settings):

@@ -16,8 +16,8 @@ from allo_fast.method.policy import DensePolicy
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import save_model
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.stages import common, forget, pairs, rewards
-from allo_fast.stages.common import read_jsonl, write_jsonl
+from allo_fast.runs.rows import read_jsonl, write_jsonl
+from allo_fast.stages import forget, models, pairs, rewards
 
 
 def test_json_lines_survive_every_line_separator(tmp_path):
@@ -58,20 +58,20 @@ def reference_unit(tmp_path):
 
 def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
     batch = collate(corpus := pair_corpus(), corpus.examples)
-    with common.frozen_reference(reference_unit, str(tmp_path / "other"))(True) as compute:
+    with models.frozen_reference(reference_unit, str(tmp_path / "other"))(True) as compute:
         found = compute(batch)
     torch.testing.assert_close(found, ResponseLogps(tiny_llama(seed=5))(batch).detach())
-    assert common.frozen_reference(reference_unit, None) is None
+    assert models.frozen_reference(reference_unit, None) is None
 
 
 def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
     for name, message in (("larger", "has another vocabulary than .*base"), ("none", "no such file")):
         reference_unit.config.learn.reference = str(tmp_path / name)
         with pytest.raises(UserError, match=f"learn.reference: .*{name}.* {message}"):
-            common.check_references(reference_unit.config)
+            models.check_references(reference_unit.config)
     reference_unit.config.learn.reference = str(tmp_path / "other")
-    common.check_references(reference_unit.config)
-    opened = common.frozen_reference(reference_unit, str(tmp_path / "sliding"))
+    models.check_references(reference_unit.config)
+    opened = models.frozen_reference(reference_unit, str(tmp_path / "sliding"))
     with opened(False):
         pass
     with pytest.raises(UserError, match="learn.reference: .*sliding cannot keep the responses of one row apart"):

@@ -6,30 +6,24 @@ The base's storage holds the policy's values (rounded to its dtype). Training re
 gradient is gathered at the selected positions, so that a dense gradient lives only while its layer is in backward.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
-from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
-from allo_fast.model.loading import fingerprint, held_here, named_weights, size_of, whole_weights
+from allo_fast.method.delta import Delta
+from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.weights import held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
-
-if TYPE_CHECKING:
-    from allo_fast.method.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class SparsePolicy:
     keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
     """
 
-    def __init__(self, model: PreTrainedModel, selection: "Selection", *, keep_dense_gradients: bool = False):
+    def __init__(self, model: PreTrainedModel, selection: Selection, *, keep_dense_gradients: bool = False):
         selection.check(model)
         self.model = model.requires_grad_(False)
         self.base = selection.base
@@ -146,7 +140,7 @@ class SparsePolicy:
         if ranks.is_main():
             Delta(delta.base, positions, values).save(path)
 
-    def _group(self, dtype: torch.dtype, selection: "Selection") -> Group:
+    def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
         mine = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
         return Group.of(mine, [selection.positions(name).to(self.model.device) for name in mine])
 
@@ -241,58 +235,3 @@ class Alias(torch.autograd.Function):
 def _gathered(at: Positions, gradient: Tensor) -> Tensor:
     out = torch.empty(len(at), dtype=torch.float32, device=gradient.device)
     return gather(gradient.contiguous(), at, out=out)
-
-
-class Delta:
-    """What training changed, without the base: per tensor, positions and the values there."""
-
-    def __init__(self, base: str, positions: dict[str, Positions], values: dict[str, Tensor]):
-        self.base, self.positions, self.values = base, positions, values
-
-    def save(self, path: Path) -> None:
-        values = {f"{name}.values": value for name, value in self.values.items()}
-        save_positions(path, self.positions, {"base": self.base}, values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Delta":
-        try:
-            positions, about, tensors = load_positions(path)
-            return cls(about["base"], positions, {name: tensors[f"{name}.values"] for name in positions})
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a delta: {error}") from None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.values.values())).dtype
-
-    def merge_into(self, model: nn.Module) -> None:
-        """Sets the values into the base they were trained on. Raises UserError for any other model."""
-        if (found := fingerprint(model)) != self.base:
-            raise UserError(
-                f"delta: made for the model {self.base[:12]}, got the model {found[:12]}; it goes with its run's base"
-            )
-        weights = named_weights(model)
-        for name, at in self.positions.items():
-            weight = weights[name].data
-            scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))
-
-
-def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:
-    """A safetensors file of positions per tensor, of `others`, and of `about`, which goes into its metadata."""
-    parts = {name: {"low": at.low, "starts": at.starts} for name, at in positions.items()}
-    tensors = {f"{name}.{key}": part.cpu().contiguous() for name, found in parts.items() for key, part in found.items()}
-    about = {**about, "sizes": {name: at.sizes[0] for name, at in positions.items()}}
-    # One entry: safetensors writes several in an order that differs from file to file.
-    save_file(tensors | others, path, {"about": json.dumps(about)})
-
-
-def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[str, Tensor]]:
-    """Positions, `about` and all tensors. Raises OSError, SafetensorError, KeyError or ValueError for another file."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        about = json.loads((file.metadata() or {})["about"])
-    if not isinstance(about, dict) or not isinstance(about["sizes"], dict):
-        raise ValueError(f"metadata: expected an object with sizes, got {about!r:.80}")
-    sizes = sorted(about["sizes"].items())
-    found = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
-    return found, about, tensors

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.method.policy import load_positions, save_positions
-from allo_fast.model.loading import as_bytes, fingerprint, named_weights, size_of
+from allo_fast.method.delta import load_positions, save_positions
+from allo_fast.model.weights import as_bytes, fingerprint, named_weights, size_of
 from allo_kernels import Positions, topk_threshold
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from pathlib import Path
 from allo_fast.data.scoring import SCORERS, accuracy_interval, difference_interval
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
+from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run, Unit, versions, write_atomically
 from allo_fast.stages import stages_of
-from allo_fast.stages.common import base_path, make_prompts, read_jsonl
+from allo_fast.stages.models import base_path, make_prompts
 
 _SHOWN_RESPONSES = 6
 

@@ -17,8 +17,9 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import SCORERS, is_correct
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.rows import by_chunks
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import Inference, base_path, by_chunks, inference, make_prompts
+from allo_fast.stages.models import Inference, base_path, inference, make_prompts
 from allo_fast.stages.sample import usable_problems
 
 

@@ -14,8 +14,10 @@ from allo_fast.data.batch import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import base_path, frozen_reference, make_prompts, read_jsonl, sparse_policy, train
+from allo_fast.stages.driving import train
+from allo_fast.stages.models import base_path, frozen_reference, make_prompts, sparse_policy
 from allo_fast.training.engine import Trainer
 
 

@@ -10,11 +10,13 @@ response's tokens, not of the padded batch. Writes model/ and delta.safetensors 
 
 from collections.abc import Generator
 
+from allo_fast.method.delta import Delta
 from allo_fast.method.objectives import Dpo
-from allo_fast.method.policy import Delta
 from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import frozen_reference, make_prompts, pair_corpus, read_jsonl, sparse_policy, train
+from allo_fast.stages.driving import pair_corpus, train
+from allo_fast.stages.models import frozen_reference, make_prompts, sparse_policy
 from allo_fast.training.engine import Trainer
 
 

@@ -12,9 +12,10 @@ from collections.abc import Generator
 
 from allo_fast import ranks
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import load_model, named_weights, size_of
+from allo_fast.model.loading import load_model
+from allo_fast.model.weights import named_weights, size_of
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import base_path
+from allo_fast.stages.models import base_path
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

@@ -10,8 +10,8 @@ from collections.abc import Generator
 from itertools import product
 
 from allo_fast.config import UserError
+from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import read_jsonl, write_jsonl
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

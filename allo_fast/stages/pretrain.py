@@ -17,7 +17,8 @@ from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import llama_config, pick_device, save_model
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import make_prompts, train
+from allo_fast.stages.driving import train
+from allo_fast.stages.models import make_prompts
 from allo_fast.training.engine import Trainer
 
 

@@ -22,17 +22,10 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.rows import by_chunks, read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import (
-    base_path,
-    by_chunks,
-    dense_policy,
-    make_prompts,
-    max_length,
-    read_jsonl,
-    train,
-    write_jsonl,
-)
+from allo_fast.stages.driving import max_length, train
+from allo_fast.stages.models import base_path, dense_policy, make_prompts
 from allo_fast.training.engine import Trainer
 
 

@@ -15,8 +15,9 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import is_correct
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.rows import by_chunks, write_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import base_path, by_chunks, inference, make_prompts, write_jsonl
+from allo_fast.stages.models import base_path, inference, make_prompts
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:

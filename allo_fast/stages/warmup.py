@@ -10,16 +10,10 @@ from collections.abc import Generator
 
 from allo_fast.method.objectives import Dpo
 from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.common import (
-    base_path,
-    dense_policy,
-    frozen_reference,
-    make_prompts,
-    pair_corpus,
-    read_jsonl,
-    train,
-)
+from allo_fast.stages.driving import pair_corpus, train
+from allo_fast.stages.models import base_path, dense_policy, frozen_reference, make_prompts
 from allo_fast.training.engine import Trainer
 
 

@@ -29,7 +29,7 @@ from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
 from allo_fast.method.optim import ClippedAdamW, SparseAdamW
 from allo_fast.method.policy import DensePolicy, SparsePolicy
-from allo_fast.model.loading import size_of
+from allo_fast.model.weights import size_of
 from allo_fast.training.backend import MOMENTS, adamw_settings, load_progress, make_scheduler, save_progress
 from allo_fast.training.zero import Zero
 

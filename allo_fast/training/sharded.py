@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from allo_fast.method.policy import Alias, SparsePolicy, install_reads
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import divide, held_here, named_weights, size_of, whole
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
 from allo_kernels import Positions, gather, scatter_
 
 linear = torch.ops.aten.linear  # torch.nn.functional.linear as it was: DeepSpeed puts its own there, which rounds twice

@@ -1,0 +1,63 @@
+"""The weights of a model by name, whole or in ZeRO-3 shares, and what identifies them."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every weight once, tied ones under their first name, sorted by name so that no order depends on the model's."""
+    return dict(sorted(model.named_parameters()))
+
+
+def size_of(weight: Tensor) -> int:
+    """Its number of entries, also where ZeRO-3 leaves only a share of it here."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+def held_here(weight: Tensor) -> Tensor:
+    """What this rank keeps of a weight between steps."""
+    return getattr(weight, "ds_tensor", weight)
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight once, whole, one at a time; every rank iterates together."""
+    for name, weight in named_weights(model).items():
+        with whole(weight):
+            yield name, weight.data
+
+
+def whole(*weights: nn.Parameter) -> AbstractContextManager:
+    """Inside, all of the weights are here; every rank enters together. ZeRO-3 gathers and releases them, else they are.
+
+    Not to be entered twice for the same weight.
+    """
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(weights))
+
+
+def divide(*weights: nn.Parameter) -> None:
+    """Leaves each rank its ZeRO-3 share of whole weights; every rank calls it together."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=nn.ParameterList(weights), mem_efficient_linear=False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in whole_weights(model):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(as_bytes(weight))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

@@ -1,0 +1,93 @@
+"""Driving a training loop as progress, and the facts that every training stage records."""
+
+from collections.abc import Generator
+
+from transformers import PreTrainedModel
+
+from allo_fast import ranks
+from allo_fast.config import UserError
+from allo_fast.data.batch import Corpus
+from allo_fast.data.prompts import Prompts
+from allo_fast.method.policy import SparsePolicy
+from allo_fast.plan import costs
+from allo_fast.plan.shapes import weights_of
+from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.run import Progress, Unit
+from allo_fast.training.engine import Trainer
+
+
+def pair_corpus(rows: list[dict], prompts: Prompts) -> Corpus:
+    """Each problem once with all responses of its pairs; examples are (chosen, rejected)."""
+    corpus, by_id = Corpus(), {}
+    for row in rows:
+        by_id.setdefault(row["id"], []).append(row)
+    for members in by_id.values():
+        texts = list(dict.fromkeys(row[side] for row in members for side in ("chosen", "rejected")))
+        indices = corpus.add(prompts.encode_prompt(members[0]["prompt"]), map(prompts.encode_response, texts))
+        number = dict(zip(texts, indices, strict=True))
+        corpus.examples += [(number[row["chosen"]], number[row["rejected"]]) for row in members]
+    return corpus
+
+
+def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
+    """Drives a training loop; returns the facts every training stage records."""
+    check_lengths(trainer.policy.model, trainer.corpus)
+    for done, total in trainer.prepare():
+        yield Progress(done, total, "reference batch")
+    for metrics in trainer.run():
+        notes = {"loss": metrics.loss, **metrics.metrics}
+        yield Progress(metrics.step, metrics.total_steps, "step", notes)
+    rows = ranks.on_main(lambda: read_jsonl(unit.folder / "metrics.jsonl"))  # of earlier sessions too
+    parameters = trainer.policy.parameters
+    facts = {
+        "parameters": parameters,
+        "examples": len(trainer.corpus.examples),
+        "steps": len(trainer.steps),
+        "tokens_per_second": sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows),
+    }
+    total = sum(trainer.state_bytes().values())
+    facts |= {"state_bytes": trainer.state_bytes(), "state_bytes_per_parameter": total / parameters}
+    if unit.zero:
+        facts |= _of_ranks(unit, trainer)
+    if isinstance(trainer.policy, SparsePolicy):
+        facts["selected"] = trainer.policy.selected
+        facts["changed"] = trainer.policy.changed()
+    return facts
+
+
+def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
+    """How the stage was divided, and what a rank handed to collectives in its last step: counted, and planned.
+
+    Nothing was counted where an earlier session, perhaps without ranks, made every step; a stage of one step counts
+    DeepSpeed's first, in which ZeRO-3 learns the order of modules and gathers more.
+    """
+    policy, zero, world = trainer.policy, unit.zero, ranks.world_size()
+    ratio = policy.selected / policy.parameters if isinstance(policy, SparsePolicy) else None
+    micros = trainer.config.gradient_accumulation_steps
+    weights = weights_of(policy.model.config, unit.config.model.dtype)
+    planned = [
+        sum(costs.traffic(weights, unit.config.model, micros, share, zero, world).values()) for share in (ratio, None)
+    ]
+    return {
+        "world_size": world,
+        "zero_stage": zero.stage,
+        "traffic_bytes_per_step": sum(trainer.traffic_by_operation.values()),
+        "planned_traffic_bytes_per_step": planned[0],
+        "planned_dense_traffic_bytes_per_step": planned[1],
+        "traffic_by_operation": trainer.traffic_by_operation,
+    }
+
+
+def check_lengths(model: PreTrainedModel, corpus: Corpus) -> None:
+    """Raises UserError when a prompt with its response is longer than the model can read."""
+    longest = max(len(corpus.prompts[response.prompt]) + len(response.tokens) for response in corpus.responses)
+    if longest > max_length(model):
+        raise UserError(
+            f"a prompt with its response has {longest} tokens, the model reads {max_length(model)}; lower "
+            "data.max_prompt_tokens, data.max_response_tokens or sample.max_new_tokens"
+        )
+
+
+def max_length(model: PreTrainedModel) -> float:
+    """Tokens that the model can read; infinite where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")

@@ -1,0 +1,138 @@
+"""The models of a run: to train, to compare with, to sample from and to score by."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from allo_fast import ranks
+from allo_fast.config import Config, SparseTrainConfig, UserError
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.prompts import Prompts
+from allo_fast.method.delta import Delta
+from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.selection import Selection
+from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.logps import ResponseLogps
+from allo_fast.plan.shapes import BYTES, model_config, weights_of
+from allo_fast.runs.run import Unit
+from allo_fast.training.sharded import ShardedPolicy
+from allo_fast.training.zero import training_sections
+from allo_kernels import memory
+
+
+def base_path(unit: Unit) -> str | Path:
+    """Where the base model lies: given by the user, or pretrained by this run."""
+    given = unit.config.model.name_or_path
+    return given if given else unit.needed("pretrain") / "model"
+
+
+def make_prompts(unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    data = unit.config.data
+    return Prompts(tokenizer, data.chat_template, data.prompt_template, unit.config.rewards.template)
+
+
+def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
+    """All weights in float32, from the values that the configured dtype gives them: what the optimizer starts from is
+    what the change is measured against."""
+    dtype = getattr(torch, unit.config.model.dtype)
+    if unit.zero and unit.zero.sharded:
+        model = load_model(path, unit.config.model, dtype="float32", sharded=True)
+        for weight in model.parameters():
+            weight.ds_tensor.copy_(weight.ds_tensor.to(dtype))
+    else:
+        model = load_model(path, unit.config.model).float()
+    return DensePolicy(model, autocast=None if dtype == torch.float32 else dtype)
+
+
+def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after: Delta | None = None) -> SparsePolicy:
+    """The model at `path` with the entries that `locate` chose for this stage.
+
+    after: what an earlier stage changed since the selection was made; it must come from the selection's own base.
+    """
+    sharded = unit.zero is not None and unit.zero.sharded
+    model = load_model(path, unit.config.model, sharded=sharded)
+    selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors")
+    if after:
+        if after.base != selection.base:
+            raise UserError(f"{path}: does not come from the model that the selection was made for")
+        selection = selection.rebased(model)
+    if sharded:
+        return ShardedPolicy(model, selection)
+    clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
+    return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A frozen model. compute: itself, or its log-probabilities of a batch. sharded: all ranks compute or none does."""
+
+    model: PreTrainedModel
+    compute: Callable
+    share_prompts: bool
+    sharded: bool
+
+
+@contextmanager
+def inference(
+    unit: Unit, path: str | Path, *, scoring: bool = False, sharded: bool | None = None
+) -> Iterator[Inference]:
+    """The model at `path`, frozen, until the context ends.
+
+    scoring: for log-probabilities of responses [R, L], not for generating. sharded: in shares of all ranks; None: where
+    it would take more than half of a device.
+    """
+    wanted = unit.config.model
+    if sharded is None:
+        several = unit.zero is not None and ranks.world_size() > 1
+        sharded = several and ranks.on_main(lambda: _bytes(unit, path) > memory.device_bytes() / 2)
+    model = load_model(path, wanted, sharded=sharded).eval().requires_grad_(False)
+    module = ResponseLogps(model) if scoring else model
+    if sharded:
+        from allo_fast.training.backend_deepspeed import frozen_engine
+
+        with frozen_engine(module) as engine:
+            yield Inference(model, engine, scoring and module.share_prompts, True)
+    else:
+        yield Inference(model, module, scoring and module.share_prompts, False)
+
+
+def _bytes(unit: Unit, path: str | Path) -> int:
+    dtype = unit.config.model.dtype
+    return BYTES[dtype] * weights_of(model_config(unit.config, str(path)), dtype).parameters
+
+
+def check_references(config: Config) -> None:
+    """Before any stage runs: raises UserError where one compares with a model that cannot be, naming the key."""
+    named = {name: getattr(train, "reference", None) for name, train in training_sections(config).items()}
+    named = {name: path for name, path in named.items() if path}
+    base = config.model.name_or_path
+    wanted = (load_tokenizer(base) if base and named else character_tokenizer()).get_vocab()
+    for name, path in named.items():
+        try:
+            found = load_tokenizer(path).get_vocab()
+        except UserError as error:
+            raise UserError(f"{name}.reference: {error}") from None
+        if found != wanted:
+            raise UserError(f"{name}.reference: {path} has another vocabulary than {base or 'the base model'}")
+
+
+def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:
+    """What opens the reference model at `path`: log-probabilities [R, L] fp32 of a batch. On ranks it is sharded.
+
+    Opened with whether responses share rows; then raises UserError for attention that cannot.
+    """
+    if path is None:
+        return None
+
+    @contextmanager
+    def opened(share_prompts: bool) -> Iterator[Callable]:
+        with inference(unit, path, scoring=True, sharded=unit.zero is not None) as found:
+            if share_prompts and not found.share_prompts:
+                raise UserError(f"{unit.name}.reference: {path} cannot keep the responses of one row apart")
+            yield found.compute
+
+    return opened
