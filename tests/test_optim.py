@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from allo_fast import optim
 from allo_fast.data.batch import collate
+from allo_fast.method import optim
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import Group, SparsePolicy
 from allo_fast.model.weights import named_weights
