@@ -5,7 +5,7 @@ Names are those of transformers' TrainingArguments and TRL's DPOConfig where one
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,11 +28,12 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str  # file.jsonl, hub id as org/name:config:split, or arithmetic:train; all take a slice: file.jsonl[:200]
+    train: str  # a file, a saved data set, org/name:config:split, or arithmetic:train; all take a slice: file.jsonl[:9]
     test: str  # likewise; the problems that `evaluate` answers
     format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
-    prompt_template: str | None = None  # "{}" is the problem; null: bare inside a chat template, else the paper's
+    chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
+    prompt_template: str | None = None  # "{}" is the problem; null: bare in a chat template or preference data, else T1
     scorer: Literal["strict", "release"] = "strict"  # which answers count as right; evaluation counts by both
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside

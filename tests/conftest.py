@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers and datasets are imported
 # Before anything imports Triton, which asks then: without a GPU, its kernels run in its interpreter.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
@@ -30,7 +31,6 @@ TINY = {
 
 
 def pytest_configure(config):
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)  # two xdist workers share two cores
 
 

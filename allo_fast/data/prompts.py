@@ -1,8 +1,20 @@
-"""From texts to token ids: chat template where the tokenizer has one, else the paper's instruction."""
+"""From conversations to token ids: the whole conversation as the chat template renders it, cut at the response.
+
+    prompt_ids + response_ids = the template's own tokens, up to the one that ends the assistant's turn
+
+Tokenizers without a chat template get texts: prompt and response as one, then the end of sequence.
+"""
+
+import json
+import re
+from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
+from allo_fast.data.conversations import Messages
+from allo_fast.data.preferences import Turn
+from allo_fast.data.sources import UnusableRow
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -14,13 +26,16 @@ REWRITE = (
     "identify the final answer. You should make minimal modifications. You should not copy the problem.\n\n"
     "### Problem:\n{}\n\n### Correct solution:\n{}\n\n### Prediction:\n{}\n\n### Correct prediction:\n"
 )
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that templates read beside the content
 
 
 class Prompts:
     """Encodes prompts and responses; the same prompt is used to sample, to train and to evaluate.
 
-    chat: True needs a chat template, False never uses it, None uses it where there is one. template: "{}" is the
-    question. Raises UserError for a tokenizer without end-of-sequence token or without the chat template it needs.
+    chat: True needs a chat template, False never uses it, None uses it where there is one. template: "{}" is a prompt
+    that is a text; None: the paper's instruction, or the text alone inside a chat template. template_kwargs: arguments
+    of the chat template, as `enable_thinking`. Raises UserError for a tokenizer without end-of-sequence token, without
+    the chat template it needs, or whose template does not render a question and its answer.
     """
 
     def __init__(
@@ -29,6 +44,7 @@ class Prompts:
         chat: bool | None = None,
         template: str | None = None,
         rewrite: str | None = None,
+        template_kwargs: dict | None = None,
     ):
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token")
@@ -37,44 +53,224 @@ class Prompts:
         for name, text, holes in (("data.prompt_template", template, 1), ("rewards.template", rewrite, 3)):
             if text is not None and text.count("{}") != holes:
                 raise UserError(f"{name}: expected {holes} times {{}}, got {text!r}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs or {}
         self.chat = bool(tokenizer.chat_template) and chat is not False
         self.template = template or ("{}" if self.chat else INSTRUCTION)
         self.rewrite = rewrite or REWRITE
-        self.end_token = self._turn_end() if self.chat else tokenizer.eos_token_id
+        self.frame = _Frame.of(self) if self.chat else None
+        self.end_token = self.frame.end_token if self.chat else tokenizer.eos_token_id
         self.end_tokens = {self.end_token, tokenizer.eos_token_id}
+        ends = "|".join(re.escape(tokenizer.convert_ids_to_tokens(token)) for token in self.end_tokens)
+        self._ending = re.compile(rf"(\s*({ends}))+\s*\Z")
 
-    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        """Token ids of a question or of chat messages, ready for a response to follow."""
-        if isinstance(prompt, str):
-            return self._encode(self.template.replace("{}", prompt, 1))
-        if not self.chat:
-            raise UserError(f"{self.tokenizer.name_or_path}: chat messages need a tokenizer with a chat template")
-        return self._apply_template(prompt)
+    def encode_prompt(self, prompt: str | Messages, tools: list[dict] | None = None) -> list[int]:
+        """Token ids of a prompt, ready for a response to follow. Raises UnusableRow."""
+        return self._tokens(self._prompt_text(prompt, tools))
 
-    def encode_rewrite(self, problem: str | list[dict], solution: str, response: str) -> list[int]:
+    def encode_rewrite(self, problem: str | Messages, solution: str, response: str) -> list[int]:
         """Token ids of the rewriting prompt (T4 of the paper's token rewards)."""
-        question = problem if isinstance(problem, str) else problem[-1]["content"]
-        parts = iter((question, solution, response))
+        parts = iter((as_text(problem), solution, response))
         text = "".join(piece + next(parts, "") for piece in self.rewrite.split("{}"))
-        return self._encode(text)
+        return self._tokens(self.render([_user(text)], opened=True) if self.chat else text)
 
-    def encode_response(self, response: str) -> list[int]:
-        """Token ids of a response and what ends it: the chat template's end of turn, else the end of sequence."""
-        return [*self.tokenizer(response, add_special_tokens=False).input_ids, self.end_token]
+    def encode_response(self, response: Turn, prompt: str | Messages = "question") -> list[int]:
+        """Token ids of a response after a prompt, with what ends it. Raises UnusableRow."""
+        return self.encode(prompt, [response])[1][0]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(
+        self, prompt: str | Messages, responses: list[Turn], tools: list[dict] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt and of each response after it, with what ends it.
+
+        Raises UnusableRow where the tokens of prompt and response are not those of the conversation as a whole, where
+        the template leaves a part of it out, and where the template or the tokenizer refuses it.
+        """
+        before = self._prompt_text(prompt, tools)
+        prompt_ids = self._tokens(before)
+        return prompt_ids, [self._after(before, prompt_ids, self._whole(prompt, turn, tools)) for turn in responses]
+
+    def render(self, messages: Messages, tools: list[dict] | None = None, opened: bool = False, **settings) -> str:
+        """The conversation as the chat template writes it; opened: ready for the assistant. Raises UnusableRow."""
+        settings = {**self.template_kwargs, **settings}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=opened, **settings
+            )
+        except Exception as error:  # a template is code of the model's author: it may raise anything
+            raise UnusableRow(f"the chat template refuses it: {error}") from error
+
+    def _prompt_text(self, prompt: str | Messages, tools: list[dict] | None) -> str:
+        if not self.chat:
+            return self.template.replace("{}", self._plain(prompt, tools), 1)
+        messages = self._messages(prompt)
+        if messages is None:
+            return self.frame.bos_of(prompt) + prompt
+        if messages[-1]["role"] == "assistant":
+            return self.render(messages, tools, continue_final_message=True)
+        return self.render(messages, tools, opened=True)
+
+    def _whole(self, prompt: str | Messages, turn: Turn, tools: list[dict] | None) -> str:
+        """Prompt and response as one text."""
+        if isinstance(turn, str):
+            turn = self._trimmed(turn)
+        elif not self.chat:
+            raise UnusableRow("a response with more than text needs a tokenizer with a chat template")
+        messages = self._messages(prompt) if self.chat else None
+        if messages is None:
+            if not isinstance(turn, str):
+                raise UnusableRow("a response with more than text does not go with a prompt that is a text")
+            before = self._prompt_text(prompt, tools)
+            gap = " " if before.endswith("\n\nAssistant:") else ""
+            return before + gap + turn + (self.frame.end_text if self.chat else "")
+        turn = (
+            {"role": "assistant", "content": turn.removeprefix(self.frame.opening)} if isinstance(turn, str) else turn
+        )
+        if messages[-1]["role"] == "assistant":
+            *messages, begun = messages
+            turn = {**begun, **turn, "content": begun["content"] + turn["content"]}
+        text = self.render([*messages, turn], tools)
+        _check_complete(text, messages, turn, tools)
+        return text
+
+    def _after(self, before: str, prompt_ids: list[int], text: str) -> list[int]:
+        """The response's part of the tokens of `text`, up to what ends the turn."""
+        ids = self._tokens(text)
+        if not text.startswith(before):
+            at = max(0, len(commonprefix([before, text])) - 40)
+            raise UnusableRow(
+                f"the chat template writes the prompt otherwise when a response follows: "
+                f"...{before[at : at + 120]!r} alone, ...{text[at : at + 120]!r} with it"
+            )
+        if ids[: len(prompt_ids)] != prompt_ids:
+            at = len(commonprefix([prompt_ids, ids]))
+            names = [self.tokenizer.convert_ids_to_tokens(part[max(0, at - 2) : at + 3]) for part in (prompt_ids, ids)]
+            raise UnusableRow(f"prompt and response meet within a token: {names[0]} alone, {names[1]} together")
+        response = ids[len(prompt_ids) :]
+        return self.frame.closed(response, self.tokenizer) if self.chat else [*response, self.end_token]
+
+    def _tokens(self, text: str) -> list[int]:
+        """One BOS where there is one, and no end of sequence behind."""
+        try:
+            ids = self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+        except Exception as error:
+            raise UnusableRow(f"the tokenizer refuses it: {error}") from error
+        if not self.chat:
+            while ids[:2] == [self.tokenizer.bos_token_id] * 2:
+                ids = ids[1:]
+            while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]
+        if not ids:
+            raise UnusableRow("the prompt has no token")
+        return ids
+
+    def _messages(self, prompt: str | Messages) -> Messages | None:
+        """The prompt as messages; None for a text that is already in the chat format."""
+        if isinstance(prompt, str):
+            if self.frame and self.frame.contains(prompt):
+                return None
+            prompt = [_user(self.template.replace("{}", prompt, 1))]
+        bos = self.tokenizer.bos_token or "\0"
+        return [{**message, "content": self._trimmed(message["content"]).removeprefix(bos)} for message in prompt]
+
+    def _plain(self, prompt: str | Messages, tools: list[dict] | None) -> str:
+        if tools or not isinstance(prompt, str):
+            raise UnusableRow(f"{'tools' if tools else 'chat messages'} need a tokenizer with a chat template")
+        return self._trimmed(prompt)
+
+    def _trimmed(self, text: str) -> str:
+        """Without end tokens that the text itself brings along."""
+        return self._ending.sub("", text)
+
+
+class _Frame:
+    """What a chat template writes around a question and its answer, found by rendering one."""
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> "_Frame":
+        question, answer = _user("question"), {"role": "assistant", "content": "response"}
+        try:
+            return cls(
+                prompts.tokenizer,
+                prompts.render([question]),
+                prompts.render([question], opened=True),
+                prompts.render([question, answer]),
+            )
+        except UnusableRow as error:
+            raise UserError(f"{prompts.tokenizer.name_or_path}: a question and its answer: {error}") from None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, whole: str):
+        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        closing = tokenizer(whole.rpartition("response")[2], add_special_tokens=False).input_ids
+        self.added, self.bos = added.keys(), tokenizer.bos_token
+        ends = [token for token in closing if token in added]
+        self.closes = bool(ends)
+        self.end_token = ends[0] if ends else tokenizer.eos_token_id
+        self.end_text = tokenizer.convert_ids_to_tokens(self.end_token)
+        self.opening = opened.removeprefix(asked) if opened.startswith(asked) else ""
+        head, _, tail = opened.rpartition("question")
+        self.has_bos = bool(self.bos) and opened.startswith(self.bos)
+        self.head, self.tail = (part.removeprefix(self.bos or "\0").strip() for part in (head, tail))
+        others = {self.bos, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+        self.marks = [text for text in added.values() if text in opened and text not in others]
+
+    def contains(self, text: str) -> bool:
+        """Is this text already in the chat format?"""
         return (
-            self._apply_template([{"role": "user", "content": text}]) if self.chat else self.tokenizer(text).input_ids
+            any(mark in text for mark in self.marks)
+            or bool(self.tail and text.rstrip().endswith(self.tail))
+            or bool(self.head and text.removeprefix(self.bos or "\0").lstrip().startswith(self.head))
         )
 
-    def _apply_template(self, messages: list[dict]) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    def bos_of(self, text: str) -> str:
+        return self.bos if self.has_bos and not text.startswith(self.bos) else ""
 
-    def _turn_end(self) -> int:
-        """The special token that closes an assistant's turn; it is not the tokenizer's eos in Gemma's, for one."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
-        after = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition("response")[2]
-        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        closing = self.tokenizer(after, add_special_tokens=False).input_ids
-        return next((token for token in closing if token in special), self.tokenizer.eos_token_id)
+    def closed(self, response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """A response up to the token that ends the turn, which is added where the template ends turns with none."""
+        end = len(response)
+        while end and (response[end - 1] in self.added or not tokenizer.decode([response[end - 1]]).strip()):
+            end -= 1
+        ends = [i for i in range(end, len(response)) if response[i] in self.added]
+        own = [i for i in ends if response[i] == self.end_token]
+        if not self.closes:
+            return [*response, self.end_token]
+        if not ends:
+            raise UnusableRow(f"the chat template does not end the response: ...{tokenizer.decode(response[-20:])!r}")
+        return response[: (own[0] if own else ends[-1]) + 1]
+
+
+def as_text(prompt: str | Messages) -> str:
+    """A prompt to read: a single question as it is, a longer conversation with who says what."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def turn_text(turn: Turn) -> str:
+    """A response to read: its text, and the calls that it makes."""
+    if isinstance(turn, str):
+        return turn
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or []]
+    return "\n".join([turn["content"]] * bool(turn["content"]) + calls)
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _check_complete(text: str, messages: Messages, turn: dict, tools: list[dict] | None) -> None:
+    """Raises UnusableRow for a part of the conversation that the template left out.
+
+    What earlier turns of the assistant thought may be: templates drop it on purpose.
+    """
+    parts = [(f"the {m['role']}'s message", m["content"]) for m in messages if m["role"] != "assistant"]
+    thought, _, said = turn["content"].rpartition("</think>")
+    parts += [("the response", said), ("the response's thoughts", thought.replace("<think>", ""))]
+    parts += [(f"the response's {key}", turn[key]) for key in _THOUGHTS if isinstance(turn.get(key), str)]
+    called = [call.get("function", call) for call in turn.get("tool_calls") or []]
+    described = [tool.get("function", tool) for tool in tools or []]
+    parts += [("a tool", item["name"]) for item in (*called, *described) if isinstance(item.get("name"), str)]
+    for name, part in parts:
+        if part.strip() not in text and json.dumps(part.strip(), ensure_ascii=False)[1:-1] not in text:
+            raise UnusableRow(f"the chat template leaves out {name}: {part.strip()[:80]!r}")

@@ -20,21 +20,23 @@ def generate(
 ) -> list[list[str]]:
     """Per prompt, its responses as text; temperature 0 is greedy. The same seed and prompts give the same texts.
 
-    end_tokens end a response. The model's own generation defaults play no part. sharded: the ranks share the model,
-    and go on until the last of them is done.
+    end_tokens end a response, and so does what the model's generation configuration stops at; its other defaults play
+    no part. Special tokens within a response stay in its text. sharded: the ranks share the model, and go on until the
+    last of them is done.
     """
+    stops = {*end_tokens, *stop_tokens(model)}
     settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_return_sequences=num_return_sequences,
-        eos_token_id=list(end_tokens),
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stops),
+        pad_token_id=(padding_id := min(end_tokens)),  # the tokenizer's own may lie outside the embedding
         **settings,
     )
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     rows = zip(padding, prompts, strict=True)
-    ids = torch.tensor([[tokenizer.pad_token_id] * pad + prompt for pad, prompt in rows], device=model.device)
+    ids = torch.tensor([[padding_id] * pad + prompt for pad, prompt in rows], device=model.device)
     mask = torch.arange(width, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
     torch.manual_seed(seed)
     own, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
@@ -42,5 +44,20 @@ def generate(
         output = model.generate(ids, attention_mask=mask.long(), generation_config=config, synced_gpus=sharded)
     finally:
         model.generation_config = own
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    texts = [
+        _text(tokenizer, prompts[number // num_return_sequences], new, stops)
+        for number, new in enumerate(output[:, width:].tolist())
+    ]
     return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+
+
+def stop_tokens(model: PreTrainedModel) -> set[int]:
+    """What the model's generation configuration stops at."""
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int], stops: set[int]) -> str:
+    """Up to the first stop. Decoded behind its prompt: alone, some tokenizers drop the space that it begins with."""
+    end = next((place for place, token in enumerate(new) if token in stops), len(new))
+    return tokenizer.decode([*prompt, *new[:end]])[len(tokenizer.decode(prompt)) :]

@@ -4,13 +4,14 @@ import html
 import json
 from pathlib import Path
 
+from allo_fast.data.prompts import as_text
 from allo_fast.data.scoring import SCORERS, accuracy_interval, difference_interval
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run, Unit, versions, write_atomically
 from allo_fast.stages import stages_of
-from allo_fast.stages.models import base_path, make_prompts
+from allo_fast.stages.models import base_path
 
 _SHOWN_RESPONSES = 6
 
@@ -154,20 +155,19 @@ def _selection(run: Run) -> str:
 def _responses(run: Run) -> str:
     unit: Unit = run.units(["forget"])[0]
     tokenizer = load_tokenizer(base_path(unit))
-    prompts = make_prompts(unit, tokenizer)
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     threshold = run.config.forget.threshold if run.config.protocol == "paper" else None
     shown = []
     for row in rows[:: max(1, len(rows) // _SHOWN_RESPONSES)][:_SHOWN_RESPONSES]:
-        tokens = [tokenizer.decode([token]) for token in prompts.encode_response(row["response"])]
+        tokens = [tokenizer.decode([token]) for token in row["response_ids"]]
         weights = [reward if threshold is None else float(reward < threshold) for reward in row["rewards"]]
         spans = "".join(
             f'<span style="background:rgba(200,60,40,{0.75 * weight:.2f})" title="reward {reward:.3f}">'
             f"{html.escape(token)}</span>"
             for token, reward, weight in zip(tokens, row["rewards"], weights, strict=True)
         )
-        question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        shown.append(f"<figure><figcaption>{html.escape(question)}</figcaption><p class=tokens>{spans}</p></figure>")
+        question = html.escape(as_text(row["prompt"]))
+        shown.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
     return _section(
         "Wrong responses, by token",
         "Shade: the token's weight in forgetting. Point at a token for its reward, the rewriter's probability of it.",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 from allo_fast import ranks
-from allo_fast.runs.run import Progress
+from allo_fast.runs.run import Progress, write_atomically
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -16,6 +16,17 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """By rank 0."""
     if ranks.is_main():
         path.write_bytes(_lines(rows))
+
+
+def rendered_once(path: Path, render: Callable[[], list[dict]]) -> list[dict]:
+    """The rows in `path`, on every rank; where there is no such file, rank 0 writes what `render` gives."""
+
+    def write() -> None:
+        if not path.exists():
+            write_atomically(path, _lines(render()).decode())
+
+    ranks.on_main(write)
+    return read_jsonl(path)
 
 
 def by_chunks(

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from allo_fast.config import Config
-from allo_fast.data.problems import split_slice
+from allo_fast.data.sources import split_slice
 from allo_fast.runs.run import Stage, sha256, versions
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
 
@@ -59,8 +59,8 @@ def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
 
 
 _MODEL = ("model.name_or_path", "model.dtype")
-_PROMPTS = (*_MODEL, "data.chat_template", "data.prompt_template")
-_DATA = (*_PROMPTS, "data.format", "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
+_PROMPTS = (*_MODEL, "data.chat_template", "data.chat_template_kwargs", "data.prompt_template", "data.format")
+_DATA = (*_PROMPTS, "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
 
 STAGES = {
     "pretrain": Stage(

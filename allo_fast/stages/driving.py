@@ -7,26 +7,13 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus
-from allo_fast.data.prompts import Prompts
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
+from allo_fast.stages.problems import max_positions
 from allo_fast.training.engine import Trainer
-
-
-def pair_corpus(rows: list[dict], prompts: Prompts) -> Corpus:
-    """Each problem once with all responses of its pairs; examples are (chosen, rejected)."""
-    corpus, by_id = Corpus(), {}
-    for row in rows:
-        by_id.setdefault(row["id"], []).append(row)
-    for members in by_id.values():
-        texts = list(dict.fromkeys(row[side] for row in members for side in ("chosen", "rejected")))
-        indices = corpus.add(prompts.encode_prompt(members[0]["prompt"]), map(prompts.encode_response, texts))
-        number = dict(zip(texts, indices, strict=True))
-        corpus.examples += [(number[row["chosen"]], number[row["rejected"]]) for row in members]
-    return corpus
 
 
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
@@ -81,13 +68,8 @@ def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
 def check_lengths(model: PreTrainedModel, corpus: Corpus) -> None:
     """Raises UserError when a prompt with its response is longer than the model can read."""
     longest = max(len(corpus.prompts[response.prompt]) + len(response.tokens) for response in corpus.responses)
-    if longest > max_length(model):
+    if longest > (positions := max_positions(model.config.get_text_config())):
         raise UserError(
-            f"a prompt with its response has {longest} tokens, the model reads {max_length(model)}; lower "
+            f"a prompt with its response has {longest} tokens, the model reads {positions}; lower "
             "data.max_prompt_tokens, data.max_response_tokens or sample.max_new_tokens"
         )
-
-
-def max_length(model: PreTrainedModel) -> float:
-    """Tokens that the model can read; infinite where its configuration names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")

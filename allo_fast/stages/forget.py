@@ -11,13 +11,12 @@ from collections.abc import Generator
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus
-from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
-from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, frozen_reference, make_prompts, sparse_policy
+from allo_fast.stages.models import base_path, frozen_reference, make_prompts, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer
 
 
@@ -25,7 +24,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
-    corpus, weights = weighted_corpus(rows, prompts, settings.threshold if protocol == "paper" else None)
+    corpus, weights = weighted_corpus(rows, settings.threshold if protocol == "paper" else None)
     if not corpus.examples:
         raise UserError(f"nothing to forget: no token's reward is below forget.threshold {settings.threshold}")
     policy = sparse_policy(unit, base_path(unit), settings)
@@ -42,28 +41,26 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         reference=frozen_reference(unit, settings.reference),
     )
     facts = yield from train(unit, trainer)
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+    save_trained(unit, policy, prompts)
     policy.save_delta(unit.folder / "delta.safetensors")
     trainer.backend.close()
     forgotten = sum(weight != 0 for row in weights for weight in row)
     return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}
 
 
-def weighted_corpus(rows: list[dict], prompts: Prompts, threshold: float | None) -> tuple[Corpus, list[list[float]]]:
+def weighted_corpus(rows: list[dict], threshold: float | None) -> tuple[Corpus, list[list[float]]]:
     """Wrong responses with the weight of each token; those where no token weighs are left out.
 
-    threshold None: the reward itself is the weight (release).
+    rows: {id, prompt_ids, response_ids, rewards}. threshold None: the reward itself is the weight (release).
     """
-    by_prompt: dict[str, list[tuple[str, list[float]]]] = {}
-    questions = {}
+    by_id: dict[str, list[tuple[list[int], list[float]]]] = {}
     for row in rows:
         weights = row["rewards"] if threshold is None else [float(reward < threshold) for reward in row["rewards"]]
         if any(weights):
-            questions[str(row["prompt"])] = row["prompt"]
-            by_prompt.setdefault(str(row["prompt"]), []).append((row["response"], weights))
+            by_id.setdefault(row["id"], []).append((row["response_ids"], weights))
+    prompts = {row["id"]: row["prompt_ids"] for row in rows}
     corpus, token_weights = Corpus(), []
-    for key, members in by_prompt.items():
-        responses = [prompts.encode_response(response) for response, _ in members]
-        corpus.examples += [(index,) for index in corpus.add(prompts.encode_prompt(questions[key]), responses)]
+    for name, members in by_id.items():
+        corpus.examples += [(index,) for index in corpus.add(prompts[name], [ids for ids, _ in members])]
         token_weights += [weights for _, weights in members]
     return corpus, token_weights

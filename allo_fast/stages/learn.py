@@ -10,20 +10,21 @@ response's tokens, not of the padded batch. Writes model/ and delta.safetensors 
 
 from collections.abc import Generator
 
+from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.delta import Delta
 from allo_fast.method.objectives import Dpo
-from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.driving import pair_corpus, train
-from allo_fast.stages.models import frozen_reference, make_prompts, sparse_policy
+from allo_fast.stages.driving import train
+from allo_fast.stages.models import frozen_reference, make_prompts, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol, forgotten = unit.config.learn, unit.config.protocol, unit.needed("forget")
     prompts = make_prompts(unit, load_tokenizer(forgotten / "model"))
-    corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
     policy = sparse_policy(unit, forgotten / "model", settings, after=Delta.load(forgotten / "delta.safetensors"))
     objective = Dpo(settings.beta, settings.epsilon, settings.label_smoothing, protocol)
     trainer = Trainer(
@@ -38,7 +39,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         reference=frozen_reference(unit, settings.reference),
     )
     facts = yield from train(unit, trainer)
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+    save_trained(unit, policy, prompts)
     policy.save_delta(unit.folder / "delta.safetensors", before=forgotten / "delta.safetensors")
     trainer.backend.close()
     return facts

@@ -15,7 +15,8 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.generation import stop_tokens
+from allo_fast.model.loading import load_model, load_tokenizer, save_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
 from allo_fast.runs.run import Unit
@@ -31,8 +32,14 @@ def base_path(unit: Unit) -> str | Path:
 
 
 def make_prompts(unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    data = unit.config.data
-    return Prompts(tokenizer, data.chat_template, data.prompt_template, unit.config.rewards.template)
+    return prompts_of(unit.config, tokenizer)
+
+
+def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """The paper's instruction belongs to its own tasks: a prompt of preference data is trained as it is written."""
+    data = config.data
+    template = data.prompt_template or ("{}" if data.format == "preference" else None)
+    return Prompts(tokenizer, data.chat_template, template, config.rewards.template, data.chat_template_kwargs)
 
 
 def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
@@ -64,6 +71,13 @@ def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after
         return ShardedPolicy(model, selection)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
     return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
+
+
+def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts) -> None:
+    """The policy's model as a Hugging Face folder, which generates up to the token that ended its responses."""
+    settings = policy.model.generation_config
+    settings.eos_token_id = sorted({*stop_tokens(policy.model), prompts.end_token})
+    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     `allo-fast pairs CONFIG`
 
-Departs from the release: file order decides nothing, a seed does. Writes pairs.jsonl {id, prompt, chosen, rejected}.
+Departs from the release: file order decides nothing, a seed does. Writes pairs.jsonl {id, prompt, chosen, rejected,
+and the token ids of all three}.
 """
 
 import random
@@ -21,12 +22,13 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         correct, wrong = _unique(row, True), _unique(row, False)
         counts["no_correct"] += not correct
         counts["no_wrong"] += not wrong
-        if not correct and settings.gold == "missing":
-            correct = [row["solution"]]
+        if not correct and settings.gold == "missing" and "solution_ids" in row:
+            correct = [{"text": row["solution"], "ids": row["solution_ids"]}]
         drawn = random.Random(f"{unit.seed} {row['id']}")
-        both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen != rejected]
-        for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both))):
-            pairs.append({"id": row["id"], "prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+        both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen["ids"] != rejected["ids"]]
+        pairs += [
+            _pair(row, chosen, rejected) for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both)))
+        ]
     if not pairs:
         raise UserError(
             f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
@@ -37,6 +39,15 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     return {"pairs": len(pairs), "problems": len({pair["id"] for pair in pairs}), **counts}
 
 
-def _unique(row: dict, correct: bool) -> list[str]:
-    texts = (response["text"] for response in row["responses"] if response["correct"] == correct)
-    return [text for text in dict.fromkeys(texts) if text.strip()]
+def _unique(row: dict, correct: bool) -> list[dict]:
+    by_text: dict[str, dict] = {}
+    for response in row["responses"]:
+        if response["correct"] == correct and response["text"].strip():
+            by_text.setdefault(response["text"], response)
+    return list(by_text.values())
+
+
+def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
+    texts = {"chosen": chosen["text"], "rejected": rejected["text"]}
+    ids = {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"]}
+    return {"id": row["id"], "prompt": row["prompt"], **texts, **ids}

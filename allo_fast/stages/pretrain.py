@@ -28,8 +28,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = Corpus()
     for index in range(settings.problems):
         row = arithmetic_row("train", index)
-        problem = prompts.encode_prompt(row["problem"])
-        corpus.examples.append(tuple(corpus.add(problem, [prompts.encode_response(row["solution"])])))
+        corpus.examples.append(tuple(corpus.add(*prompts.encode(row["problem"], [row["solution"]]))))
     torch.manual_seed(unit.seed)
     model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
     policy, dtype = DensePolicy(model), getattr(torch, unit.config.model.dtype)

@@ -4,13 +4,13 @@
     `allo-fast sample CONFIG`
 
 Departs from the release: a seed reaches the sampler, and responses are sampled after the prompt they are trained on.
-Writes responses.jsonl and quarantine.jsonl (rows that were set aside, with the reason).
+Writes responses.jsonl (texts and token ids), problems.jsonl, and quarantine.jsonl (rows set aside, with the reason).
 """
 
 from collections.abc import Generator
 
 from allo_fast.config import UserError
-from allo_fast.data.problems import Problem, Quarantined, read_problems
+from allo_fast.data.encoding import encode_responses
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import is_correct
 from allo_fast.model.generation import generate
@@ -18,86 +18,64 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, write_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.models import base_path, inference, make_prompts
+from allo_fast.stages.problems import unit_problems
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
-    problems, quarantined = usable_problems(unit, unit.config.data.train, prompts)
-    if problems[0].options:
-        write_jsonl(unit.folder / "responses.jsonl", (_given(problem) for problem in problems))
-        responses = sum(len(problem.options) for problem in problems)
+    rows, quarantined = unit_problems(unit, unit.config.data.train, prompts, unit.config.sample.max_new_tokens)
+    facts = {"problems": len(rows), "quarantined": quarantined}
+    if rows[0]["responses"]:
+        write_jsonl(unit.folder / "responses.jsonl", rows)
     else:
-        responses = yield from _sample(unit, problems, prompts)
-    return {"problems": len(problems), "responses": responses, "quarantined": len(quarantined)}
+        rows = yield from _sample(unit, rows, prompts)
+        unusable = [reason for row in rows for reason in row["unusable"]]
+        if not any(row["responses"] for row in rows):
+            raise UserError(f"no sampled response can be trained: {unusable[0]}")
+        facts["unusable_responses"] = len(unusable)
+    return {**facts, "responses": sum(len(row["responses"]) for row in rows), "first_row": _first(rows, prompts)}
 
 
-def usable_problems(unit: Unit, source: str, prompts: Prompts) -> tuple[list[Problem], list[Quarantined]]:
-    """The problems of a source whose prompt, options and solution are not over-long; the rest into quarantine.jsonl."""
-    data = unit.config.data
-    problems, quarantined = read_problems(source, data.format)
-    kept = []
-    for problem in problems:
-        prompt = len(prompts.encode_prompt(problem.prompt))
-        response = max(len(prompts.encode_response(text)) for text in (*problem.options, problem.solution))
-        if prompt > data.max_prompt_tokens:
-            reason = f"the prompt has {prompt} tokens, data.max_prompt_tokens is {data.max_prompt_tokens}"
-        elif response > data.max_response_tokens:
-            limit = data.max_response_tokens
-            reason = f"a response or the solution has {response} tokens, data.max_response_tokens is {limit}"
-        else:
-            kept.append(problem)
-            continue
-        quarantined.append(Quarantined(problem.id, reason))
-    write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
-    if not kept:
-        raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
-    return kept, quarantined
-
-
-def _sample(unit: Unit, problems: list[Problem], prompts: Prompts) -> Generator[Progress, None, int]:
-    settings = unit.config.sample
+def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Progress, None, list[dict]]:
+    settings, asked = unit.config.sample, problems
     if unit.config.protocol == "release" and not prompts.chat:
         prompts.template += " "  # the release samples after one space more than it trains after
-    with inference(unit, base_path(unit)) as found:
+        asked = [{**row, "prompt_ids": prompts.encode_prompt(row["prompt"])} for row in problems]
+        prompts.template = prompts.template[:-1]
+    with inference(unit, base_path(unit)) as frozen:
 
-        def work(chunk: list[Problem], start: int) -> list[dict]:
+        def work(chunk: list[dict], start: int) -> list[dict]:
             texts = generate(
-                found.model,
+                frozen.model,
                 prompts.tokenizer,
-                [prompts.encode_prompt(problem.prompt) for problem in chunk],
+                [row["prompt_ids"] for row in asked[start : start + len(chunk)]],
                 prompts.end_tokens,
                 max_new_tokens=settings.max_new_tokens,
                 seed=unit.seed * 1_000_003 + start,
                 num_return_sequences=settings.num_return_sequences,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                sharded=found.sharded,
+                sharded=frozen.sharded,
             )
-            return [_judged(unit, problem, held) for problem, held in zip(chunk, texts, strict=True)]
+            return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
 
         rows = yield from by_chunks(unit.folder / "responses.jsonl", problems, settings.batch_size, "problem", work)
-    return len(rows) * settings.num_return_sequences
+    return rows
 
 
-def _judged(unit: Unit, problem: Problem, texts: list[str]) -> dict:
+def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts) -> dict:
     cut = [_cut(text, unit.config.sample.stop) for text in texts]
-    return _row(problem, [(text, is_correct(text, problem.answer, unit.config.data.scorer)) for text in cut])
-
-
-def _given(problem: Problem) -> dict:
-    return _row(problem, [(option, number == 0) for number, option in enumerate(problem.options)])
-
-
-def _row(problem: Problem, responses: list[tuple[str, bool]]) -> dict:
-    return {
-        "id": problem.id,
-        "prompt": problem.prompt,
-        "solution": problem.solution,
-        "answer": problem.answer,
-        "responses": [{"text": text, "correct": correct} for text, correct in responses],
-    }
+    judged = [(text, is_correct(text, row["answer"], unit.config.data.scorer)) for text in cut]
+    return encode_responses(row, judged, prompts)
 
 
 def _cut(text: str, stops: list[str]) -> str:
     ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends, default=len(text))].rstrip()
+
+
+def _first(rows: list[dict], prompts: Prompts) -> dict[str, str]:
+    """What the first row trains, with its special tokens."""
+    row = next((row for row in rows if row["responses"]), None)
+    ids = {} if row is None else {"prompt": row["prompt_ids"], "response": row["responses"][0]["ids"]}
+    return {name: prompts.tokenizer.decode(tokens) for name, tokens in ids.items()}

@@ -8,18 +8,19 @@ Writes model/ in float32, so that updates smaller than the model's own rounding 
 
 from collections.abc import Generator
 
+from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.objectives import Dpo
-from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.driving import pair_corpus, train
-from allo_fast.stages.models import base_path, dense_policy, frozen_reference, make_prompts
+from allo_fast.stages.driving import train
+from allo_fast.stages.models import base_path, dense_policy, frozen_reference, make_prompts, save_trained
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
-    corpus = pair_corpus(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), prompts)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))
     trainer = Trainer(
@@ -33,6 +34,6 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         reference=frozen_reference(unit, settings.reference),
     )
     facts = yield from train(unit, trainer)
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+    save_trained(unit, policy, prompts)
     trainer.backend.close()
     return facts

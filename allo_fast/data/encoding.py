@@ -1,0 +1,104 @@
+"""Problems as rows of token ids, the form in which a run stores and trains them; what does not fit is set aside."""
+
+from dataclasses import dataclass
+
+from allo_fast.data.batch import Corpus
+from allo_fast.data.problems import Problem, Quarantined
+from allo_fast.data.prompts import Prompts, turn_text
+from allo_fast.data.sources import UnusableRow
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In tokens. new: that may be sampled after a prompt without given responses."""
+
+    prompt: int  # data.max_prompt_tokens
+    response: int  # data.max_response_tokens
+    new: int
+    positions: float  # that the model can read
+    vocabulary: float  # rows of its embedding
+
+
+def encode_problems(problems: list[Problem], prompts: Prompts, limits: Limits) -> tuple[list[dict], list[Quarantined]]:
+    """Rows {id, prompt, solution, answer, prompt_ids, responses: [{text, ids, correct}]}, and what was set aside.
+
+    Where responses are to be sampled there are none, and `solution_ids` instead.
+    """
+    rows, quarantined = [], []
+    for problem in problems:
+        try:
+            rows.append(_encode(problem, prompts, limits))
+        except UnusableRow as error:
+            quarantined.append(Quarantined(problem.id, str(error)))
+    return rows, quarantined
+
+
+def encode_responses(row: dict, texts: list[tuple[str, bool]], prompts: Prompts) -> dict:
+    """The row with sampled responses and their correctness; `unusable`: why others could not be encoded."""
+    responses, unusable = [], []
+    for text, correct in texts:
+        try:
+            _, (ids,) = prompts.encode(row["prompt"], [text], row["tools"])
+            responses.append({"text": text, "ids": ids, "correct": correct})
+        except UnusableRow as error:
+            unusable.append(str(error))
+    return {**row, "responses": responses, "unusable": unusable}
+
+
+def corpus_of_pairs(rows: list[dict]) -> Corpus:
+    """From rows {id, prompt_ids, chosen_ids, rejected_ids}: each problem once with all responses of its pairs.
+
+    Examples are (chosen, rejected).
+    """
+    corpus, by_id = Corpus(), {}
+    for row in rows:
+        by_id.setdefault(row["id"], []).append((tuple(row["chosen_ids"]), tuple(row["rejected_ids"])))
+    prompts = {row["id"]: row["prompt_ids"] for row in rows}
+    for name, pairs in by_id.items():
+        responses = list(dict.fromkeys(ids for pair in pairs for ids in pair))
+        number = dict(zip(responses, corpus.add(prompts[name], map(list, responses)), strict=True))
+        corpus.examples += [(number[chosen], number[rejected]) for chosen, rejected in pairs]
+    return corpus
+
+
+def _encode(problem: Problem, prompts: Prompts, limits: Limits) -> dict:
+    prompt = problem.prompt if prompts.chat or problem.plain_prompt is None else problem.plain_prompt
+    turns = [*problem.right, *problem.wrong]
+    prompt_ids, ids = prompts.encode(prompt, turns or [problem.solution], problem.tools)
+    row = {"id": problem.id, "prompt": prompt, "tools": problem.tools, "solution": problem.solution}
+    row |= {"answer": problem.answer, "prompt_ids": prompt_ids}
+    _check_lengths(len(prompt_ids), max(map(len, ids)), limits, given=bool(turns))
+    _check_vocabulary([*prompt_ids, *(token for response in ids for token in response)], prompts, limits)
+    if not turns:
+        return {**row, "solution_ids": ids[0], "responses": []}
+    right = {tuple(tokens) for tokens in ids[: len(problem.right)]}
+    responses = [
+        {"text": turn_text(turn), "ids": tokens, "correct": number < len(problem.right)}
+        for number, (turn, tokens) in enumerate(zip(turns, ids, strict=True))
+        if number < len(problem.right) or tuple(tokens) not in right
+    ]
+    if all(response["correct"] for response in responses):
+        raise UnusableRow("chosen and rejected are the same tokens")
+    return {**row, "responses": responses}
+
+
+def _check_lengths(prompt: int, response: int, limits: Limits, given: bool) -> None:
+    if prompt > limits.prompt:
+        raise UnusableRow(f"the prompt has {prompt} tokens, data.max_prompt_tokens is {limits.prompt}")
+    if response > limits.response:
+        raise UnusableRow(
+            f"a response or the solution has {response} tokens, data.max_response_tokens is {limits.response}"
+        )
+    after = response if given else max(response, limits.new)
+    if prompt + after > limits.positions:
+        what = "the longest response" if after == response else "max_new_tokens"
+        raise UnusableRow(
+            f"the prompt has {prompt} tokens, and with {after} of {what} that is more than the {limits.positions} that "
+            "the model reads"
+        )
+
+
+def _check_vocabulary(ids: list[int], prompts: Prompts, limits: Limits) -> None:
+    if (highest := max(ids)) >= limits.vocabulary:
+        token = prompts.tokenizer.convert_ids_to_tokens(highest)
+        raise UnusableRow(f"the token {token!r} is {highest}, the model's embedding has {limits.vocabulary} rows")

@@ -1,0 +1,252 @@
+"""A preference row is a conversation: its context, and responses of which some are better than others.
+
+Reads every usual layout; a row that would lose something on the way is set aside with the reason.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from allo_fast.data.conversations import Messages, as_messages, as_transcript, parse_transcript, text
+from allo_fast.data.sources import UnusableRow
+
+Turn = str | dict  # an assistant's message: its text, or the whole message where it has more than text
+
+PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations", "messages", "context", "history")
+SYSTEMS = ("system", "system_prompt", "system_message")
+CONTEXT = (*PROMPTS, *SYSTEMS, "tools", "functions", "documents")  # is read, or the row is set aside
+_LISTS = ("responses", "completions", "answers", "generations")
+_TEXTS = ("response", "completion", "answer", "generation", "text", "content")
+_RATINGS = {"score": 1, "scores": 1, "overall_score": 1, "rating": 1, "ratings": 1, "rank": -1, "ranks": -1}
+_PAIRED = {  # two responses, and which values of a third field say that the first is the better one, or the second
+    ("response_0", "response_1", "better_response_id"): ((0,), (1,)),
+    ("human_ref_A", "human_ref_B", "labels"): ((1,), (0,)),
+    ("response1", "response2", "overall_preference"): ((-3, -2, -1), (1, 2, 3)),
+    ("response_a", "response_b", "winner"): (("response_a", "model_a", "a"), ("response_b", "model_b", "b")),
+    ("conversation_a", "conversation_b", "winner"): (("model_a",), ("model_b",)),
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """prompt: a text as it stands, or messages. transcript: the messages were a text, which base models get back.
+
+    right, wrong: one of them may be empty where the row is a single judged completion.
+    """
+
+    prompt: str | Messages
+    right: tuple[Turn, ...]
+    wrong: tuple[Turn, ...]
+    tools: list[dict] | None = None
+    transcript: bool = False
+
+    @property
+    def plain_prompt(self) -> str | None:
+        """What a model without a chat template continues; None where there is no such text."""
+        return as_transcript(self.prompt) if self.transcript else self.prompt if isinstance(self.prompt, str) else None
+
+
+def read_preference(row: dict) -> Preference:
+    """Raises UnusableRow where the row is in no layout that is read, or would lose a part of its context.
+
+    Responses: chosen, rejected (texts, messages, whole conversations, transcripts "\\n\\nHuman: ..."; either may be a
+    list of such); messages with rejected_response; preferred_output, non_preferred_output; two responses with the
+    field that says which is better (`_PAIRED`), or response_j (better) and response_k; responses, completions, answers
+    or generations with scores or ranks; completion and label. The prompt is one of PROMPTS, with a system text, a
+    history of earlier turns and tools; without any, it is what chosen and rejected begin with.
+    """
+    right, wrong, used = _sides(row)
+    prompt, tools, transcript = _prompt(row, used)
+    left = [key for key in CONTEXT if key not in used and row.get(key) and row[key] not in (*right, *wrong, prompt)]
+    if left:
+        raise UnusableRow(f"{left[0]}: looks like context, and is not read beside {', '.join(sorted(used))}")
+    read = [_response(value, "chosen") for value in right] + [_response(value, "rejected") for value in wrong]
+    if prompt is None and right and wrong and all(isinstance(r.turn, str) and not r.context for r in read):
+        prompt = _common_beginning([response.turn for response in read])
+        read = [replace(response, turn=response.turn[len(prompt) :]) for response in read]
+    contexts = [_joined(prompt, response) for response in read]
+    if any(context != contexts[0] for context in contexts):
+        raise UnusableRow("chosen and rejected answer different contexts")
+    turns = [response.turn for response in read]
+    right, wrong = _disjoint(turns[: len(right)], turns[len(right) :])
+    return Preference(contexts[0], right, wrong, tools, transcript or any(r.transcript for r in read))
+
+
+@dataclass(frozen=True)
+class _Response:
+    context: Messages
+    turn: Turn
+    name: str
+    transcript: bool = False
+
+
+def _sides(row: dict) -> tuple[list, list, set[str]]:
+    """Raw better and worse responses, and the fields that they were read from."""
+    for better, worse in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
+        if better in row or worse in row:
+            return _listed(row, better), _listed(row, worse), {better, worse}
+    if "rejected_response" in row and "messages" in row:
+        return [row["messages"]], _listed(row, "rejected_response"), {"messages", "rejected_response"}
+    if "response_j" in row and "response_k" in row:
+        return [row["response_j"]], [row["response_k"]], {"response_j", "response_k"}
+    for (first, second, verdict), (better, worse) in _PAIRED.items():
+        if {first, second, verdict} <= row.keys():
+            if row[verdict] not in (*better, *worse):
+                raise UnusableRow(f"{verdict}: expected one of {(*better, *worse)}, got {row[verdict]!r}")
+            pair = [row[first]], [row[second]]
+            return *(pair if row[verdict] in better else reversed(pair)), {first, second, verdict}
+    if "completion" in row and "label" in row:
+        label = _label(row["label"])
+        return [row["completion"]] * label, [row["completion"]] * (not label), {"completion", "label"}
+    for name in _LISTS:
+        if isinstance(row.get(name), list):
+            return _ranked(row, name)
+    raise UnusableRow(f"no field 'chosen'; it has {sorted(row)}")
+
+
+def _listed(row: dict, name: str) -> list:
+    """A response, or several: a list whose elements are not messages."""
+    if name not in row:
+        raise UnusableRow(f"no field {name!r}; it has {sorted(row)}")
+    value = row[name]
+    several = isinstance(value, list) and value and not any(isinstance(item, dict) for item in value)
+    return value if several else [value]
+
+
+def _label(value: object) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    if str(value).lower() not in known:
+        raise UnusableRow(f"label: expected true or false, got {value!r}")
+    return known[str(value).lower()]
+
+
+def _ranked(row: dict, name: str) -> tuple[list, list, set[str]]:
+    """The best of a list, by score or rank, against all that are below it."""
+    items, used = row[name], {name}
+    if all(isinstance(item, dict) for item in items):
+        key = next((key for key in _RATINGS if items and all(key in item for item in items)), None)
+        field = next((field for field in _TEXTS if items and all(field in item for item in items)), None)
+        texts, ratings = [item.get(field) for item in items], [item.get(key) for item in items]
+    else:
+        key = next((key for key in _RATINGS if isinstance(row.get(key), list)), None)
+        texts, ratings, used = items, row.get(key), {name, key}
+    if key is None or len(texts) != len(ratings):
+        raise UnusableRow(f"{name}: expected a rating of each, as one of {', '.join(_RATINGS)}")
+    if not all(isinstance(rating, int | float) and rating == rating for rating in ratings):
+        raise UnusableRow(f"{key}: expected numbers, got {ratings!r}")
+    values = [_RATINGS[key] * rating for rating in ratings]
+    best = max(values, default=0)
+    sides = ([t for t, v in zip(texts, values, strict=True) if (v == best) == better] for better in (True, False))
+    return *sides, used
+
+
+def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict] | None, bool]:
+    """The prompt, the tools, and whether the prompt was a transcript; adds to `used` what they were read from."""
+    name = next((name for name in PROMPTS if name not in used and row.get(name) not in (None, "", [])), None)
+    value = row.get(name)
+    if name == "input" and isinstance(value, dict) and "messages" in value:  # the request of a chat interface
+        value, row = value["messages"], {**row, "tools": value.get("tools")}
+    if name == "instruction" and row.get("input"):
+        value, used = f"{text(value, name)}\n{text(row['input'], 'input')}", used.update(["input"]) or used
+    used.update([name] if name else [])
+    messages, transcript = None, False
+    if name:
+        messages = as_messages(value, name)
+        if messages is None and (parsed := parse_transcript(text(value, name)))[0]:
+            messages, transcript = (
+                parsed[0] + ([{"role": "assistant", "content": parsed[1]}] if parsed[1] else []),
+                True,
+            )
+    earlier = _system(row, used) + _history(row, used)
+    if earlier:
+        messages = messages or ([{"role": "user", "content": value}] if name else [])
+        if messages and earlier[0] == messages[0]:
+            earlier = earlier[1:]
+        messages = earlier + messages
+    return messages or value, _tools(row, used), transcript
+
+
+def _system(row: dict, used: set[str]) -> Messages:
+    name = next((name for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip()), None)
+    used.update([name] if name else [])
+    return [{"role": "system", "content": text(row[name], name)}] if name else []
+
+
+def _history(row: dict, used: set[str]) -> Messages:
+    """Earlier turns: messages, or pairs of a question and its answer."""
+    value = row.get("history")
+    if "history" in used or not value:
+        return []
+    used.add("history")
+    pairs = value if isinstance(value, list) and all(isinstance(item, list) for item in value) else None
+    if pairs is None or not all(len(pair) == 2 for pair in pairs):
+        return as_messages(value, "history") or []
+    said = [text(part, "history") for pair in pairs for part in pair]
+    return [{"role": ("user", "assistant")[place % 2], "content": part} for place, part in enumerate(said)]
+
+
+def _tools(row: dict, used: set[str]) -> list[dict] | None:
+    value = row.get("tools")
+    if not value:
+        return None
+    used.add("tools")
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UnusableRow(f"tools: not JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow(f"tools: expected a list of objects, got {value!r}")
+    return tools
+
+
+def _common_beginning(texts: list[str]) -> str:
+    """What all begin with, up to the end of a word."""
+    common = re.match(r"(?:.*(?=\s))?", os.path.commonprefix(texts), re.DOTALL)[0].rstrip()
+    if not common:
+        raise UnusableRow("no field 'prompt', and chosen and rejected begin with nothing in common")
+    return common
+
+
+def _response(value: object, name: str) -> _Response:
+    messages = as_messages(value, name) if isinstance(value, dict | list | str) else None
+    if messages is None:
+        context, turn = parse_transcript(text(value, name))
+        return _Response(context, turn if context else value, name, bool(context))
+    if messages[-1]["role"] != "assistant":
+        raise UnusableRow(f"{name}: the last message is the {messages[-1]['role']}'s, not the assistant's")
+    last = messages[-1]
+    return _Response(messages[:-1], last["content"] if last.keys() == {"role", "content"} else last, name)
+
+
+def _joined(prompt: str | Messages | None, response: _Response) -> str | Messages:
+    """The context of one response: the prompt, and what of the conversation the response brings along."""
+    own, asked = response.context, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not own:
+        if not prompt:
+            raise UnusableRow(f"no field 'prompt', and {response.name} is no conversation")
+        return prompt
+    if not asked or any(own[i : i + len(asked)] == asked for i in range(len(own))):
+        return own
+    if asked[-len(own) :] == own:
+        return asked
+    if own[0]["role"] in ("assistant", "tool"):
+        return [*asked, *own]
+    raise UnusableRow(f"{response.name}: its conversation is not the prompt's")
+
+
+def _disjoint(right: list[Turn], wrong: list[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """Each response once. Raises UnusableRow for one that is better and worse."""
+    if both := [turn for turn in right if turn in wrong]:
+        equal = len(right) == len(wrong) == 1
+        raise UnusableRow("chosen and rejected are equal" if equal else f"both chosen and rejected: {both[0]!r}")
+    return distinct(right), distinct(wrong)
+
+
+def distinct(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """Each once, in order."""
+    kept: list[Turn] = []
+    for turn in turns:
+        kept += [turn] * (turn not in kept)
+    return tuple(kept)

@@ -1,0 +1,49 @@
+"""The problems of a data source as a run trains and answers them: rendered once, kept with the unit."""
+
+from pathlib import Path
+
+from allo_fast.config import Config, UserError
+from allo_fast.data.encoding import Limits, encode_problems
+from allo_fast.data.problems import Quarantined, read_problems
+from allo_fast.data.prompts import Prompts
+from allo_fast.plan.shapes import model_config
+from allo_fast.runs.rows import read_jsonl, rendered_once, write_jsonl
+from allo_fast.runs.run import Unit
+
+
+def unit_problems(unit: Unit, source: str, prompts: Prompts, new_tokens: int) -> tuple[list[dict], int]:
+    """Rows of `encode_problems`, and how many were set aside; problems.jsonl and quarantine.jsonl of the unit.
+
+    A continued unit reads what it rendered, so that a chat template with today's date changes nothing.
+    Raises UserError where no row is usable.
+    """
+
+    def render() -> list[dict]:
+        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens)
+        write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
+        if not rows:
+            raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
+        return rows
+
+    rows = rendered_once(unit.folder / "problems.jsonl", render)
+    return rows, len(read_jsonl(unit.folder / "quarantine.jsonl"))
+
+
+def usable_problems(
+    config: Config, source: str, prompts: Prompts, new_tokens: int
+) -> tuple[list[dict], list[Quarantined]]:
+    problems, quarantined = read_problems(source, config.data.format)
+    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens))
+    return rows, quarantined + refused
+
+
+def limits(config: Config, new_tokens: int, path: str | Path | None = None) -> Limits:
+    """Of the configuration and of the model at `path`, or of the base; infinite where the model names none."""
+    model = model_config(config, path and str(path)).get_text_config()
+    data = config.data
+    return Limits(data.max_prompt_tokens, data.max_response_tokens, new_tokens, max_positions(model), model.vocab_size)
+
+
+def max_positions(model) -> float:
+    """Tokens that a model of this configuration can read; infinite where it names no limit."""
+    return getattr(model, "max_position_embeddings", None) or float("inf")
