@@ -1,6 +1,4 @@
 import json
-import sys
-import types
 
 import pytest
 from conftest import shared
@@ -8,7 +6,6 @@ from conftest import shared
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.problems import read_problems
-from allo_fast.data.prompts import INSTRUCTION, Prompts
 from allo_fast.data.scoring import accuracy_interval, difference_interval, is_correct
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -54,7 +51,6 @@ def test_unusable_sources(tmp_path):
         (str(tmp_path / "none.jsonl"), "none.jsonl: no such file"),
         (lines(tmp_path, ""), "the file is empty"),
         ("arithmetic:train", "name a slice"),
-        ("org/name:split", "expected org/name:config:split|pip install"),
     ):
         with pytest.raises(UserError, match=message):
             read_problems(source, "problems")
@@ -87,7 +83,8 @@ def test_multiple_choice_in_both_layouts(tmp_path):
     problems, _ = read_problems(lines(tmp_path, text, arc), "multiple_choice")
     for problem in problems:
         assert problem.prompt == text["problem"] and problem.answer == "Gas balls"
-        assert problem.options == ("The answer is Gas balls", "The answer is lights", "The answer is warm")
+        assert problem.right == ("The answer is Gas balls",)
+        assert problem.wrong == ("The answer is lights", "The answer is warm")
     assert [p.solution for p in problems] == ["why", "The answer is Gas balls"]
     _, bad = read_problems(lines(tmp_path, text, {**text, "answer": "moon"}), "multiple_choice")
     assert "expected exactly one of the options" in bad[0].reason
@@ -108,42 +105,6 @@ def test_malformed_choices_are_set_aside(tmp_path, row, reason):
     good = {"problem": "q\nOptions:\na\nb", "answer": "a"}
     _, (bad,) = read_problems(lines(tmp_path, good, {"question": "q", **row}), "multiple_choice")
     assert reason in bad.reason
-
-
-@pytest.mark.parametrize("prompt", [["hello"], [], [{"role": "user"}], [{"role": "user", "content": " "}]])
-def test_malformed_messages_are_set_aside(tmp_path, prompt):
-    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    _, (bad,) = read_problems(lines(tmp_path, good, {**good, "prompt": prompt}), "preference")
-    assert bad.reason.startswith("prompt: expected chat messages with role and content")
-
-
-def test_preference_rows_as_texts_and_messages(tmp_path):
-    plain = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-    said = [{"role": "user", "content": "p"}]
-    chat = {
-        "prompt": said,
-        "chosen": [*said, {"role": "assistant", "content": "good"}],
-        "rejected": [{"role": "assistant", "content": "bad"}],
-    }
-    equal = {**plain, "rejected": "good"}
-    problems, (bad,) = read_problems(lines(tmp_path, plain, chat, equal), "preference")
-    assert [p.options for p in problems] == [("good", "bad")] * 2 and problems[1].prompt == said
-    assert bad.reason == "chosen and rejected are equal"
-
-
-def test_hub_data_sets(monkeypatch):
-    asked = []
-
-    def load_dataset(path, config, split):
-        asked.append((path, config, split))
-        return [ROW, ROW]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    problems, _ = read_problems("org/name:main:train[:1]", "problems")
-    assert asked == [("org/name", "main", "train")] and len(problems) == 1
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install"):
-        read_problems("org/name:main:train", "problems")
 
 
 def test_arithmetic_is_right_repeatable_and_held_out():
@@ -236,54 +197,3 @@ def test_intervals_of_differences():
     assert mean == 0 and low < 0 < high, "never differing is not certainty"
     assert difference_interval([one, one], [base]) == difference_interval([one, one], [base, base])
     assert difference_interval([one, one], [base])[0] == 0.5
-
-
-def with_template():
-    tokenizer = character_tokenizer()
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def test_prompts_without_a_chat_template():
-    tokenizer = character_tokenizer()
-    decode = lambda ids: "".join(tokenizer.convert_ids_to_tokens(ids))  # noqa: E731
-    assert decode(Prompts(tokenizer, template="{}=").encode_prompt("1+1")) == "1+1="
-    assert Prompts(tokenizer).template == INSTRUCTION
-    prompts = Prompts(tokenizer, rewrite="{}#{}#{}>")
-    assert decode(prompts.encode_rewrite("1+1", "2", "{}3")) == "1+1#2#<unk><unk>3>"
-    assert decode(prompts.encode_response("2")) == "2<eos>"
-
-
-def test_prompts_with_a_chat_template():
-    tokenizer = with_template()
-    chat = Prompts(tokenizer)
-    assert tokenizer.decode(chat.encode_prompt("1")) == tokenizer.decode(tokenizer("<user>1<a>").input_ids)
-    assert chat.encode_prompt([{"role": "user", "content": "1"}]) == chat.encode_prompt("1")
-    assert Prompts(tokenizer, chat=False, template="{}=").encode_prompt("1") == tokenizer("1=").input_ids
-    rewrite = Prompts(tokenizer, rewrite="{}#{}#{}>").encode_rewrite([{"role": "user", "content": "1"}], "2", "3")
-    assert rewrite == tokenizer("<user>1#2#3><a>").input_ids
-
-
-def test_a_turn_ends_as_the_template_ends_it():
-    tokenizer = with_template()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
-    prompts, turn = Prompts(tokenizer), tokenizer.convert_tokens_to_ids("<turn>")
-    assert prompts.encode_response("2")[-1] == turn != tokenizer.eos_token_id
-    assert prompts.end_tokens == {turn, tokenizer.eos_token_id}
-    assert Prompts(with_template()).encode_response("2")[-1] == tokenizer.eos_token_id
-
-
-def test_prompt_mistakes():
-    with pytest.raises(UserError, match="chat messages need a tokenizer with a chat template"):
-        Prompts(character_tokenizer()).encode_prompt([{"role": "user", "content": "1"}])
-    with pytest.raises(UserError, match="data.chat_template is true"):
-        Prompts(character_tokenizer(), chat=True)
-    with pytest.raises(UserError, match="data.prompt_template: expected 1 times"):
-        Prompts(character_tokenizer(), template="no hole")
-    with pytest.raises(UserError, match="rewards.template: expected 3 times"):
-        Prompts(character_tokenizer(), rewrite="{}")
-    tokenizer = character_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        Prompts(tokenizer)

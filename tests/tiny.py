@@ -30,13 +30,14 @@ def byte_level(*special: str, eos: str, bos: str | None = None, template: str | 
 def metaspace(template: str | None = None, ends: bool = False) -> PreTrainedTokenizerFast:
     """As Llama-2's: a space before the text, bytes for the unknown, <s> before and, with `ends`, </s> behind."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(parts)
     names = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)]]
     tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=names, show_progress=False))
     held = json.loads(tokenizer.to_str())
     held["added_tokens"] = [token for token in held["added_tokens"] if not token["content"].startswith("<0x")]
+    held["pre_tokenizer"]["split"] = False  # only training must not merge across spaces
     tokenizer = Tokenizer.from_str(json.dumps(held))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A" + " </s>" * ends, special_tokens=[("<s>", 1), ("</s>", 2)]

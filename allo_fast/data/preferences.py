@@ -66,6 +66,8 @@ def read_preference(row: dict) -> Preference:
     if prompt is None and right and wrong and all(isinstance(r.turn, str) and not r.context for r in read):
         prompt = _common_beginning([response.turn for response in read])
         read = [replace(response, turn=response.turn[len(prompt) :]) for response in read]
+    asked = next((response.context for response in read if response.context), None)
+    prompt = asked if prompt is None and not all(response.context for response in read) else prompt
     contexts = [_joined(prompt, response) for response in read]
     if any(context != contexts[0] for context in contexts):
         raise UnusableRow("chosen and rejected answer different contexts")

@@ -155,8 +155,6 @@ class Prompts:
         except Exception as error:
             raise UnusableRow(f"the tokenizer refuses it: {error}") from error
         if not self.chat:
-            while ids[:2] == [self.tokenizer.bos_token_id] * 2:
-                ids = ids[1:]
             while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
         if not ids:
@@ -175,7 +173,8 @@ class Prompts:
     def _plain(self, prompt: str | Messages, tools: list[dict] | None) -> str:
         if tools or not isinstance(prompt, str):
             raise UnusableRow(f"{'tools' if tools else 'chat messages'} need a tokenizer with a chat template")
-        return self._trimmed(prompt)
+        adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        return self._trimmed(prompt).removeprefix(self.tokenizer.bos_token if adds_bos else "")
 
     def _trimmed(self, text: str) -> str:
         """Without end tokens that the text itself brings along."""

@@ -1,0 +1,205 @@
+"""Every layout of preference rows that is in wide use, read as one conversation; and what is set aside."""
+
+import json
+
+import pytest
+
+from allo_fast.config import UserError
+from allo_fast.data.preferences import read_preference
+from allo_fast.data.problems import read_problems
+from allo_fast.data.sources import UnusableRow
+
+S, Q, A, B = "Be kind.", "How hot?", "Hot.", "Cold."
+
+
+def said(*texts, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+SYSTEM = {"role": "system", "content": S}
+TOOLS = [{"type": "function", "function": {"name": "heat", "parameters": {}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "heat", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "230"}
+HH = "\n\nHuman: How?\n\nAssistant: Well.\n\nHuman: How hot?\n\nAssistant:"
+LONG = said("How?", "Well.", Q)
+
+# Layout -> row, prompt. Chosen is A and rejected is B in all of them.
+LAYOUTS = {
+    "texts": ({"prompt": Q, "chosen": A, "rejected": B}, Q),
+    "system": ({"system": S, "prompt": Q, "chosen": A, "rejected": B}, [SYSTEM, *said(Q)]),
+    "orca": ({"system": "", "question": Q, "chosen": A, "rejected": B}, Q),
+    "orca-system": ({"system": S, "question": Q, "chosen": A, "rejected": B}, [SYSTEM, *said(Q)]),
+    "distilabel": ({"system": S, "input": Q, "chosen": A, "rejected": B}, [SYSTEM, *said(Q)]),
+    "alpaca": ({"instruction": "How", "input": "hot?", "chosen": A, "rejected": B}, "How\nhot?"),
+    "history": ({"instruction": Q, "history": [["How?", "Well."]], "chosen": A, "rejected": B}, LONG),
+    "messages": (
+        {"prompt": said(Q), "chosen": said(A, first="assistant"), "rejected": said(B, first="assistant")},
+        said(Q),
+    ),
+    "system-and-messages": ({"system": S, "prompt": LONG, "chosen": A, "rejected": B}, [SYSTEM, *LONG]),
+    "capybara": (
+        {"chosen": [*LONG, *said(A, first="assistant")], "rejected": [*LONG, *said(B, first="assistant")]},
+        LONG,
+    ),
+    "binarized": (
+        {"prompt": Q, "chosen": said(Q, A), "rejected": said(Q, B), "messages": said(Q, A), "score": 1},
+        said(Q),
+    ),
+    "last-question": (
+        {"prompt": Q, "chosen": [*LONG, *said(A, first="assistant")], "rejected": [*LONG, *said(B, first="assistant")]},
+        LONG,
+    ),
+    "system-outside": ({"system": S, "prompt": Q, "chosen": said(Q, A), "rejected": said(Q, B)}, [SYSTEM, *said(Q)]),
+    "json": ({"chosen": json.dumps(said(Q, A)), "rejected": json.dumps(said(Q, B))}, said(Q)),
+    "json-prompt": ({"prompt": json.dumps(said(Q)), "chosen": A, "rejected": B}, said(Q)),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "human", "value": Q}],
+            "chosen": {"from": "gpt", "value": A},
+            "rejected": {"from": "gpt", "value": B},
+        },
+        said(Q),
+    ),
+    "swift": ({"messages": said(Q, A), "rejected_response": B}, said(Q)),
+    "chat-api": (
+        {
+            "input": {"messages": said(Q), "tools": [], "parallel_tool_calls": True},
+            "preferred_output": said(A, first="assistant"),
+            "non_preferred_output": said(B, first="assistant"),
+        },
+        said(Q),
+    ),
+    "hh": ({"chosen": f"{HH} {A}", "rejected": f"{HH} {B}"}, LONG),
+    "hh-prompt": ({"prompt": HH, "chosen": f" {A}", "rejected": f" {B}"}, LONG),
+    "shp": ({"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1}, Q),
+    "shp-swapped": ({"history": Q, "human_ref_A": B, "human_ref_B": A, "labels": 0}, Q),
+    "safe": ({"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1, "safer_response_id": 0}, Q),
+    "stack": ({"question": Q, "response_j": A, "response_k": B}, Q),
+    "helpsteer": ({"context": said(Q), "response1": B, "response2": A, "overall_preference": 2}, said(Q)),
+    "arena": ({"conversation_a": said(Q, A), "conversation_b": said(Q, B), "winner": "model_a"}, said(Q)),
+    "beginning": ({"chosen": f"Say it: {A}", "rejected": f"Say it: {B}"}, "Say it:"),
+    "scores": ({"prompt": Q, "responses": [B, A], "scores": [1.0, 2.0]}, Q),
+    "ranks": ({"prompt": Q, "answers": [{"answer": A, "rank": 1}, {"answer": B, "rank": 2}]}, Q),
+    "ultrafeedback": (
+        {"instruction": Q, "completions": [{"response": B, "overall_score": 3}, {"response": A, "overall_score": 9}]},
+        Q,
+    ),
+    "tools": (
+        {"prompt": [*said(Q), CALL, RESULT], "chosen": A, "rejected": B, "tools": TOOLS},
+        [*said(Q), CALL, RESULT],
+    ),
+    "prefilled": ({"prompt": said(Q, "It is"), "chosen": A, "rejected": B}, said(Q, "It is")),
+    "empty-system": ({"prompt": [{"role": "system", "content": ""}, *said(Q)], "chosen": A, "rejected": B}, None),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    row, prompt = LAYOUTS[name]
+    read = read_preference(row)
+    if prompt is not None:
+        assert read.prompt == prompt
+    strip = [turn.strip() for turn in (*read.right, *read.wrong)]
+    assert strip == [A, B]
+    assert read.tools == (TOOLS if name == "tools" else None)
+
+
+def test_a_transcript_is_given_back_to_base_models():
+    read = read_preference(LAYOUTS["hh"][0])
+    assert read.plain_prompt == HH and read.right == (A,)
+    assert read_preference(LAYOUTS["messages"][0]).plain_prompt is None
+    begun = read_preference({"prompt": f"{HH} It is", "chosen": A, "rejected": B})
+    assert begun.prompt[-1] == {"role": "assistant", "content": "It is"}
+
+
+def test_several_responses():
+    read = read_preference({"prompt": Q, "chosen": A, "rejected": [B, "Ice.", B]})
+    assert (read.right, read.wrong) == ((A,), (B, "Ice."))
+    ties = {"prompt": Q, "completions": ["a", "b", "c", "d"], "ratings": [2, 5, 5, 1]}
+    assert read_preference(ties).right == ("b", "c") and read_preference(ties).wrong == ("a", "d")
+    whole = read_preference({"chosen": said(Q, A), "rejected": [said(Q, B), said(Q, "Ice.")]})
+    assert whole.prompt == said(Q) and whole.wrong == (B, "Ice.")
+
+
+def test_a_call_is_a_response():
+    read = read_preference({"prompt": Q, "chosen": [CALL], "rejected": B, "tools": json.dumps(TOOLS)})
+    assert read.right == (CALL,) and read.wrong == (B,) and read.tools == TOOLS
+
+
+BASE = {"prompt": Q, "chosen": A, "rejected": B}
+ASIDE = {
+    "role": (
+        {**BASE, "prompt": [{"role": "narrator", "content": "x"}]},
+        "expected a role out of system, .* got 'narrator'",
+    ),
+    "last is the user's": ({**BASE, "chosen": said(Q, A, "Thanks!")}, "chosen: the last message is the user's"),
+    "contexts": ({"chosen": said(Q, A), "rejected": said("Why?", B)}, "answer different contexts"),
+    "earlier turns": ({"chosen": said("x", "y", Q, A), "rejected": said("x", "z", Q, B)}, "different contexts"),
+    "another prompt": (
+        {**BASE, "chosen": said("Why?", A), "rejected": said("Why?", B)},
+        "its conversation is not the prompt's",
+    ),
+    "unread": (
+        {**BASE, "context": "The oven is on."},
+        "context: looks like context, and is not read beside chosen, prompt",
+    ),
+    "documents": ({**BASE, "documents": ["x"]}, "documents: looks like context"),
+    "functions": ({**BASE, "functions": ["x"]}, "functions: looks like context"),
+    "two prompts": ({**BASE, "question": "Why?"}, "question: looks like context"),
+    "equal": ({**BASE, "rejected": A}, "chosen and rejected are equal"),
+    "both": ({**BASE, "rejected": [B, A]}, "both chosen and rejected: 'Hot.'"),
+    "surrogate in a text": ({**BASE, "prompt": "Good? \ud83d"}, "prompt: half a character"),
+    "surrogate in messages": ({**BASE, "chosen": said(Q, "Yes \ude0a")}, "chosen: half a character"),
+    "no prompt": (
+        {"chosen": A, "rejected": B},
+        "no field 'prompt', and chosen and rejected begin with nothing in common",
+    ),
+    "no rejected": ({"prompt": Q, "chosen": A}, "no field 'rejected'"),
+    "no responses": ({"prompt": Q, "text": A}, r"no field 'chosen'; it has \['prompt', 'text'\]"),
+    "verdict": (
+        {"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 7},
+        "better_response_id: expected one of",
+    ),
+    "tie": (
+        {"context": Q, "response1": A, "response2": B, "overall_preference": 0},
+        "overall_preference: expected one of",
+    ),
+    "unrated": ({"prompt": Q, "responses": [A, B]}, "responses: expected a rating of each"),
+    "rating": ({"prompt": Q, "responses": [A, B], "scores": [1, None]}, "scores: expected numbers"),
+    "label": ({"prompt": Q, "completion": A, "label": "maybe"}, "label: expected true or false"),
+    "tools": ({**BASE, "tools": "{"}, "tools: not JSON"),
+    "no content": ({**BASE, "prompt": [{"role": "user"}]}, "prompt: expected chat messages with role and content"),
+    "parts": (
+        {**BASE, "prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}]},
+        "expected chat messages",
+    ),
+    "empty": ({**BASE, "rejected": " "}, "rejected: expected a text"),
+    "number": ({**BASE, "chosen": 42}, "chosen: expected a text, got 42"),
+    "nothing": ({**BASE, "chosen": []}, "expected chat messages"),
+}
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_what_is_set_aside(name):
+    row, reason = ASIDE[name]
+    with pytest.raises(UnusableRow, match=reason):
+        read_preference(row)
+
+
+def test_judged_completions_are_grouped_by_their_prompt(tmp_path):
+    rows = [
+        {"prompt": Q, "completion": A, "label": True},
+        {"prompt": "Why?", "completion": "So.", "label": False},
+        {"prompt": Q, "completion": B, "label": "false"},
+        {"prompt": Q, "completion": "Ice.", "label": 0},
+        {"prompt": Q, "completion": A, "label": False},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (problem,), (alone,) = read_problems(str(path), "preference")
+    assert (problem.id, problem.right, problem.wrong) == ("rows.jsonl:1", (A,), (B, "Ice."))
+    assert alone.id == "rows.jsonl:2" and "its prompt has no right completion" in alone.reason
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="no usable row; .*no wrong completion"):
+        read_problems(str(path), "preference")
