@@ -29,6 +29,7 @@ setup(
         "safetensors>=0.5",
         "triton>=3.6; sys_platform == 'linux'",
         "numpy>=2.0",
+        "datasets>=4.0",
         "pydantic>=2.10",
         "PyYAML>=6.0",
         "tqdm>=4.66",
@@ -38,7 +39,6 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "accelerate>=1.10"],
         "gguf": ["gguf>=0.17", "accelerate>=1.10"],
-        "hub": ["datasets>=4.0"],
         "flash-attn": ["flash-attn>=2.8"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "accelerate>=1.10"],
     },

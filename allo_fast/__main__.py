@@ -26,8 +26,8 @@ from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.report.page import summarize, table, write_report
 from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
 from allo_fast.stages import STAGES, inputs_of, stages_of
+from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.evaluate import evaluate
-from allo_fast.stages.models import check_references
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
         command.add_argument("--rerun", action="store_true", help="run again what changed settings affect")
         command.set_defaults(command=_run if name in ("run", "report") else _stage, name=name)
+    command = commands.add_parser("check", help="what would end a run later, all of it, before anything starts")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.set_defaults(command=_check)
     command = commands.add_parser("plan", help="memory, traffic, disk and time of a job, before it starts")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
@@ -146,8 +150,11 @@ def _opened(given: argparse.Namespace) -> Iterator[Run]:
         ranks.agree(inputs_of(config))
         _check_ranks(config, ranks.world_size())
         zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
-    ranks.on_main(lambda: check_references(config))
-    with alone_in(Path(config.output_dir) / config.name):
+    folder = Path(config.output_dir) / config.name
+    if given.name == "run" and (given.rerun or not was_checked(folder)):
+        for note in ranks.on_main(lambda: require(config)):
+            _say(note)
+    with alone_in(folder):
         yield Run(config, STAGES, given.rerun, zeros)
 
 
@@ -155,6 +162,13 @@ def _check_ranks(config: Config, world: int) -> None:
     """Raises UserError where a stage's steps cannot be divided, before any stage runs."""
     for name, train in training_sections(config).items():
         check_divides(train, world, name)
+
+
+def _check(given: argparse.Namespace) -> int:
+    findings = check(load_config(given.config, given.overrides))
+    print("\n".join([*findings.notes, *(f"problem: {problem}" for problem in findings.problems)]))
+    print(f"{len(findings.problems)} problems" if findings.problems else "nothing stands against this run")
+    return 2 if findings.problems else 0
 
 
 def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None) -> dict[str, Zero | None]:

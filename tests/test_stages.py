@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from conftest import TINY, pair_corpus, tiny_llama
+from tiny import metaspace
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from allo_fast.config import Config, UserError
@@ -13,11 +14,12 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.policy import DensePolicy
-from allo_fast.model.generation import generate
+from allo_fast.model.generation import generate, stop_tokens
 from allo_fast.model.loading import save_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages import forget, models, pairs, rewards
+from allo_fast.stages.check import Findings
 
 
 def test_json_lines_survive_every_line_separator(tmp_path):
@@ -65,12 +67,16 @@ def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
 
 
 def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
-    for name, message in (("larger", "has another vocabulary than .*base"), ("none", "no such file")):
-        reference_unit.config.learn.reference = str(tmp_path / name)
-        with pytest.raises(UserError, match=f"learn.reference: .*{name}.* {message}"):
-            models.check_references(reference_unit.config)
+    findings = Findings()
+    config, base = reference_unit.config, character_tokenizer()
+    config.learn.reference, config.warmup.reference = str(tmp_path / "larger"), str(tmp_path / "none")
+    models.check_vocabularies(config, base, findings.attempt)
+    assert "warmup.reference: " in findings.problems[0] and "no such file" in findings.problems[0]
+    assert "learn.reference: " in findings.problems[1] and "has another vocabulary than " in findings.problems[1]
     reference_unit.config.learn.reference = str(tmp_path / "other")
-    models.check_references(reference_unit.config)
+    reference_unit.config.warmup.reference = None
+    models.check_vocabularies(config, base, findings.attempt)
+    assert len(findings.problems) == 2
     opened = models.frozen_reference(reference_unit, str(tmp_path / "sliding"))
     with opened(False):
         pass
@@ -80,8 +86,10 @@ def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
 
 
 def problem(correct, wrong, name="p"):
-    responses = [{"text": t, "correct": True} for t in correct] + [{"text": t, "correct": False} for t in wrong]
-    return {"id": name, "prompt": name, "solution": "gold", "answer": "1", "responses": responses}
+    judged = [(text, True) for text in correct] + [(text, False) for text in wrong]
+    responses = [{"text": text, "ids": [*text.encode()], "correct": right} for text, right in judged]
+    gold = {"solution": "gold", "solution_ids": [*b"gold"]}
+    return {"id": name, "prompt": name, "prompt_ids": [1], **gold, "answer": "1", "responses": responses}
 
 
 def test_pairs_are_all_correct_against_all_wrong_without_duplicates(tmp_path):
@@ -112,41 +120,42 @@ def text(ids):
 
 
 def test_a_correction_is_the_nearest_correct_response():
-    row = {"prompt": "1+1", "solution": "2", "rejected": "123", "correct": ["999", "129", "12345"]}
-    corpus = rewards._corrections([row], PROMPTS)
-    assert text(corpus.prompts[0]) == "1+1#2?123>"
-    assert text(corpus.responses[0].tokens) == "129<eos>"
+    row = {"rewrite_ids": [5, 6], "response_ids": [1, 2, 3], "correct": [[9, 9, 9], [1, 2, 9], [1, 2, 3, 4, 5]]}
+    corpus = rewards._corrections([row])
+    assert corpus.prompts == [[5, 6]] and corpus.responses[0].tokens == [1, 2, 9]
+
+
+def test_rewrites_are_rendered_with_solution_and_response():
+    row = {"prompt": "1+1", "solution": "2", "response": "123"}
+    (rewrite,) = rewards._rewrites([row], PROMPTS)
+    assert text(rewrite["rewrite_ids"]) == "1+1#2?123>"
+    refusing = Prompts(TOKENIZER, template="{}", rewrite="{}{}{}")
+    assert rewards._rewrites([{"prompt": "", "solution": "", "response": ""}], refusing) == [], "a prompt of no token"
 
 
 def test_rewards_are_the_rewriters_probability_of_each_token():
     torch.manual_seed(0)
     model = tiny_llama(vocab_size=len(TOKENIZER))
-    rows = [
-        {"prompt": "1+1", "solution": "2", "rejected": "3", "correct": ["2"]},
-        {"prompt": "10+1", "solution": "11", "rejected": "1234", "correct": ["11"]},
-    ]
-    found = rewards._score(DensePolicy(model), PROMPTS, rows)
-    for row, scored in zip(rows, found, strict=True):
-        prompt, response = (
-            TOKENIZER(f"{row['prompt']}#{row['solution']}?{row['rejected']}>").input_ids,
-            scored["response"],
-        )
-        ids = prompt + PROMPTS.encode_response(response)
+    about = {"id": "p", "prompt": "1", "prompt_ids": [7], "response": "x"}
+    rows = [{**about, "rewrite_ids": [5, 6, 7], "response_ids": [8, 1]}]
+    rows += [{**about, "rewrite_ids": [9, 9, 4, 5], "response_ids": [5, 6, 7, 8, 1]}]
+    for row, scored in zip(rows, rewards._score(DensePolicy(model), rows), strict=True):
+        ids, first = row["rewrite_ids"] + row["response_ids"], len(row["rewrite_ids"])
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
-        expected = [probabilities[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
-        assert scored["rewards"] == pytest.approx(expected, rel=1e-4)
+        expected = [probabilities[i - 1, ids[i]].item() for i in range(first, len(ids))]
+        assert scored == {**about, "response_ids": row["response_ids"], "rewards": pytest.approx(expected, rel=1e-4)}
 
 
 def test_the_tokens_a_rewriter_would_change_are_forgotten():
     rows = [
-        {"prompt": "1+1", "response": "12", "rewards": [0.9, 0.1, 0.5]},
-        {"prompt": "2+2", "response": "3", "rewards": [0.6, 0.7]},
-        {"prompt": "1+1", "response": "4", "rewards": [0.2, 0.9]},
+        {"id": "a", "prompt_ids": [1], "response_ids": [2, 3, 1], "rewards": [0.9, 0.1, 0.5]},
+        {"id": "b", "prompt_ids": [2], "response_ids": [4, 1], "rewards": [0.6, 0.7]},
+        {"id": "a", "prompt_ids": [1], "response_ids": [5, 1], "rewards": [0.2, 0.9]},
     ]
-    corpus, weights = forget.weighted_corpus(rows, PROMPTS, 0.5)
-    assert weights == [[0, 1, 0], [1, 0]] and len(corpus.prompts) == 1, "nothing is forgotten of the second problem"
-    assert [text(response.tokens) for response in corpus.responses] == ["12<eos>", "4<eos>"]
-    _, release = forget.weighted_corpus(rows, PROMPTS, None)
+    corpus, weights = forget.weighted_corpus(rows, 0.5)
+    assert weights == [[0, 1, 0], [1, 0]] and corpus.prompts == [[1]], "nothing is forgotten of the second problem"
+    assert [response.tokens for response in corpus.responses] == [[2, 3, 1], [5, 1]]
+    _, release = forget.weighted_corpus(rows, None)
     assert sorted(release) == sorted(row["rewards"] for row in rows)
 
 
@@ -170,6 +179,36 @@ def test_sampling_repeats_by_seed_and_padding_does_not_matter():
     assert respond(model)[1] == alone[0]
 
 
+def test_responses_end_where_the_model_says_too_and_keep_their_space():
+    """A model that says " No", then the token that its own generation configuration stops at, then more."""
+    tokenizer = metaspace()
+    said = [
+        *tokenizer(":No", add_special_tokens=False).input_ids,
+        300,
+        *tokenizer("So", add_special_tokens=False).input_ids,
+    ]
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=700, num_hidden_layers=1, intermediate_size=4)
+    for name, weight in model.named_parameters():
+        weight.data.fill_(1.0 if "norm" in name else 0.0)
+    model.model.embed_tokens.weight.data[range(len(tokenizer)), range(len(tokenizer))] = 1
+    prompt = tokenizer("Q:").input_ids
+    for before, after in zip([prompt[-1], *said[1:]], said[1:] + [2], strict=False):
+        model.lm_head.weight.data[after, before] = 9
+    model.generation_config.eos_token_id = [300, 301]
+    tokenizer.pad_token = "</s>"
+    assert stop_tokens(model) == {300, 301}
+    ((response,),) = generate(model, tokenizer, [prompt], {2}, max_new_tokens=8)
+    assert response == tokenizer.decode([*prompt, *said[1 : said.index(300)]]).removeprefix(tokenizer.decode(prompt))
+    assert response
+
+
+def test_padding_needs_no_token_of_its_own():
+    tokenizer = character_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "<outside the embedding>"})
+    assert len(generate(model, tokenizer, [[5, 6], [7]], {1}, max_new_tokens=3)) == 2
+
+
 def test_bad_reward_files(tmp_path):
     path = tmp_path / "rewards.jsonl"
     for line, message in (
@@ -179,6 +218,6 @@ def test_bad_reward_files(tmp_path):
     ):
         path.write_text(line)
         with pytest.raises(UserError, match=message):
-            rewards._from_file(str(path), [], PROMPTS)
+            rewards._from_file(str(path), [])
     with pytest.raises(UserError, match="no such file"):
-        rewards._from_file(str(tmp_path / "none"), [], PROMPTS)
+        rewards._from_file(str(tmp_path / "none"), [])

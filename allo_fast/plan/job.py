@@ -108,7 +108,7 @@ def make_plan(
     """zeros: how dense and sparse stages train, by "dense" and "sparse"; None: one process without DeepSpeed."""
     phases = [phase for kind in zeros for phase in _phases(config, shape, kind, zeros[kind], gpus)]
     phases = [_timed(phase, gpus, device) for phase in phases]
-    plan = Plan(shape.parameters, gpus, gpu_bytes, device.name, phases, _disk(config, shape))
+    plan = Plan(shape.parameters, gpus, gpu_bytes, device.name, phases, disk_bytes(config, shape.parameters))
     return plan if plan.fits else replace(plan, advice=_advice(plan, config))
 
 
@@ -214,9 +214,9 @@ def _timed(phase: Phase, gpus: int, device: Device) -> Phase:
     return replace(phase, step_s=seconds)
 
 
-def _disk(config: Config, shape: Shape) -> int:
+def disk_bytes(config: Config, parameters: int) -> int:
     """Of a whole run: models, deltas and selections of every seed, and the largest checkpoint."""
-    width, count = BYTES[config.model.dtype], shape.parameters
+    width, count = BYTES[config.model.dtype], parameters
     per_seed = 4 * count
     if config.method == "allo":
         ratios = (config.forget.ratio, config.learn.ratio)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError, load_config, save_config
-from allo_fast.training.engine import CHECKPOINT
 from allo_fast.model.loading import pick_device
+from allo_fast.training.engine import CHECKPOINT
 from allo_fast.training.zero import Zero
 from allo_kernels import memory
 

@@ -31,7 +31,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 def evaluate(unit: Unit, path: str | Path) -> Generator[Progress, None, dict]:
     """The accuracy of the model at `path`, by either scorer, and how many test rows were set aside."""
     settings, prompts = unit.config.evaluate, make_prompts(unit, load_tokenizer(path))
-    problems, quarantined = unit_problems(unit, unit.config.data.test, prompts, settings.max_new_tokens)
+    problems, quarantined = unit_problems(unit, unit.config.data.test, prompts, settings.max_new_tokens, path)
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, scoring=scoring) as frozen:
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
 from allo_fast.config import Config, SparseTrainConfig, UserError
-from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
@@ -119,19 +118,29 @@ def _bytes(unit: Unit, path: str | Path) -> int:
     return BYTES[dtype] * weights_of(model_config(unit.config, str(path)), dtype).parameters
 
 
-def check_references(config: Config) -> None:
-    """Before any stage runs: raises UserError where one compares with a model that cannot be, naming the key."""
-    named = {name: getattr(train, "reference", None) for name, train in training_sections(config).items()}
-    named = {name: path for name, path in named.items() if path}
-    base = config.model.name_or_path
-    wanted = (load_tokenizer(base) if base and named else character_tokenizer()).get_vocab()
-    for name, path in named.items():
-        try:
-            found = load_tokenizer(path).get_vocab()
-        except UserError as error:
-            raise UserError(f"{name}.reference: {error}") from None
-        if found != wanted:
-            raise UserError(f"{name}.reference: {path} has another vocabulary than {base or 'the base model'}")
+def check_vocabularies(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[[Callable[[], None]], None]
+) -> None:
+    """Every model that is named beside the base must have its vocabulary; `attempt` gets the UserErrors, by key.
+
+    tokenizer: the base's; None where it cannot be had, and only the others' existence is asked.
+    """
+    sections = training_sections(config).items()
+    named = {f"{name}.reference": getattr(train, "reference", None) for name, train in sections}
+    named["rewards.model"] = config.rewards.model if config.method == "allo" else None
+    base = config.model.name_or_path or "the base model"
+    for key, path in named.items():
+        if path:
+            attempt(lambda key=key, path=path: _check_vocabulary(key, path, tokenizer, base))
+
+
+def _check_vocabulary(key: str, path: str, tokenizer: PreTrainedTokenizerBase | None, base: str) -> None:
+    try:
+        vocabulary = load_tokenizer(path).get_vocab()
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if tokenizer and vocabulary != tokenizer.get_vocab():
+        raise UserError(f"{key}: {path} has another vocabulary than {base}")
 
 
 def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:

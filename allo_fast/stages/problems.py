@@ -11,15 +11,17 @@ from allo_fast.runs.rows import read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.run import Unit
 
 
-def unit_problems(unit: Unit, source: str, prompts: Prompts, new_tokens: int) -> tuple[list[dict], int]:
+def unit_problems(
+    unit: Unit, source: str, prompts: Prompts, new_tokens: int, path: str | Path | None = None
+) -> tuple[list[dict], int]:
     """Rows of `encode_problems`, and how many were set aside; problems.jsonl and quarantine.jsonl of the unit.
 
-    A continued unit reads what it rendered, so that a chat template with today's date changes nothing.
-    Raises UserError where no row is usable.
+    path: the model that reads them; None: the base. A continued unit reads what it rendered, so that a chat template
+    with today's date changes nothing. Raises UserError where no row is usable.
     """
 
     def render() -> list[dict]:
-        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens)
+        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens, path)
         write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
         if not rows:
             raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
@@ -30,10 +32,10 @@ def unit_problems(unit: Unit, source: str, prompts: Prompts, new_tokens: int) ->
 
 
 def usable_problems(
-    config: Config, source: str, prompts: Prompts, new_tokens: int
+    config: Config, source: str, prompts: Prompts, new_tokens: int, path: str | Path | None = None
 ) -> tuple[list[dict], list[Quarantined]]:
     problems, quarantined = read_problems(source, config.data.format)
-    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens))
+    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens, path))
     return rows, quarantined + refused
 
 

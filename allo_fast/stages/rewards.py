@@ -119,18 +119,23 @@ def _row(row: dict, rewards: list[float]) -> dict:
     return {name: row[name] for name in names} | {"rewards": rewards}
 
 
-def _from_file(path: str, responses: list[dict]) -> list[dict]:
-    """The user's rewards for the responses of this run; every response must have one number per token."""
+def read_rewards(path: str) -> dict[tuple[str, str], list[float]]:
+    """A user's rewards by prompt and response: JSON lines {prompt, response, rewards}. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"rewards.path: {path}: no such file")
-    given = {}
+    rewards = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if line.strip():
             row = _parse_rewards(line, f"{path}:{number}")
-            given[str(row["prompt"]), row["response"]] = row["rewards"]
-    rows = []
+            rewards[str(row["prompt"]), row["response"]] = row["rewards"]
+    return rewards
+
+
+def _from_file(path: str, responses: list[dict]) -> list[dict]:
+    """The user's rewards for the responses of this run; every response must have one number per token."""
+    by_response, rows = read_rewards(path), []
     for row in responses:
-        rewards = given.get((str(row["prompt"]), row["response"]))
+        rewards = by_response.get((str(row["prompt"]), row["response"]))
         length = len(row["response_ids"])
         if rewards is None or len(rewards) != length:
             got = "none" if rewards is None else str(len(rewards))

@@ -1,0 +1,124 @@
+"""What would end a run later, asked before any stage starts and listed at once. `allo-fast check CONFIG`"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from allo_fast.config import Config, UserError
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.problems import read_problems
+from allo_fast.data.prompts import Prompts
+from allo_fast.model.loading import load_tokenizer, pick_device
+from allo_fast.plan.job import disk_bytes
+from allo_fast.plan.shapes import model_config, weights_of
+from allo_fast.runs.run import MANIFEST
+from allo_fast.stages.models import check_vocabularies, prompts_of
+from allo_fast.stages.problems import limits, usable_problems
+from allo_fast.stages.rewards import read_rewards
+from allo_fast.training.zero import read_zero
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """problems: each ends the run. notes: what a user may want to know, of data that will be used."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None, and its error among the problems, where it fails."""
+        try:
+            return work()
+        except UserError as error:
+            if (said := str(error)) not in self.problems:  # one cause may stop several checks
+                self.problems.append(said)
+            return None
+
+
+def check(config: Config) -> Findings:
+    """Reads every named file and renders every row; loads no weights and writes nothing."""
+    findings = Findings()
+    findings.attempt(lambda: pick_device(config.model.device))
+    if config.deepspeed not in (None, "auto"):
+        findings.attempt(lambda: read_zero(config.deepspeed, config))
+    model = findings.attempt(lambda: model_config(config))
+    tokenizer = findings.attempt(lambda: base_tokenizer(config))
+    prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
+    for key, new_tokens in (("train", config.sample.max_new_tokens), ("test", config.evaluate.max_new_tokens)):
+        _check_data(findings, config, key, prompts if model else None, new_tokens)
+    if config.method == "allo":
+        _check_rewards(findings, config, prompts if model else None)
+    check_vocabularies(config, tokenizer, findings.attempt)
+    if model:
+        _check_disk(findings, config, weights_of(model, config.model.dtype).parameters)
+    return findings
+
+
+def require(config: Config) -> list[str]:
+    """The notes of `check`. Raises UserError with all problems where there is one."""
+    findings = check(config)
+    if findings.problems:
+        count = len(findings.problems)
+        lines = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, start=1)]
+        raise UserError("\n".join([f"{count} problem{'s' * (count > 1)} before any stage starts:", *lines]))
+    return findings.notes
+
+
+def was_checked(folder: Path) -> bool:
+    """A run that has responses was checked when it began; what it reads later is rendered already or read again."""
+    return any(folder.glob(f"*-sample/*/{MANIFEST}"))
+
+
+def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    return load_tokenizer(config.model.name_or_path) if config.model.name_or_path else character_tokenizer()
+
+
+def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts | None, new_tokens: int) -> None:
+    """Without prompts, whose lack is a problem of its own, the rows are read and not rendered."""
+    source = getattr(config.data, key)
+    if prompts is None:
+        findings.attempt(lambda: read_problems(source, config.data.format))
+        return
+    read = findings.attempt(lambda: usable_problems(config, source, prompts, new_tokens))
+    if read is None:
+        return
+    rows, aside = read
+    first = f"; {aside[0].id}: {aside[0].reason}" if aside else ""
+    if not rows:
+        findings.problems.append(f"data.{key}: {source}: no usable row{first}")
+        return
+    findings.notes.append(f"data.{key}: {len(rows)} rows, {len(aside)} set aside{first}")
+    if key == "train":
+        responses = [prompts.tokenizer.decode(response["ids"]) for response in rows[0]["responses"][:1]]
+        findings.notes.append(f"first prompt: {prompts.tokenizer.decode(rows[0]['prompt_ids'])!r}")
+        findings.notes += [f"first response: {text!r}" for text in responses]
+
+
+def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) -> None:
+    """Rewards that are given can be read; a rewriting prompt leaves room for a response."""
+    settings = config.rewards
+    if settings.source == "file":
+        findings.attempt(lambda: read_rewards(settings.path))
+    elif prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, settings.model))):
+        shortest = len(findings.attempt(lambda: prompts.encode_rewrite("", "", "")) or [])
+        if shortest >= limit.positions:
+            findings.problems.append(
+                f"rewards.template: the rewriting prompt alone has {shortest} tokens, "
+                f"{settings.model or config.model.name_or_path} reads {limit.positions}"
+            )
+
+
+def _check_disk(findings: Findings, config: Config, parameters: int) -> None:
+    folder = Path(config.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, disk_bytes(config, parameters)
+    if needed > free:
+        findings.problems.append(
+            f"output_dir: the run writes up to {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB left"
+        )

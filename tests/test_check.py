@@ -1,0 +1,103 @@
+"""Everything that would end a run later is said before it starts, at once."""
+
+import json
+import re
+
+import pytest
+from conftest import tiny_llama
+from tiny import CHATML, byte_level
+
+from allo_fast.__main__ import main
+from allo_fast.model.loading import save_model
+
+ROW = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A configuration file of a preference job with 128 positions, and how to run a command on it."""
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
+    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, tmp_path / "base")
+    save_model(tiny_llama(), byte_level(eos="<eos>"), tmp_path / "other")
+    config = tmp_path / "job.yaml"
+    data = {name: str(write(tmp_path / f"{name}.jsonl", *[ROW] * 4)) for name in ("train", "test")}
+    settings = {"name": "run", "output_dir": str(tmp_path / "runs"), "data": {"format": "preference", **data}}
+    settings |= {"model": {"name_or_path": str(tmp_path / "base")}, "rewards": {"template": "{}{}{}"}}
+    config.write_text(json.dumps(settings))
+    return lambda command, *overrides: main([command, str(config), *overrides])
+
+
+def test_nothing_stands_against_a_sound_job(job, capsys, tmp_path):
+    assert job("check") == 0
+    said = capsys.readouterr().out
+    assert "data.train: 4 rows, 0 set aside" in said and "nothing stands against this run" in said
+    assert r"first prompt: '<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n'" in said
+    assert "first response: 'So.<|im_end|>'" in said and not (tmp_path / "runs").exists()
+
+
+def test_eight_problems_are_eight_lines(job, capsys, tmp_path):
+    write(tmp_path / "train.jsonl", {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": ""})
+    write(tmp_path / "rewards.jsonl", {"prompt": "How?"})
+    paths = {"data.test": "none.jsonl", "learn.reference": "other", "warmup.reference": "nowhere"}
+    paths |= {"rewards.path": "rewards.jsonl", "rewards.model": "gone", "deepspeed": "none.json"}
+    wrong = [f"{key}={tmp_path / name}" for key, name in paths.items()]
+    many = f"seeds={list(range(10**6))}"  # of which each would write models
+    assert job("check", *wrong, "rewards.source=file", many) == 2
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    expected = (
+        "deepspeed: .*none.json: cannot be read",
+        "data.train: .*train.jsonl: no usable row; train.jsonl:",
+        "none.jsonl: no such file",
+        "rewards.jsonl:1: expected the fields prompt, response and rewards",
+        "warmup.reference: .*nowhere: no such file",
+        "learn.reference: .*other has another vocabulary than",
+        "rewards.model: .*gone: no such file",
+        "output_dir: the run writes up to .* GB, .* has .* GB left",
+    )
+    assert len(found) == len(expected)
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, line), (line, pattern)
+    assert job("run", *wrong[:3]) == 2
+    said = capsys.readouterr().err
+    assert "4 problems before any stage starts:" in said and "\n4. " in said and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        (["model.name_or_path={folder}/gone"], "gone: no such file or folder"),
+        (["model.device=tpu"], "model.device: tpu"),
+        (["rewards.template=null"], "rewards.template: the rewriting prompt alone has"),
+        (["data.chat_template=false", "data.prompt_template=none"], "data.prompt_template: expected 1 times {{}}"),
+        (["data.max_prompt_tokens=3"], "data.max_prompt_tokens is 3"),
+        (["data.format=problems"], "no field 'problem'"),
+        (
+            ["data.format=problems", "data.train={folder}/problems.jsonl"],
+            "with 1024 of max_new_tokens that is more than the 128",
+        ),
+    ],
+)
+def test_each_problem(job, capsys, tmp_path, overrides, problem):
+    write(tmp_path / "problems.jsonl", {"problem": "1+1", "solution": "The answer is 2", "answer": "2"})
+    assert job("check", *(override.format(folder=tmp_path) for override in overrides)) == 2
+    assert problem.format() in capsys.readouterr().out
+
+
+def test_rows_that_are_set_aside_are_counted(job, capsys, tmp_path):
+    write(tmp_path / "test.jsonl", ROW, {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": "So."})
+    assert job("check") == 0
+    said = capsys.readouterr().out
+    assert "data.test: 1 rows, 2 set aside; test.jsonl:3: chosen and rejected are equal" in said
+
+
+def test_a_token_outside_the_embedding(job, capsys, tmp_path):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
+    tokenizer.add_tokens(["So"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert job("check") == 2
+    assert "the token 'So' is" in capsys.readouterr().out

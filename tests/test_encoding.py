@@ -1,0 +1,69 @@
+"""Problems as rows of token ids; what a model cannot read is set aside, with the numbers."""
+
+from dataclasses import replace
+
+import pytest
+from tiny import family
+
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.encoding import Limits, corpus_of_pairs, encode_problems, encode_responses
+from allo_fast.data.problems import Problem
+from allo_fast.data.prompts import Prompts
+
+PROMPTS = Prompts(character_tokenizer(), template="{}=")
+WIDE = Limits(prompt=100, response=100, new=10, positions=1000, vocabulary=1000)
+GIVEN = Problem("a:1", "1+1", "2", "2", ("2", "02"), ("3",))
+SAMPLED = Problem("a:2", "1+1", "12", "2")
+
+
+def test_rows():
+    (given, sampled), _ = encode_problems([GIVEN, SAMPLED], PROMPTS, WIDE)
+    prompt, (two, long, three) = PROMPTS.encode("1+1", ["2", "02", "3"])
+    assert given["prompt_ids"] == prompt and given["id"] == "a:1" and "solution_ids" not in given
+    assert given["responses"] == [
+        {"text": "2", "ids": two, "correct": True},
+        {"text": "02", "ids": long, "correct": True},
+        {"text": "3", "ids": three, "correct": False},
+    ]
+    assert sampled["responses"] == [] and sampled["solution_ids"] == PROMPTS.encode_response("12")
+
+
+@pytest.mark.parametrize(
+    "problem, changes, reason",
+    [
+        (GIVEN, {"prompt": 3}, "the prompt has 4 tokens, data.max_prompt_tokens is 3"),
+        (GIVEN, {"response": 2}, "a response or the solution has 3 tokens, data.max_response_tokens is 2"),
+        (GIVEN, {"positions": 6}, "with 3 of the longest response that is more than the 6"),
+        (SAMPLED, {"positions": 13}, "the prompt has 4 tokens, and with 10 of max_new_tokens that is more than the 13"),
+        (SAMPLED, {"positions": 6, "new": 1}, "with 3 of the longest response that is more than the 6"),
+        (GIVEN, {"vocabulary": 15}, "the token '=' is 15, the model's embedding has 15 rows"),
+    ],
+)
+def test_what_does_not_fit(problem, changes, reason):
+    assert encode_problems([problem], PROMPTS, WIDE)[1] == []
+    rows, (aside,) = encode_problems([problem], PROMPTS, replace(WIDE, **changes))
+    assert rows == [] and aside.id == problem.id and reason in aside.reason
+
+
+def test_texts_that_are_the_same_tokens():
+    """This template trims what is said."""
+    same, mixed = Problem("1", "q", "", "", ("a",), (" a ",)), Problem("2", "q", "", "", ("a",), ("a\n", "b"))
+    (row,), (aside,) = encode_problems([same, mixed], Prompts(family("gemma")), WIDE)
+    assert aside.id == "1" and aside.reason == "chosen and rejected are the same tokens"
+    assert [response["text"] for response in row["responses"]] == ["a", "b"]
+
+
+def test_sampled_responses_that_cannot_be_trained_are_counted():
+    (row,), _ = encode_problems([SAMPLED], PROMPTS, WIDE)
+    row = encode_responses(row, [("2", True), ("\ud83d", False)], PROMPTS)
+    assert row["responses"] == [{"text": "2", "ids": PROMPTS.encode_response("2"), "correct": True}]
+    (reason,) = row["unusable"]
+    assert "the tokenizer refuses it" in reason
+
+
+def test_pairs_of_one_problem_share_its_prompt():
+    pair = {"id": "a", "prompt_ids": [1], "chosen_ids": [2, 9], "rejected_ids": [3, 9]}
+    rows = [pair, {**pair, "rejected_ids": [4, 9]}, {**pair, "id": "b", "prompt_ids": [5]}]
+    corpus = corpus_of_pairs(rows)
+    assert corpus.prompts == [[1], [5]] and corpus.examples == [(0, 1), (0, 2), (3, 4)]
+    assert [response.tokens for response in corpus.responses] == [[2, 9], [3, 9], [4, 9], [2, 9], [3, 9]]
