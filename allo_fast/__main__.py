@@ -166,7 +166,11 @@ def _check_ranks(config: Config, world: int) -> None:
 
 def _check(given: argparse.Namespace) -> int:
     findings = check(load_config(given.config, given.overrides))
-    print("\n".join([*findings.notes, *(f"problem: {problem}" for problem in findings.problems)]))
+    print(
+        "\n".join(
+            [*findings.notes, *_shown(findings.first_row), *(f"problem: {problem}" for problem in findings.problems)]
+        )
+    )
     print(f"{len(findings.problems)} problems" if findings.problems else "nothing stands against this run")
     return 2 if findings.problems else 0
 
@@ -205,8 +209,14 @@ def _complete(unit: Unit) -> None:
         _say(f"{label}: complete")
         return
     _show(label, unit.execute())
-    facts = unit.manifest()["facts"].items()
-    _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, int)))
+    facts = unit.manifest()["facts"]
+    _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, int)))
+    for line in _shown(facts.get("first_row", {})):
+        _say(line)
+
+
+def _shown(first_row: dict[str, str]) -> list[str]:
+    return [f"first {name}: {text!r}" for name, text in first_row.items()]
 
 
 def _say(line: str) -> None:

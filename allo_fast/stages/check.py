@@ -17,7 +17,7 @@ from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import model_config, weights_of
 from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import check_vocabularies, prompts_of
-from allo_fast.stages.problems import limits, usable_problems
+from allo_fast.stages.problems import first_row, limits, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import read_zero
 
@@ -26,10 +26,11 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """problems: each ends the run. notes: what a user may want to know, of data that will be used."""
+    """problems: each ends the run. notes: how much of the data will be used. first_row: what it trains, by name."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    first_row: dict[str, str] = field(default_factory=dict)
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """What `work` returns; None, and its error among the problems, where it fails."""
@@ -95,9 +96,7 @@ def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts |
         return
     findings.notes.append(f"data.{key}: {len(rows)} rows, {len(aside)} set aside{first}")
     if key == "train":
-        responses = [prompts.tokenizer.decode(response["ids"]) for response in rows[0]["responses"][:1]]
-        findings.notes.append(f"first prompt: {prompts.tokenizer.decode(rows[0]['prompt_ids'])!r}")
-        findings.notes += [f"first response: {text!r}" for text in responses]
+        findings.first_row = first_row(rows, prompts)
 
 
 def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) -> None:

@@ -39,6 +39,13 @@ def usable_problems(
     return rows, quarantined + refused
 
 
+def first_row(rows: list[dict], prompts: Prompts) -> dict[str, str]:
+    """The first prompt and, once there is one, its response as they are trained, with their special tokens."""
+    row = next((row for row in rows if row["responses"]), rows[0])
+    parts = [("prompt", row["prompt_ids"]), *(("response", response["ids"]) for response in row["responses"][:1])]
+    return {name: prompts.tokenizer.decode(ids) for name, ids in parts}
+
+
 def limits(config: Config, new_tokens: int, path: str | Path | None = None) -> Limits:
     """Of the configuration and of the model at `path`, or of the base; infinite where the model names none."""
     model = model_config(config, path and str(path)).get_text_config()

@@ -18,7 +18,7 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, write_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.models import base_path, inference, make_prompts
-from allo_fast.stages.problems import unit_problems
+from allo_fast.stages.problems import first_row, unit_problems
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -33,7 +33,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         if not any(row["responses"] for row in rows):
             raise UserError(f"no sampled response can be trained: {unusable[0]}")
         facts["unusable_responses"] = len(unusable)
-    return {**facts, "responses": sum(len(row["responses"]) for row in rows), "first_row": _first(rows, prompts)}
+    return {**facts, "responses": sum(len(row["responses"]) for row in rows), "first_row": first_row(rows, prompts)}
 
 
 def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Progress, None, list[dict]]:
@@ -72,10 +72,3 @@ def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts) -> dict:
 def _cut(text: str, stops: list[str]) -> str:
     ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends, default=len(text))].rstrip()
-
-
-def _first(rows: list[dict], prompts: Prompts) -> dict[str, str]:
-    """What the first row trains, with its special tokens."""
-    row = next((row for row in rows if row["responses"]), None)
-    ids = {} if row is None else {"prompt": row["prompt_ids"], "response": row["responses"][0]["ids"]}
-    return {name: prompts.tokenizer.decode(tokens) for name, tokens in ids.items()}
