@@ -1,5 +1,6 @@
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -60,6 +61,36 @@ def test_gradients_are_the_dense_ones_gathered(name):
             wanted = weight.grad.view(-1)[policy.positions[tensor].unpack()]
             torch.testing.assert_close(policy.values[tensor].grad, wanted, rtol=1e-4, atol=1e-5)
     assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("write", ["step", "write_back", "reference"])
+def test_backward_notices_that_the_weights_changed(write):
+    """Each layer's input gradient reads its weight: after an update it would be that of another forward."""
+    policy = SparsePolicy(tiny_llama(), random_selection(tiny_llama(), 0.1))
+    optimizer, batch = SparseAdamW(policy, lr=1e-2), batch_for(policy)
+    loss = policy.response_logps(batch).sum()
+    if write == "step":
+        optimizer.step()
+    elif write == "write_back":
+        policy.write_back()
+    with policy.reference() if write == "reference" else nullcontext():
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_the_reference_may_run_between_forward_and_backward():
+    gradients = []
+    for between in (False, True):
+        policy = SparsePolicy(tiny_llama(), random_selection(tiny_llama(), 0.1))
+        train(policy, steps=1)
+        batch = batch_for(policy)
+        loss = policy.response_logps(batch).sum()
+        if between:
+            with policy.reference():
+                policy.response_logps(batch)
+        loss.backward()
+        gradients.append(torch.cat([value.grad for value in policy.values.values()]))
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def train(policy, steps=3):

@@ -43,7 +43,7 @@ class Delta:
             )
         weights = named_weights(model)
         for name, at in self.positions.items():
-            weight = weights[name].data
+            weight = weights[name].detach()
             scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
@@ -43,7 +44,8 @@ class Group:
 
     @property
     def data(self) -> list[Tensor]:
-        return [weight.data for weight in self.weights.values()]
+        # Not `.data`, whose version counter is its own: a backward after an update would not notice.
+        return [weight.detach() for weight in self.weights.values()]
 
 
 class SparsePolicy:
@@ -83,22 +85,27 @@ class SparsePolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the model is the reference, bit for bit, and nothing has a gradient."""
+        """Inside, the model is the reference, bit for bit, and nothing has a gradient.
+
+        A backward inside would read the reference's weights and raises RuntimeError; after it the weights are, bit for
+        bit, those of before, and so are their versions: backward of an earlier forward is right, and runs.
+        """
         assert not self._in_reference, "reference() inside reference()"
-        self._swap()
-        self._in_reference = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with _unsafe_preserve_version_counter(tuple(self.weights.values())):
             self._swap()
-            self._in_reference = False
+            self._in_reference = True
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                self._swap()
+                self._in_reference = False
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
         for name, value in self.values.items():
-            scatter_(self.weights[name].data, self.positions[name], value.data)
+            scatter_(self.weights[name].detach(), self.positions[name], value.detach())
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_scalar, check_shape
+from allo_kernels.checks import (
+    FLOATS,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_not_capturing,
+    check_scalar,
+    check_shape,
+)
 from allo_kernels.compact import check_entries, check_weights, scatter_torch_
 from allo_kernels.dispatch import choose
 from allo_kernels.positions import Positions
@@ -38,18 +46,27 @@ def masked_adamw_(
     values (p), exp_avg (m), exp_avg_sq (v): fp32 [K]; grad: [K], bf16, fp16 or fp32; step counts from 1.
     With `weight` and `positions` the new values are also written, rounded to nearest, into
     `weight.view(-1)[positions]`; weight may be the list of tensors that `positions` were concatenated for, and is then
-    still written by the same launch. step, lr, eps and grad_scale may be 0-d tensors on the device: nothing waits for
-    the host, and a captured CUDA graph reads them anew.
-    Raises ValueError, naming the argument, for a wrong shape, dtype or device, state that is not contiguous, and a
-    weight without positions.
+    still written by the same launch; autograd sees it as `scatter_` says. step, lr, eps and grad_scale may be 0-d
+    tensors on the device: nothing waits for the host, and a captured CUDA graph reads them anew (numbers stay what they
+    were). The PyTorch definition does wait: RuntimeError while a graph is captured, as for the first call for a list of
+    weights.
+    Raises ValueError, naming the argument, for a wrong shape, dtype or device, state that is not contiguous, a number
+    out of range, and a weight without positions.
     """
     for name, tensor in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grad", grad)):
         check_dtype(name, tensor, *(FLOATS if name == "grad" else (torch.float32,)))
         check_shape(name, tensor, (values.numel(),))
         check_device(name, tensor, values.device)
         check_contiguous(name, tensor)
-    for name, scalar in (("step", step), ("lr", lr), ("eps", eps), ("grad_scale", grad_scale)):
-        check_scalar(name, scalar, values.device)
+    scalars = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2}
+    for name, scalar in scalars.items():
+        check_scalar(name, scalar, values.device, least=0)
+    check_scalar("step", step, values.device, least=1)
+    if grad_scale is not None:
+        check_scalar("grad_scale", grad_scale, values.device)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not beta < 1:
+            raise ValueError(f"{name}: expected a number below 1, got {beta}")
     if (weight is None) != (positions is None):
         raise ValueError("weight, positions: expected both or neither")
     if positions is not None:
@@ -62,8 +79,10 @@ def masked_adamw_(
 def _masked_adamw_torch_(
     values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions
 ) -> None:
+    check_not_capturing("masked_adamw_ in PyTorch")
     grad = grad.float() if grad_scale is None else grad.float() * grad_scale
     before = torch.as_tensor(step, dtype=torch.float32, device=values.device) - 1
+    lr = lr.float() if isinstance(lr, Tensor) else lr  # the only dtype that it reads on a device
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": float(eps), "weight_decay": weight_decay}
     one_each = ([values], [grad], [exp_avg], [exp_avg_sq], [], [before])
     adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)

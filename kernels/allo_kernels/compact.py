@@ -24,7 +24,9 @@ def gather(
 
     square_sum: 0-d fp32, set to the sum of squares of the result, for a gradient norm without another pass.
     Raises ValueError, naming the argument, for a dtype other than bf16, fp16 or fp32, another device, a shape that
-    does not fit, a tensor that is not contiguous, and `accumulate` without `out`.
+    does not fit, a tensor that is not contiguous, and `accumulate` without `out`. The PyTorch definition waits for the
+    host, and raises RuntimeError while a CUDA graph is captured; so does, of the kernels of `scatter_` and `swap_`, the
+    first call for a list of weights.
     """
     if not isinstance(dense, Tensor):
         raise ValueError(f"dense: expected one tensor, got {type(dense).__name__}")
@@ -46,7 +48,9 @@ def gather(
 def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
     """`dense.view(-1)[positions] = values` [K] in place, rounded to nearest in `dense`'s dtype.
 
-    dense: a tensor, or the tensors of one dtype that `positions` were concatenated for. Raises ValueError as `gather`.
+    dense: a tensor, or the tensors of one dtype that `positions` were concatenated for. Autograd sees the write: give
+    it `weight.detach()`, which shares the weight's version counter, and never `weight.data`, which has one of its own.
+    Raises ValueError and RuntimeError as `gather`.
     """
     check_weights("dense", dense, positions)
     check_entries("values", values, positions)
@@ -57,7 +61,8 @@ def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Ten
 def swap_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
     """Exchanges `dense.view(-1)[positions]` and `values` [K] in place, bit for bit; two swaps change nothing.
 
-    dense: as in `scatter_`. Raises ValueError when the dtypes differ (an exchange must not round), and as `gather`.
+    dense: as in `scatter_`. Raises ValueError when the dtypes differ (an exchange must not round), and else
+    as `gather`.
     """
     check_weights("dense", dense, positions)
     check_entries("values", values, positions)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from allo_kernels.checks import check_not_capturing
 from allo_kernels.compact import tensors
 from allo_kernels.launch import TL_DTYPES, launch, to_nearest
 from allo_kernels.positions import SPAN, Positions, blocks_of
@@ -115,8 +116,10 @@ def target_of(dense: Tensor | Sequence[Tensor], positions: Positions) -> tuple[T
     """What `block_pointer` needs: a tensor, or the table of its blocks' addresses, and its constants."""
     if isinstance(dense, Tensor):
         return dense, {"DTYPE": TL_DTYPES[dense.dtype], "TABLE": False}
-    key = tuple(weight.data_ptr() for weight in dense)  # made once for a model, whose weights do not move
+    # Made once for a model, whose weights do not move. Of the sizes it needs no account: they are the positions' own.
+    key = dense[0].dtype, *(weight.data_ptr() for weight in dense)
     if key not in positions.tables:
+        check_not_capturing("the first call for these weights, which makes the table of their addresses,")
         positions.tables[key] = _block_addresses(dense).to(positions.device)
     return positions.tables[key], {"DTYPE": TL_DTYPES[dense[0].dtype], "TABLE": True}
 

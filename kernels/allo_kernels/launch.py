@@ -24,19 +24,14 @@ class Launch:
     constants: dict
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    capability: tuple[int, int]
-    launches: list[Launch]
-
-
-_recorder: _Recorder | None = None
+_launches: list[Launch] | None = None
+_capability: tuple[int, int] | None = None
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Runs `kernel` on the device of its first argument; nothing for an empty grid."""
-    if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, grid, arguments, constants))
+    if _launches is not None:
+        _launches.append(Launch(kernel, grid, arguments, constants))
     elif grid[0]:
         device = arguments[0].device  # Triton launches on the current device, wherever the tensors are
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -46,19 +41,31 @@ def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) -> 
 @contextlib.contextmanager
 def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
     """Inside, launchers run on meta tensors as if on a device of this capability, and their launches are listed."""
-    global _recorder
-    assert _recorder is None, "recording() inside recording()"
-    _recorder = _Recorder(capability, [])
+    global _launches
+    assert _launches is None, "recording() inside recording()"
+    _launches = []
     try:
-        yield _recorder.launches
+        with blocks_of_device(capability):
+            yield _launches
     finally:
-        _recorder = None
+        _launches = None
+
+
+@contextlib.contextmanager
+def blocks_of_device(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Inside, launchers choose block sizes as for a device of this capability, whatever runs them; None: as always."""
+    global _capability
+    before, _capability = _capability, capability
+    try:
+        yield
+    finally:
+        _capability = before
 
 
 def capability(tensor: Tensor) -> tuple[int, int] | None:
     """Of the device that a launch on `tensor` is for; None in the interpreter."""
-    if _recorder is not None:
-        return _recorder.capability
+    if _capability is not None:
+        return _capability
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
@@ -72,7 +79,7 @@ def to_nearest(x, DTYPE: tl.constexpr):
         return x
     elif INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))  # the sum would carry into a NaN's sign
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)

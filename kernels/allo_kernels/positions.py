@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from allo_kernels.checks import check_dtype
+from allo_kernels.checks import check_contiguous, check_device, check_dtype, check_not_capturing
 
 SPAN = 1 << 16  # weights per block: what 16 bits can tell apart
 _CHUNK = 32  # blocks decoded at once in PyTorch: their int64 indices stay in the cache
@@ -29,15 +29,24 @@ class Positions:
     starts: Tensor
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
-    # Addresses of every block, by the weights' own; kept as long as the positions, for graphs that were captured.
+    # Addresses of every block, by the weights' own and their dtype, which together say what each block's is; kept as
+    # long as the positions, for graphs that were captured.
     tables: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        for name, tensor, dtype in (("low", self.low, torch.uint16), ("starts", self.starts, torch.int64)):
+            check_dtype(name, tensor, dtype)
+            check_device(name, tensor, self.low.device)
+            check_contiguous(name, tensor)
 
     @classmethod
     def pack(cls, indices: Tensor, size: int) -> "Positions":
         """From int32 or int64 flat indices [K] into a tensor of `size` weights.
 
-        Raises ValueError when they are not sorted, not unique or outside 0..size-1.
+        Raises ValueError when they are not sorted, not unique or outside 0..size-1. It waits for the host, and raises
+        RuntimeError while a CUDA graph is captured.
         """
+        check_not_capturing("Positions.pack")
         check_dtype("indices", indices, torch.int32, torch.int64)
         if indices.ndim != 1:
             raise ValueError(f"indices: expected one dimension, got shape {tuple(indices.shape)}")
@@ -54,6 +63,7 @@ class Positions:
     @classmethod
     def checked(cls, low: Tensor, starts: Tensor, size: int) -> "Positions":
         """From `low` and `starts` that come from outside. Raises ValueError when they are not what `pack` makes."""
+        check_not_capturing("Positions.checked")
         check_dtype("low", low, torch.uint16)
         check_dtype("starts", starts, torch.int64)
         if low.ndim != 1 or starts.ndim != 1 or not isinstance(size, int):
@@ -62,7 +72,7 @@ class Positions:
         fits = starts.shape == (blocks_of(size) + 1,) and int(starts[0]) == 0 and int(starts[-1]) == low.numel()
         if not fits or not bool(((per_block >= 0) & (per_block <= SPAN)).all()):
             raise ValueError(f"starts: they do not divide {low.numel()} positions in a tensor of {size}")
-        return cls.pack(cls(low, starts, (size,), (low.numel(),)).unpack(), size)
+        return cls.pack(cls(low.contiguous(), starts.contiguous(), (size,), (low.numel(),)).unpack(), size)
 
     @classmethod
     def cat(cls, parts: Sequence["Positions"]) -> "Positions":
@@ -112,6 +122,7 @@ class Positions:
 
     def chunks(self, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
         """Of the blocks `first`..`last - 1`: which entries, and their int64 positions counted from block `first`."""
+        check_not_capturing("decoding positions in PyTorch")
         for block in range(first, last, _CHUNK):
             starts = self.starts[block : min(block + _CHUNK, last) + 1]
             entries = slice(int(starts[0]), int(starts[-1]))

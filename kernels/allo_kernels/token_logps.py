@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
+from allo_kernels.checks import (
+    FLOATS,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_not_capturing,
+    check_positive,
+    check_shape,
+)
 from allo_kernels.compact import check_entries, check_weights, gather_torch
 from allo_kernels.dispatch import choose
 from allo_kernels.positions import SPAN, Positions
@@ -63,8 +71,10 @@ def token_logps(
     [V, D] gradient is made. Backward recomputes logits, works only on rows whose upstream gradient is not zero, and
     makes no product that nobody asked for.
     Raises ValueError, naming the argument, for a wrong shape, dtype or device, a weight that is not contiguous,
-    targets outside the vocabulary, and values without positions.
+    targets outside the vocabulary, and values without positions. Forward and backward ask the device which rows count:
+    RuntimeError while a CUDA graph is captured.
     """
+    check_not_capturing("token_logps")
     _check(hidden, weight, targets, bias, softcap, temperature, values, positions)
     kernels = choose("token_logps", impl, _definition, "token_logps_triton.kernels", hidden.device)
     if values is not None:
@@ -87,10 +97,9 @@ def _check(hidden, weight, targets, bias, softcap, temperature, values, position
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
         check_dtype("bias", bias, *FLOATS)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    for name, number in (("softcap", softcap), ("temperature", temperature)):
+        if number is not None:
+            check_positive(name, number)
     if (values is None) != (positions is None):
         raise ValueError("values, positions: expected both or neither")
     if positions is not None:
@@ -114,13 +123,14 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
+        check_not_capturing("the backward of token_logps")
         with torch.autocast(upstream.device.type, enabled=False):
             return _TokenLogps._backward(ctx, upstream)
 
     @staticmethod
     def _forward(ctx, hidden, weight, bias, targets, head):
         at = _where(targets != IGNORE)
-        rows = Rows(_pick(hidden, at), _pick(targets, at))
+        rows, bias = Rows(_pick(hidden, at), _pick(targets, at)), None if bias is None else bias.contiguous()
         chosen, lse = head.target_and_lse(rows, weight, bias, head)
         ctx.save_for_backward(hidden, weight, bias, targets, _spread(lse, at, targets))
         ctx.head = head

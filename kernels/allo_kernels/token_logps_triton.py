@@ -71,8 +71,18 @@ def _tile_logits(
     if HAS_BIAS:
         logits += tl.load(bias + tl.minimum(column, columns - 1)).to(tl.float32)[None, :]
     if HAS_CAP:
-        logits = softcap * (1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0))  # softcap * tanh(logits / softcap)
+        logits = softcap * _tanh(logits / softcap)
     return logits * inverse_temperature
+
+
+@triton.jit
+def _tanh(x):
+    """To a few roundings of the result: by exp, and near zero, where that would lose digits, by Cephes' polynomial."""
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    square = x * x
+    series = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
+    series = ((series + 1.33314422036e-1) * square - 3.33332819422e-1) * square
+    return tl.where(tl.abs(x) < 0.625, x + x * series, tl.where(x < 0, -large, large))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -103,7 +113,8 @@ def _target_and_lse_kernel(
     )  # fmt: skip
     logits = tl.where(column[None, :] < columns, logits, -float("inf"))
     highest = tl.max(logits, 1)
-    highest = tl.where(highest == -float("inf"), 0.0, highest)  # a tile of words that a bias rules out
+    # A tile of words that a bias rules out, or one whose logit overflowed: as torch.logsumexp, no inf - inf.
+    highest = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
     lse = highest + tl.log(tl.sum(tl.exp(logits - highest[:, None]), 1))
     inside = row < n
     tl.store(parts + column_tile.to(tl.int64) * n + row, lse, mask=inside)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from allo_kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from allo_kernels.checks import FLOATS, check_device, check_dtype, check_not_capturing, check_shape
 from allo_kernels.dispatch import choose
 
 # A non-negative float orders like its bits: its 31 bits in digits of 11, 11 and 9 find the k-th largest exactly.
@@ -32,23 +32,25 @@ def topk_threshold(
     when all are bf16 or fp16), so a list or an object with its own `__iter__`, never a generator.
     add_up: where other processes hold further chunks, the sum of an int64 tensor over all of them; the threshold, the
     counts and `k` are then of all chunks together.
-    Raises ValueError when k is not in 1..(number of scores), a score is NaN, or a chunk has another dtype.
+    Raises ValueError when k is not in 1..(number of scores), a score is NaN, or a chunk has another dtype. The host
+    decides which digit is next: RuntimeError while a CUDA graph is captured.
     """
+    check_not_capturing("topk_threshold")
     if iter(score_chunks) is score_chunks:
         raise ValueError("score_chunks: expected something that can be iterated again, got a generator")
-    prefix, above, narrow = 0, 0, True  # the bits found so far; how many scores exceed all that have them
+    prefix, above, wide = 0, 0, 0  # the bits found so far; how many scores exceed all that have them; fp32 chunks
     for shift, width in DIGITS:
-        if narrow and shift == 0:  # the low bits of 16-bit floats are all zero
+        if not wide and shift == 0:  # the low bits of 16-bit floats are all zero
             prefix <<= width
             break
-        total = torch.zeros((1 << width) + 1, dtype=torch.int64)
+        total = torch.zeros((1 << width) + 2, dtype=torch.int64)
         for chunk in score_chunks:
             check_dtype("score_chunks", chunk, *FLOATS)
-            narrow &= chunk.dtype != torch.float32
             run = choose("topk_threshold", impl, _histogram_torch, "topk_triton.histogram", chunk.device)
-            total += run(chunk.detach().reshape(-1), shift, width, prefix).cpu()
-        total = total if add_up is None else add_up(total)
-        counts, nans = total[:-1], int(total[-1])
+            total[:-1] += run(chunk.detach().reshape(-1).contiguous(), shift, width, prefix).cpu()
+            total[-1] += chunk.dtype == torch.float32
+        total = total if add_up is None else add_up(total)  # all processes go on to the last digit, or none does
+        counts, nans, wide = total[:-2], int(total[-2]), int(total[-1])
         if nans:
             raise ValueError(f"score_chunks: {nans} scores are NaN")
         if not above + int(counts.sum()) >= k >= 1:
