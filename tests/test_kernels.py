@@ -14,17 +14,55 @@ from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.engine import Trainer
 from allo_kernels import Positions, dispatch, gather, scatter_, token_logps
+from allo_kernels.launch import blocks_of_device
 from allo_kernels.positions import SPAN
+from allo_kernels.token_logps_triton import TILES, tile_name
+from allo_kernels.tools.check import Exact, allowed_error
 from allo_kernels.tools.check_cases import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = list(cases())
+CASES = list(cases(large=DEVICE.type == "cuda"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.op}-{case.name}" for case in CASES])
 def test_equals_its_definition(case):
     wrong = [finding for finding in case.run(DEVICE) if not finding.passed]
     assert not wrong
+
+
+def tiles(large, capability):
+    """The cases of each tile that a device of this capability runs, or the interpreter."""
+    found = {}
+    for case in (case.arguments[0] for case in cases(large) if case.op == "token_logps"):
+        with blocks_of_device(case.capability or capability):
+            weight = torch.empty(case.words, case.width, dtype=case.dtype, device="meta" if capability else "cpu")
+            found.setdefault(tile_name(weight, case.softcap is None and not case.bias), []).append(case)
+    return found
+
+
+def test_every_tile_that_is_launched_is_tried():
+    """On a device with more row tiles than one group and several steps of K; in the interpreter at least with two."""
+    on_devices = tiles(True, (8, 0)) | tiles(True, (9, 0))
+    assert on_devices.keys() == TILES.keys() - {"interpreter"}
+    assert tiles(True, (9, 0)).keys() >= TILES.keys() - {"interpreter"}, "the smaller devices' too"
+    interpreted = tiles(False, None)
+    assert interpreted.keys() == TILES.keys()
+    for group, every in ((16, on_devices), (1, interpreted), (16, {"interpreter": interpreted["interpreter"]})):
+        for name, tried in every.items():
+            tile = TILES[name]
+            assert any(
+                case.counted > group * tile.BLOCK_N and case.width > 2 * tile.BLOCK_D - 1 and case.words > tile.BLOCK_V
+                for case in tried
+            ), name
+            assert any(case.words % tile.BLOCK_V and case.counted % tile.BLOCK_N for case in tried), name
+
+
+def test_what_is_allowed():
+    exact = Exact(torch.tensor([2.0, -4.0], dtype=torch.double))
+    eps = torch.finfo(torch.float32).eps
+    assert allowed_error(torch.tensor([2.5, -4.0]), exact) == 0.5 + 16 * eps
+    assert allowed_error(torch.tensor([2.0, -4.0]), Exact(exact.value, exponent=3.0, least=8.0)) == (32 + 384) * eps
+    assert allowed_error(torch.tensor([2.0, -4.0]).bfloat16(), exact) == 16 * torch.finfo(torch.bfloat16).eps
 
 
 def test_addresses_beyond_32_bits():

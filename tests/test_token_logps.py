@@ -1,18 +1,14 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
 from allo_kernels import Positions, token_logps
 from allo_kernels import token_logps as public
+from allo_kernels.tools import check_head
+from allo_kernels.tools.check import Exact, allowed_error, distance
 
 
 def full_logits(hidden, weight, targets, bias=None, softcap=None, temperature=1.0):
-    logits = F.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logps = (logits.float() / temperature).log_softmax(-1)
-    kept = targets != -100
-    return torch.where(kept, logps.gather(1, targets.clamp(min=0)[:, None]).squeeze(1), 0.0)
+    return check_head.full_logits(hidden, weight, bias, targets, softcap, temperature)[0]
 
 
 def inputs(n, d, v, dtype, bias, seed=0):
@@ -42,14 +38,27 @@ def test_equals_full_logits(n, d, v, softcap, temperature, bias, dtype):
         return [logps, *torch.autograd.grad((logps * upstream.to(logps)).sum(), leaves)]
 
     truth = run(full_logits, lambda leaf: leaf.double())
-    # A gradient is made of probabilities, whose relative error is the absolute one of their logarithm, kept in fp32.
-    inherited = [0.0, *[torch.finfo(torch.float32).eps * truth[0].abs().max()] * len(leaves)]
-    found = zip(run(public, lambda x: x), run(full_logits, lambda x: x), truth, inherited, strict=True)
-    for ours, torchs, exact, relative in found:
-        scale = exact.abs().max()
-        rounding = 4 * (torch.finfo(ours.dtype).eps + relative) * scale
-        error, allowed = (ours - exact).abs().max(), (torchs - exact).abs().max() + rounding
-        assert error <= allowed, f"{error} > {allowed}"
+    double = [None if leaf is None else leaf.double() for leaf in (hidden, weight, bias)]
+    _, exponent = check_head.full_logits(*double, targets, softcap, temperature)
+    exact = [Exact(tensor, exponent, least=float(index == 0)) for index, tensor in enumerate(truth)]
+    for ours, torchs, true in zip(run(public, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
+        assert distance(ours, true.value) <= allowed_error(torchs, true)
+
+
+# A cap far above the logits hardly changes them: by exp alone tanh would keep an absolute 1e-7, times the cap.
+@pytest.mark.parametrize("softcap", [0.1, 30.0, 1e5])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_caps_of_any_size(softcap, impl):
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+
+    def run(function, cast, **settings):
+        logps = function(cast(hidden), cast(weight), targets, softcap=softcap, **settings)
+        return [logps, *torch.autograd.grad((logps * upstream).sum(), [hidden, weight])]
+
+    _, exponent = check_head.full_logits(hidden.double(), weight.double(), None, targets, softcap, 1.0)
+    ours, plain = run(token_logps, lambda x: x, impl=impl), run(full_logits, lambda x: x)
+    for found, torchs, true in zip(ours, plain, run(full_logits, lambda x: x.double()), strict=True):
+        assert distance(found, true) <= allowed_error(torchs, Exact(true, exponent))
 
 
 def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):

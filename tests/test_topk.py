@@ -40,6 +40,16 @@ def test_sixteen_bits_take_two_passes():
         assert chunks.passes - 1 == passes  # one to see that it is no generator
 
 
+@pytest.mark.parametrize("dtype, passes", [(torch.float32, 3), (torch.bfloat16, 2)])
+def test_a_process_without_scores_adds_up_as_often_as_the_others(dtype, passes):
+    """Each adds its counts to all others'; one that stopped a digit earlier would leave them waiting."""
+    scores, others = torch.randn(100).to(dtype), []
+    expected = topk_threshold([scores], 7, add_up=lambda total: others.append(total) or total)
+    waiting = iter(others)
+    assert topk_threshold([], 7, add_up=lambda total: total + next(waiting)) == expected
+    assert len(others) == passes and next(waiting, None) is None
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_bad_scores(impl):
     for message, chunks in (

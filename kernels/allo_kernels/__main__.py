@@ -41,7 +41,7 @@ def check() -> Iterator[dict]:
     from allo_kernels.tools.check_cases import cases
 
     device = this_device()
-    for case in cases():
+    for case in cases(large=device.type == "cuda"):
         for finding in case.run(device):
             text = f"{finding.output}: error {finding.error:.3g}, allowed {finding.allowed:.3g}"
             yield {"text": f"{finding.op} {finding.case}  {text}", **asdict(finding), "passed": finding.passed}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from allo_kernels.checks import (
@@ -86,5 +87,6 @@ def _masked_adamw_torch_(
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": float(eps), "weight_decay": weight_decay}
     one_each = ([values], [grad], [exp_avg], [exp_avg_sq], [], [before])
     adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)
+    increment_version([values, exp_avg, exp_avg_sq])  # torch's fused step does not tell autograd
     if weight is not None:
         scatter_torch_(weight, positions, values)

@@ -5,6 +5,7 @@ backward  d loss / d logits of a chunk of the vocabulary, recomputed; cuBLAS mul
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -167,7 +168,7 @@ def _d_logits_kernel(
 
 def _target_and_lse(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The target's logit and the log of the sum of all exponentials, fp32 [n] each."""
-    n, columns, blocks = len(rows.targets), len(weight), _blocks(weight, head, bias)
+    n, columns, blocks = len(rows.targets), len(weight), _tile(weight, head, bias)
     tiles = triton.cdiv(columns, blocks["BLOCK_V"])
     chosen = torch.empty(n, dtype=torch.float32, device=weight.device)
     parts = torch.empty((tiles, n), dtype=torch.float32, device=weight.device)
@@ -182,7 +183,7 @@ def _target_and_lse(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head)
 
 def _d_logits(rows: Rows, weight: Tensor, bias: Tensor | None, first: int, head: Head) -> Tensor:
     """d (upstream . logps) / d logits [n, columns] in the weight's dtype, of the columns from `first` on."""
-    n, columns, blocks = len(rows.targets), len(weight), _blocks(weight, head, bias)
+    n, columns, blocks = len(rows.targets), len(weight), _tile(weight, head, bias)
     out = torch.empty((n, columns), dtype=weight.dtype, device=weight.device)
     launch(
         _d_logits_kernel,
@@ -208,20 +209,40 @@ def _head_arguments(head: Head, weight: Tensor, bias: Tensor | None, blocks: dic
     }
 
 
-def _blocks(weight: Tensor, head: Head, bias: Tensor | None) -> dict:
-    """Block sizes by device and dtype: what keeps the matrix units busy without spilling a register (`aot` counts)."""
-    device = capability(weight)
-    even = weight.shape[1] % 64 == 0 and weight.shape[0] % 16 == 0
-    if device is None:  # small, so that small tests have several tiles each way
-        rows, columns, depth, warps, stages = 16, 32, 16, 4, 1
-    elif weight.dtype == torch.float32:  # no matrix units at full precision
-        rows, columns, depth, warps, stages = 64, 64 if even else 32, 32, 4, 3
-    elif device[0] in (9, 10) and not even:  # masks and odd addresses take registers
-        rows, columns, depth, warps, stages = 128, 64, 64, 8, 4
-    elif device[0] in (9, 10) and head.softcap is None and bias is None:  # two warp groups, 144 KiB of shared memory
-        rows, columns, depth, warps, stages = 128, 256, 64, 8, 3
-    elif device[0] in (9, 10):  # so do a cap and a bias
-        rows, columns, depth, warps, stages = 128, 128, 64, 8, 4
-    else:  # at most 99 KiB of shared memory on some
-        rows, columns, depth, warps, stages = 128, 128, 32, 8, 4
-    return {"BLOCK_N": rows, "BLOCK_V": columns, "BLOCK_D": depth, "num_warps": warps, "num_stages": stages}
+@dataclass(frozen=True)
+class Tile:
+    """Rows, words and depth of a tile, and how it is run."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+# What keeps the matrix units busy without spilling a register (`aot` counts).
+TILES = {
+    "interpreter": Tile(16, 32, 16, 4, 1),  # small, so that small tests have several tiles each way
+    "fp32": Tile(64, 64, 32, 4, 3),  # no matrix units at full precision
+    "fp32, uneven": Tile(64, 32, 32, 4, 3),
+    "sm_90": Tile(128, 256, 64, 8, 3),  # two warp groups, 144 KiB of shared memory
+    "sm_90, cap or bias": Tile(128, 128, 64, 8, 4),  # they take registers
+    "sm_90, uneven": Tile(128, 64, 64, 8, 4),  # so do masks and odd addresses
+    "any": Tile(128, 128, 32, 8, 4),  # at most 99 KiB of shared memory on some
+}
+
+
+def tile_name(weight: Tensor, plain: bool) -> str:
+    """The entry of TILES for this weight on its device; plain: without a cap and a bias."""
+    device, even = capability(weight), weight.shape[1] % 64 == 0 and weight.shape[0] % 16 == 0
+    if device is None:
+        return "interpreter"
+    if weight.dtype == torch.float32:
+        return "fp32" if even else "fp32, uneven"
+    if device[0] not in (9, 10):
+        return "any"
+    return "sm_90, uneven" if not even else "sm_90" if plain else "sm_90, cap or bias"
+
+
+def _tile(weight: Tensor, head: Head, bias: Tensor | None) -> dict[str, int]:
+    return asdict(TILES[tile_name(weight, head.softcap is None and bias is None)])

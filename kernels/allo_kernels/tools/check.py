@@ -1,7 +1,7 @@
 """Every kernel against its definition, on whatever the machine has: a GPU, or Triton's interpreter.
 
 A number that is only copied or counted must be equal bit for bit. A computed one must be as near to the truth in fp64
-as PyTorch is in the same dtype, and rounding:  error(kernel) <= error(PyTorch) + 4 eps max|truth|.
+as PyTorch is in the same dtype, and rounding: `allowed_error` is the rule, for these cases and for the tests.
 Uninitialised memory is filled with NaN, upstream gradients differ from row to row, and everything runs twice.
 """
 
@@ -12,17 +12,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allo_kernels.positions import Positions
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+_EPS = torch.finfo(FP32).eps
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An output in fp64. exponent: the largest magnitude of a logit or log-probability on the way to it, 0 without exp;
+
+    least: of what its error is measured by, 1 for a logarithm, whose error is the relative one of its argument.
+    """
+
+    value: Tensor
+    exponent: float = 0.0
+    least: float = 0.0
+
+
+def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
+    """error(PyTorch) + (4 eps of the dtype + 16 eps of fp32 x exponent) max|truth|.
+
+    error(PyTorch), in the same dtype, stands for what both do: round operands, sum products in some order.
+    4 eps are eight roundings, and what a device's sqrt (1 ulp) and division (2 ulp) add. More comes from exp. Let M be
+    the largest logit and R the largest log-probability, both as magnitudes, and eps that of fp32, two roundings.
+        exp(x)      2 eps, and eps |x| for rounding log2(e) and x log2(e): a device has only the power of 2
+        a logit     6 eps M: two divisions or products, tanh (2.4 eps where exp begins, below 1 in the polynomial), cap
+                    and temperature as fp32
+        lse         6 eps M of the logits, eps (R + 2) of exp, eps / 2 (M + R) of its sum with the maximum
+        exp(z - lse)  all of these and eps (R + 2) of its own: eps (12.5 M + 2.5 R + 4), relative
+    which 16 eps (M + R) and four of the roundings cover. The same goes for the sigmoid of a pair's margin, with the
+    two rewards whose difference it is as logits.
+    """
+    scale = max(exact.least, float(exact.value.detach().abs().max()))
+    return distance(pytorchs, exact.value) + (4 * torch.finfo(pytorchs.dtype).eps + 16 * _EPS * exact.exponent) * scale
+
 
 @dataclass(frozen=True)
 class Case:
-    """build(device, *arguments) gives outputs(impl), what the operation makes of its inputs, by name, and the truth:
+    """build(device, *arguments) gives outputs(impl), what the operation makes of its inputs, by name, and the truth.
 
-    the same in fp64, None where it must be equal.
+    The truth has those outputs that may differ; all others must be equal.
     """
 
     op: str
     name: str
-    build: Callable[..., tuple[Callable[[str], dict[str, Tensor]], dict[str, Tensor] | None]]
+    build: Callable[..., tuple[Callable[[str], dict[str, Tensor]], dict[str, Exact]]]
     arguments: tuple = ()
 
     def run(self, device: torch.device) -> list["Finding"]:
@@ -37,12 +73,10 @@ class Case:
         for name, tensor in ours.items():
             if not torch.equal(_bits(tensor), _bits(again[name])):
                 findings.append(Finding(self.op, self.name, f"{name}, run twice", float("inf"), 0.0))
-            exact = definition[name] if truth is None or name not in truth else truth[name].detach()
-            error, allowed = _distance(tensor, exact), 0.0
-            if exact is not definition[name] and exact.numel():
-                scale = float(exact.abs().max())
-                allowed = _distance(definition[name], exact) + 4 * torch.finfo(tensor.dtype).eps * scale
-            findings.append(Finding(self.op, self.name, name, error, allowed))
+            exact, allowed = truth.get(name, Exact(definition[name])), 0.0
+            if name in truth and tensor.numel():
+                allowed = allowed_error(definition[name], exact)
+            findings.append(Finding(self.op, self.name, name, distance(tensor, exact.value), allowed))
         return findings
 
 
@@ -74,8 +108,25 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _distance(ours: Tensor, exact: Tensor) -> float:
+def distance(ours: Tensor, exact: Tensor) -> float:
     """Largest difference; infinite where shapes differ, NaN where one is."""
     if ours.shape != exact.shape:
         return float("inf")
     return float((ours.detach().double() - exact.detach().double()).abs().max()) if ours.numel() else 0.0
+
+
+def drawing(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
+    """Normal numbers of a shape and dtype, the same in every run on a device."""
+    draw = torch.Generator(device).manual_seed(seed)
+    return lambda *shape, dtype=FP32: torch.randn(*shape, generator=draw, device=device).to(dtype)
+
+
+def selected(device: torch.device, sizes: tuple[int, ...], kind: str) -> Positions:
+    draw, parts = torch.Generator(device).manual_seed(1), []
+    share = {"none": 0.0, "ends": 0.0, "5%": 0.05, "all": 1.1}[kind]
+    for size in sizes:
+        mask = torch.rand(size, generator=draw, device=device) < share
+        if kind == "ends" and size:
+            mask[0] = mask[-1] = True
+        parts.append(Positions.pack(mask.nonzero().squeeze(1), size))
+    return Positions.cat(parts)
