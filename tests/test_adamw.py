@@ -35,11 +35,9 @@ def test_equals_torch_adamw():
 
 
 def steps_of(number, k, settings, impl="triton"):
-    """State after `number` steps from 1.5 and zero, and in fp64: fp32 first, then the truth."""
+    """Values and moments after `number` steps from 1.5 and zero, and what they are in fp64."""
     draw = torch.Generator().manual_seed(0)
-    state, exact = (
-        [torch.full((k,), start).to(dtype) for start in (1.5, 0, 0)] for dtype in (torch.float, torch.double)
-    )
+    state, exact = ([torch.full((k,), x, dtype=dtype) for x in (1.5, 0, 0)] for dtype in (torch.float, torch.double))
     for step in range(1, number + 1):
         grad = torch.randn(k, generator=draw)
         values, *moments = state
@@ -52,8 +50,8 @@ def steps_of(number, k, settings, impl="triton"):
     return state, exact
 
 
-# 0.993 is off by 2.9e-8 in fp32, which every step would apply again: 4e-6 of exp_avg_sq. Each entry's own rounding, up to
-# 8e-7 a step at random, averages out over 2048 of them.
+# 0.993 is off by 2.9e-8 in fp32, which every step would apply again: 4e-6 of exp_avg_sq. Roundings of single entries
+# are random, and average out over 2048 of them.
 def test_beta2_is_not_rounded():
     settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.993, "weight_decay": 0.0}
     (_, _, exp_avg_sq), (_, _, exact) = steps_of(300, 2048, settings)
