@@ -74,8 +74,9 @@ def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after
 
 def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts) -> None:
     """The policy's model as a Hugging Face folder, which generates up to the token that ended its responses."""
-    settings = policy.model.generation_config
-    settings.eos_token_id = sorted({*stop_tokens(policy.model), prompts.end_token})
+    stops = stop_tokens(policy.model)
+    if prompts.end_token not in stops:
+        policy.model.generation_config.eos_token_id = sorted({*stops, prompts.end_token})
     save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
 
 
