@@ -2,12 +2,14 @@ import json
 
 import pytest
 import torch
-from conftest import shared
+from conftest import pair_corpus, shared
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from allo_fast.data.batch import Corpus, collate
 from allo_fast.method.objectives import (
+    Dpo,
     dpo_loss,
     npo_token_loss,
     release_key_token_weights,
@@ -95,3 +97,49 @@ def test_release_key_tokens_depend_on_the_padding():
     assert release_key_token_weights(ratios, valid, 0.1, 90).tolist() == [[1, 1, 1]]
     with pytest.raises(ValueError, match="0.1 of 9 padded tokens"):
         release_key_token_weights(ratios, valid, 0.1, 9)
+
+
+def noise(problems: int):
+    """A batch, and log-probabilities that differ from the reference's by noise: nothing was learned."""
+    batch = collate(corpus := pair_corpus(problems), corpus.examples)
+    draw = torch.Generator().manual_seed(3)
+    ref, change = (torch.randn(batch.valid.shape, generator=draw) * batch.valid for _ in range(2))
+    return batch, ref + change, ref
+
+
+@pytest.mark.parametrize("protocol, epsilon", [("paper", 0.1), ("paper", 0.5), ("release", 0.1), ("release", 0.5)])
+def test_rewards_of_noise_are_even(protocol, epsilon):
+    batch, logps, ref = noise(1000)
+    _, metrics = Dpo(0.1, epsilon, protocol=protocol)(logps, ref, batch)
+    assert metrics["rewards/accuracies"].item() == pytest.approx(0.5, abs=0.04)
+    assert metrics["rewards/margins"].item() == pytest.approx(0.0, abs=0.02)
+    if metrics["key_tokens"] < 1:  # half of the release's padded length is all of these responses
+        assert metrics["key_rewards/accuracies"] > 0.55 and metrics["key_rewards/margins"] > 0.05, "chosen to be low"
+    assert metrics["key_rewards/chosen"].item() == pytest.approx(metrics["rewards/chosen"].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "release"])
+def test_reward_metrics_by_hand(protocol):
+    """Log-ratios of chosen (0.5, 0.5), of rejected (3, -1): as wholes 1 < 2, on the one key token 1 > -1."""
+    corpus = Corpus()
+    corpus.examples = [tuple(corpus.add([1], [[2, 3], [4, 5]]))]
+    batch, ref = collate(corpus, corpus.examples), torch.full((2, 2), -7.0)
+    logps = ref + torch.tensor([[0.5, 0.5], [3.0, -1.0]])
+    epsilon = 0.5 if protocol == "paper" else 0.34  # of the release's three padded tokens, prompt included
+    loss, metrics = Dpo(2.0, epsilon, protocol=protocol)(logps, ref, batch)
+    by_hand = {"chosen": 2.0, "rejected": 4.0, "margins": -2.0, "accuracies": 0.0}
+    key_tokens = {"chosen": 2.0, "rejected": -2.0, "margins": 4.0, "accuracies": 1.0}
+    for name in by_hand:
+        assert metrics[f"rewards/{name}"].item() == pytest.approx(by_hand[name]), name
+        assert metrics[f"key_rewards/{name}"].item() == pytest.approx(key_tokens[name]), name
+    assert (metrics["logps/chosen"].item(), metrics["logps/rejected"].item()) == pytest.approx((-13, -12))
+    torch.testing.assert_close(loss, -F.logsigmoid(torch.tensor(4.0)))
+
+
+def test_the_warm_up_has_one_kind_of_reward():
+    batch, logps, ref = noise(20)
+    _, metrics = Dpo(0.1)(logps, ref, batch)
+    rewards = 0.1 * (logps - ref).sum(1)
+    chosen, rejected = batch.examples.unbind(1)
+    assert metrics["rewards/accuracies"] == (rewards[chosen] > rewards[rejected]).float().mean()
+    assert not any(name.startswith("key_rewards") for name in metrics)

@@ -98,7 +98,12 @@ class Npo:
 
 @dataclass(frozen=True)
 class Dpo:
-    """Learning, and with epsilon None the vanilla DPO of the warm-up. Metrics carry TRL's names."""
+    """Learning, and with epsilon None the vanilla DPO of the warm-up.
+
+    Metrics carry TRL's names and mean what TRL's do: rewards are beta (logp - ref) of whole responses. With epsilon the
+    loss sees key tokens only of the rejected ones: `key_rewards/` are the rewards that it compares. Which tokens are
+    key depends on their rewards, so that these accuracies and margins are high on noise too.
+    """
 
     beta: float
     epsilon: float | None = None
@@ -113,9 +118,9 @@ class Dpo:
         chosen, rejected = batch.examples.unbind(1)
         pairs = logps[chosen], logps[rejected], ref[chosen], ref[rejected]
         if self.epsilon is not None and self.protocol == "release":
-            losses, chosen_rewards, rejected_rewards, weights = self._release(*pairs, batch, rejected)
+            losses, *key_rewards, weights = self._release(*pairs, batch, rejected)
         else:
-            losses, chosen_rewards, rejected_rewards, weights = key_token_dpo_loss(
+            losses, *key_rewards, weights = key_token_dpo_loss(
                 *pairs,
                 batch.valid[chosen],
                 batch.valid[rejected],
@@ -123,15 +128,16 @@ class Dpo:
                 beta=self.beta,
                 label_smoothing=self.label_smoothing,
             )
-        return losses.mean(), {
-            "rewards/chosen": chosen_rewards.mean(),
-            "rewards/rejected": rejected_rewards.mean(),
-            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
-            "logps/chosen": logps.detach()[chosen].sum(1).mean(),
-            "logps/rejected": logps.detach()[rejected].sum(1).mean(),
+        sums, rewards = logps.detach().sum(1), self.beta * (logps.detach() - ref).sum(1)
+        metrics = {
+            **_reward_metrics("rewards", rewards[chosen], rewards[rejected]),
+            "logps/chosen": sums[chosen].mean(),
+            "logps/rejected": sums[rejected].mean(),
             "key_tokens": weights.sum() / batch.valid[rejected].sum(),
         }
+        if self.epsilon is not None:
+            metrics |= _reward_metrics("key_rewards", *key_rewards)
+        return losses.mean(), metrics
 
     def _release(self, chosen, rejected, ref_chosen, ref_rejected, batch: Batch, index: Tensor) -> tuple[Tensor, ...]:
         padded_length = int((batch.prompt_lengths + batch.valid.sum(1)).max())
@@ -139,3 +145,13 @@ class Dpo:
         weights = release_key_token_weights(log_ratios, batch.valid[index], self.epsilon, padded_length)
         sums = chosen.sum(1), (rejected * weights).sum(1), ref_chosen.sum(1), (ref_rejected * weights).sum(1)
         return *dpo_loss(*sums, beta=self.beta, label_smoothing=self.label_smoothing), weights
+
+
+def _reward_metrics(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Means over pairs; chosen, rejected: [E]. Equal rewards are not right."""
+    return {
+        f"{name}/chosen": chosen.mean(),
+        f"{name}/rejected": rejected.mean(),
+        f"{name}/margins": (chosen - rejected).mean(),
+        f"{name}/accuracies": (chosen > rejected).float().mean(),
+    }
