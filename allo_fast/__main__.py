@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, UserError, load_config
-from allo_fast.data.scoring import SCORERS
 from allo_fast.method.delta import Delta
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer, save_model
 from allo_fast.plan import job as plan
 from allo_fast.plan.shapes import model_config, shape_of
-from allo_fast.report.page import summarize, table, write_report
+from allo_fast.report.page import write_report
+from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
-from allo_fast.stages.evaluate import evaluate
+from allo_fast.stages.evaluate import evaluate_alone
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model-config", help="config.json of the model, where the model itself is not at hand")
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=_plan)
-    command = commands.add_parser("eval", help="accuracy of any model on a config's test problems")
+    command = commands.add_parser("eval", help="any model on a config's test rows, judged as the run judges")
     command.add_argument("model", help="Hugging Face folder or hub id")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
@@ -242,11 +242,9 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
 def _eval(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides).model_copy(update={"deepspeed": None})
     with tempfile.TemporaryDirectory() as scratch:
-        unit = Unit(Run(config.model_copy(update={"output_dir": scratch}), STAGES), "evaluate", "base")
-        unit.folder.mkdir(parents=True)
-        facts = _show("eval", evaluate(unit, given.model))
-    right = ", ".join(f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS)
-    print(f"{given.model}: {right}; {facts['problems']} problems, {facts['quarantined']} rows set aside")
+        run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
+        facts, rows = _show("eval", evaluate_alone(run, given.model))
+    print(f"{given.model}: {evaluation_line(config, facts, rows)}")
 
 
 def _merge(given: argparse.Namespace) -> None:

@@ -21,11 +21,10 @@ from allo_fast.__main__ import main
 from allo_fast.config import TrainConfig, UserError, load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
-from allo_fast.data.problems import Problem
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import load_tokenizer, save_model
+from allo_fast.model.loading import save_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide
 from allo_fast.runs.run import Run, Unit
@@ -396,7 +395,8 @@ def shared_inference(folder: Path, config: str) -> None:
     path = folder / "model"
     tokenizer = character_tokenizer()
     save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, path)
-    problems = [Problem(str(n), f"{n}+1=", "", "", (f"{n + 1}", f"{n}")) for n in range(3)]
+    ids = tokenizer(["1+1=", "2+1=", "2", "31"]).input_ids
+    rows = [{"prompt_ids": prompt, "responses": [{"ids": ids[2]}, {"ids": ids[3]}]} for prompt in ids[:2]]
     found = {}
     for name, device_bytes in (("whole", 1 << 40), ("shared", 1)):
         models.memory.device_bytes = lambda held=device_bytes: held
@@ -406,13 +406,12 @@ def shared_inference(folder: Path, config: str) -> None:
         scored = Unit(unit.owner, "evaluate", "base")
         scored.folder.mkdir(parents=True, exist_ok=True)
         deque(evaluate.evaluate(scored, path), maxlen=0)
-        prompts = models.make_prompts(unit, load_tokenizer(path))
         with models.inference(unit, path, scoring=True) as held:
             assert held.sharded == (name == "shared")
-            chosen = evaluate._likeliest(held, prompts, problems[: 1 + ranks.rank()], 2)
+            logps = evaluate.response_logps(held, rows[: 1 + ranks.rank()], 2)
         files = [unit.folder / "responses.jsonl", scored.folder / "predictions.jsonl"]
         ranks.barrier()
-        found[name] = [chosen, *(file.read_text() for file in files)]
+        found[name] = [logps, *(file.read_text() for file in files)]
     assert found["shared"] == found["whole"]
 
 

@@ -1,8 +1,14 @@
-"""Is a response right? The final answer is what follows the last `The answer is`."""
+"""Is a response right, and which is preferred; means and their intervals.
+
+The final answer is what follows the last `The answer is`. Responses that were scored are {logp, tokens, correct}: the
+sum of the tokens' log-probabilities, their number, and whether it is a right one; ref_logp is the base model's sum.
+"""
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from itertools import product
+from math import fsum
 from statistics import NormalDist, fmean, variance
 
 SCORERS = ("strict", "release")
@@ -29,8 +35,53 @@ def _normalized(text: str) -> str:
     return f"{Decimal(number[1] + number[2].replace(',', '')).normalize():f}" if number else text
 
 
-def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[float, float]]:
-    """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i.
+def best_response(scores: Sequence[float], responses: Sequence[dict]) -> int:
+    """The index of the highest score; of equal ones a wrong response's, so that a tie is never right."""
+    return max(range(len(scores)), key=lambda index: (scores[index], not responses[index]["correct"]))
+
+
+def is_tie(scores: Sequence[float], responses: Sequence[dict]) -> bool:
+    """Whether right and wrong responses share the highest score."""
+    return len({row["correct"] for score, row in zip(scores, responses, strict=True) if score == max(scores)}) > 1
+
+
+def pair_margins(responses: Sequence[dict], beta: float | None) -> dict[str, list[float]]:
+    """Of each pair, every right response with every wrong one, the difference of their scores, by score:
+
+    rewards: the implicit reward beta (logp - ref_logp) of arXiv 2305.18290, where there is a ref_logp; logps: logp;
+    logps_per_token: logp / tokens. The right one is preferred where the difference is above 0, so that a tie is wrong.
+    """
+    scores = {"logps": lambda row: row["logp"], "logps_per_token": lambda row: row["logp"] / row["tokens"]}
+    if "ref_logp" in responses[0]:
+        scores = {"rewards": lambda row: beta * (row["logp"] - row["ref_logp"]), **scores}
+    pairs = [pair for pair in product(responses, responses) if pair[0]["correct"] and not pair[1]["correct"]]
+    return {name: [score(chosen) - score(rejected) for chosen, rejected in pairs] for name, score in scores.items()}
+
+
+def problem_values(pairs: Sequence[Sequence[float]]) -> list[float]:
+    """One number a problem, from one number for each of its pairs: v_i = m + (C / N) sum_j (x_ij - m).
+
+    C problems have N pairs, m is the mean over pairs. The v_i have the mean m, and their variance / C is the variance
+    of m clustered by problem, 1 / N^2 C / (C - 1) sum_i (sum_j (x_ij - m))^2. With one pair each, v_i is its number.
+    """
+    count = sum(map(len, pairs))
+    mean = fsum(x for xs in pairs for x in xs) / count
+    return [mean + len(pairs) / count * fsum(x - mean for x in xs) for xs in pairs]
+
+
+def mean_interval(values: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of values[s][i], of problem i by seed s, and its 95 % interval: mean +- 1.96 s.
+
+    s^2 is the variance between problems (each the mean of its seeds) / problems, plus that between seeds / seeds. One
+    problem has no interval: None.
+    """
+    mean, spread = _mean_and_variance(values)
+    half = _Z * spread**0.5
+    return mean, (mean - half, mean + half) if len(values[0]) > 1 else None
+
+
+def accuracy_interval(correct: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]]:
+    """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i, or its `problem_values`.
 
     Answers of several seeds to one problem are not independent, and seeds differ: the interval uses the effective
     sample size at which a binomial has the variance between problems (clustered) plus that between seeds.
@@ -45,7 +96,7 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, tuple[f
 
 
 def difference_interval(
-    better: Sequence[Sequence[bool]], worse: Sequence[Sequence[bool]]
+    better: Sequence[Sequence[float]], worse: Sequence[Sequence[float]]
 ) -> tuple[float, tuple[float, float]]:
     """Difference of two accuracies on the same problems and its 95 % interval, paired and clustered by problem.
 
@@ -54,7 +105,7 @@ def difference_interval(
     """
     rows = max(len(better), len(worse))
     pairs = zip((better * rows)[:rows], (worse * rows)[:rows], strict=True)
-    differences = [[int(a) - int(b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
     mean, _ = _mean_and_variance(differences)
     adjusted, spread = _mean_and_variance([[*row, 0.5**0.5, -(0.5**0.5)] for row in differences])
     return mean, (adjusted - _Z * spread**0.5, adjusted + _Z * spread**0.5)

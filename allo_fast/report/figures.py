@@ -9,25 +9,28 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 from matplotlib.figure import Figure  # noqa: E402
 
+from allo_fast.report.summary import percent  # noqa: E402
+
 _COLORS = {"base": "#8d99ae", "dpo": "#e0a03a", "allo": "#2a7f62"}
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
 
 
-def accuracy_bars(models: dict[str, dict]) -> str:
-    """One bar a model, its 95 % interval, a dot per seed."""
+def accuracy_bars(models: dict[str, dict], title: str = "") -> str:
+    """One bar a model, its 95 % interval, a dot per seed; models: name -> {mean, ci95, seeds}."""
     figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(models)), layout="constrained")
-    for row, (name, held) in enumerate(models.items()):
-        accuracy, (low, high) = held["accuracy"], held["ci95"]
-        axis.barh(row, accuracy, color=_COLORS.get(name, "#5b7db1"), height=0.6)
-        axis.errorbar(accuracy, row, xerr=[[accuracy - low], [high - accuracy]], color="#222", capsize=4)
-        axis.scatter(held["seeds"], [row] * len(held["seeds"]), s=10, color="white", edgecolors="#222", zorder=3)
-        axis.text(high, row, f"  {accuracy:.1%}", va="center")
+    for row, (name, metric) in enumerate(models.items()):
+        mean, (low, high) = metric["mean"], metric["ci95"]
+        axis.barh(row, mean, color=_COLORS.get(name, "#5b7db1"), height=0.6)
+        axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color="#222", capsize=4)
+        axis.scatter(metric["seeds"], [row] * len(metric["seeds"]), s=10, color="white", edgecolors="#222", zorder=3)
+        axis.text(high, row, f"  {percent(mean)}", va="center")
+    axis.set_title(title, fontsize=9)
     axis.set_yticks(range(len(models)), list(models))
     axis.invert_yaxis()
-    axis.set_xlim(0, min(1.0, 1.25 * max(held["ci95"][1] for held in models.values())) or 1)
+    axis.set_xlim(0, min(1.0, 1.25 * max(metric["ci95"][1] for metric in models.values())) or 1)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _svg(figure, "accuracy of each model")
+    return _svg(figure, f"{title or 'accuracy'} of each model")
 
 
 def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:

@@ -1,71 +1,25 @@
-"""What a run found: summary.json for programs, a table for the terminal, one self-contained report.html for people."""
+"""One self-contained report.html for people."""
 
 import html
 import json
 from pathlib import Path
 
 from allo_fast.data.prompts import as_text
-from allo_fast.data.scoring import SCORERS, accuracy_interval, difference_interval
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
+from allo_fast.report.summary import is_preference, percent, shown, shown_interval
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit, versions, write_atomically
+from allo_fast.runs.run import Run, Unit, write_atomically
 from allo_fast.stages import stages_of
 from allo_fast.stages.models import base_path
 
 _SHOWN_RESPONSES = 6
 
 
-def summarize(run: Run) -> dict:
-    """Writes summary.json: accuracies with intervals, and what each stage cost. Every unit must be complete."""
-    units = run.units(stages_of(run.config))
-    manifests = {f"{unit.stage.number:02d}-{unit.name}/{unit.key}": unit.manifest() for unit in units}
-    answers = _answers(run)
-    scorer = run.config.data.scorer
-    models = {}
-    for model, seeds in answers.items():
-        by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in SCORERS}
-        accuracy, interval = by_scorer[scorer]
-        models[model] = {
-            "accuracy": accuracy,
-            "n": len(seeds[0]),
-            "ci95": interval,
-            "seeds": [sum(row[scorer] for row in rows) / len(rows) for rows in seeds],
-            "scorers": {name: found[0] for name, found in by_scorer.items()},
-        }
-    summary = {
-        "name": run.config.name,
-        "protocol": run.config.protocol,
-        "seeds": run.config.seeds,
-        "models": models,
-        "differences": _paired_differences(answers, scorer),
-        "stages": {
-            name: {"seconds": held["seconds"], "peak_bytes": held["peak_bytes"], **held["facts"]}
-            for name, held in manifests.items()
-        },
-        "versions": versions(),
-    }
-    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
-
-
-def table(summary: dict) -> str:
-    """Accuracies and costs as text."""
-    lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
-    for name, held in summary["models"].items():
-        low, high = held["ci95"]
-        both = "".join(f"{accuracy:>9.1%}" for accuracy in held["scorers"].values())
-        seeds = " ".join(f"{accuracy:.1%}" for accuracy in held["seeds"])
-        lines.append(f"{name:<8}{held['accuracy']:>10.1%}{f'{low:.1%} .. {high:.1%}':>20}{held['n']:>7}{both}  {seeds}")
-    for name, held in summary["differences"].items():
-        low, high = held["ci95"]
-        lines.append(f"{name}: {held['points']:+.1%} ({low:+.1%} .. {high:+.1%})")
-    return "\n".join(lines)
-
-
 def write_report(run: Run, summary: dict) -> None:
     """Writes report.html; nothing in it is loaded from elsewhere."""
-    parts = [_header(run, summary), _accuracies(summary), _costs(summary), _curves(run)]
+    quality = _preferences(summary) if is_preference(summary) else _accuracies(summary)
+    parts = [_header(run, summary), quality, _costs(summary), _curves(run)]
     if run.config.method == "allo":
         parts += [_selection(run), _responses(run)]
     style = Path(__file__).with_name("report.css").read_text()
@@ -78,30 +32,10 @@ def write_report(run: Run, summary: dict) -> None:
     write_atomically(run.folder / "report.html", page)
 
 
-def _answers(run: Run) -> dict[str, list[list[dict]]]:
-    """model -> per seed -> predictions, in the order of the test problems."""
-    answers: dict[str, list[list[dict]]] = {}
-    for unit in run.units(["evaluate"]):
-        answers.setdefault(unit.key.partition("-")[0], []).append(read_jsonl(unit.folder / "predictions.jsonl"))
-    return answers
-
-
-def _paired_differences(answers: dict[str, list[list[dict]]], scorer: str) -> dict[str, dict]:
-    """Paired by problem, which is far sharper than comparing two intervals."""
-    names = list(answers)
-    found = {}
-    for worse, better in [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]:
-        points, interval = difference_interval(
-            *([[row[scorer] for row in rows] for rows in answers[name]] for name in (better, worse))
-        )
-        found[f"{better} - {worse}"] = {"points": points, "ci95": interval}
-    return found
-
-
 def _header(run: Run, summary: dict) -> str:
     differences = "".join(
-        f"<li><b>{html.escape(name)}</b> {held['points']:+.1%} "
-        f"<span>95 % interval {held['ci95'][0]:+.1%} .. {held['ci95'][1]:+.1%}, paired by problem</span></li>"
+        f"<li><b>{html.escape(name)}</b> {percent(held['points'], '+')} <span>95 % interval "
+        f"{percent(held['ci95'][0], '+')} .. {percent(held['ci95'][1], '+')}, paired by problem</span></li>"
         for name, held in summary["differences"].items()
     )
     return (
@@ -116,7 +50,30 @@ def _accuracies(summary: dict) -> str:
     return _section(
         "Accuracy",
         f"On {count} held-out problems; bars are means over seeds, dots single seeds, whiskers 95 % intervals.",
-        figures.accuracy_bars(summary["models"]),
+        figures.accuracy_bars({name: {"mean": held["accuracy"], **held} for name, held in summary["models"].items()}),
+    )
+
+
+def _preferences(summary: dict) -> str:
+    models = summary["models"]
+    rows = "".join(
+        f"<tr><td>{html.escape(model)}</td><td>{name}</td><td>{shown(name, metric['mean'])}</td>"
+        f"<td>{shown_interval(name, metric['ci95'])}</td><td>{metric.get('ties', '')}</td></tr>"
+        for model, held in models.items()
+        for name, metric in held["metrics"].items()
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("model", "metric", "mean", "95 % interval", "ties"))
+    bars = "".join(
+        figures.accuracy_bars({m: held["metrics"][name] for m, held in models.items() if name in held["metrics"]}, name)
+        for name in ("rewards/accuracies", "logps/accuracies", "logps/accuracies_per_token")
+    )
+    first = next(iter(models.values()))
+    return _section(
+        "Preferences",
+        f"On {first['pairs']} pairs of {first['n']} held-out problems. Rewards are beta (log pi - log pi0) against the "
+        "base, which has none itself; log-probabilities alone, summed or by the token, depend on lengths. Ties are "
+        "wrong. Bars are means over seeds, dots single seeds, whiskers 95 % intervals, clustered by problem.",
+        bars + f"<table><tr>{head}</tr>{rows}</table>",
     )
 
 

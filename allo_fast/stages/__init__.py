@@ -55,7 +55,9 @@ def _evaluated(config: Config) -> list[str]:
 def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
     method, _, seed = key.partition("-")
     producer = {"base": [], "dpo": ["warmup"], "allo": ["learn"]}[method]
-    return _needs(*producer)(config, seed)
+    # The implicit rewards by which preferences are judged compare with the base's log-probabilities.
+    base = [("evaluate", "base")] if producer and config.data.format == "preference" else []
+    return _needs(*producer)(config, seed) + base
 
 
 _MODEL = ("model.name_or_path", "model.dtype")

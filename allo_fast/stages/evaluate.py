@@ -1,75 +1,167 @@
-"""Accuracy on the held-out problems, of one model.
+"""How one model does on the held-out rows. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
 
-Problems with given responses: the most likely response wins, by the sum of its tokens' log-probabilities. Others: a
-greedy response whose final answer must match. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
-Writes predictions.jsonl {id, strict, release (right by either scorer), response}.
+Sampled problems: a greedy response, whose final answer must match.
+Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
+sum favours short options; `per_token` says whether the highest mean is right too.
+Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
+model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences.
+
+A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
+(right by either scorer), response} of sampled problems; of multiple choice {..., per_token, tie, responses}; of
+preferences {id, responses}. Responses are {logp, tokens, correct, ref_logp (by the base model)} in the row's order.
 """
 
+import logging
+import math
 from collections.abc import Generator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from allo_fast.config import EvaluateConfig
+from allo_fast.config import EvaluateConfig, UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import SCORERS, is_correct
+from allo_fast.data.scoring import SCORERS, best_response, is_correct, is_tie, pair_margins
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.runs.rows import by_chunks
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.model.weights import held_here, named_weights
+from allo_fast.runs.rows import by_chunks, read_jsonl
+from allo_fast.runs.run import Progress, Run, Unit
 from allo_fast.stages.models import Inference, base_path, inference, make_prompts
 from allo_fast.stages.problems import unit_problems
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.jsonl"
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     producer = {"base": None, "dpo": "warmup", "allo": "learn"}[unit.key.partition("-")[0]]
-    facts = yield from evaluate(unit, unit.needed(producer) / "model" if producer else base_path(unit))
+    path = unit.needed(producer) / "model" if producer else base_path(unit)
+    against = producer and unit.config.data.format == "preference"
+    facts = yield from evaluate(unit, path, unit.needed("evaluate") if against else None)
     return facts
 
 
-def evaluate(unit: Unit, path: str | Path) -> Generator[Progress, None, dict]:
-    """The accuracy of the model at `path`, by either scorer, and how many test rows were set aside."""
-    settings, prompts = unit.config.evaluate, make_prompts(unit, load_tokenizer(path))
-    problems, quarantined = unit_problems(unit, unit.config.data.test, prompts, settings.max_new_tokens, path)
+def evaluate_alone(run: Run, path: str | Path) -> Generator[Progress, None, tuple[dict, list[dict]]]:
+    """The facts and predictions of the model at `path`; preferences also against the run's base, where that goes."""
+    unit, base = Unit(run, "evaluate", "model"), Unit(run, "evaluate", "base")
+    against = None
+    if run.config.data.format == "preference" and Path(path).resolve() != Path(base_path(base)).resolve():
+        try:
+            against = yield from _evaluate_base(base, path)
+        except UserError as error:
+            logger.warning("no implicit rewards: %s", error)
+    unit.folder.mkdir(parents=True)
+    facts = yield from evaluate(unit, path, against)
+    return facts, read_jsonl(unit.folder / PREDICTIONS)
+
+
+def _evaluate_base(unit: Unit, reader: str | Path) -> Generator[Progress, None, Path]:
+    """The folder of the base model's evaluation, on the rows as the model at `reader` reads them."""
+    path = base_path(unit)
+    if load_tokenizer(path).get_vocab() != load_tokenizer(reader).get_vocab():
+        raise UserError(f"{reader} has another vocabulary than {path}")
+    unit.folder.mkdir(parents=True)
+    yield from evaluate(unit, path, reader=reader)
+    return unit.folder
+
+
+def evaluate(
+    unit: Unit, path: str | Path, against: Path | None = None, reader: str | Path | None = None
+) -> Generator[Progress, None, dict]:
+    """How the model at `path` does, and how many test rows were set aside.
+
+    against: the folder of the base model's evaluation, for implicit rewards; its rows are scored, token by token the
+    same. reader: the model whose tokenizer and template read the rows; None: the one at `path`. Raises UserError for
+    scores, or weights, that are not finite.
+    """
+    prompts = make_prompts(unit, load_tokenizer(reader or path))
+    problems, quarantined = _problems(unit, path, prompts, against)
+    ref_logps = _logps_of(against) if against else {}
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, scoring=scoring) as frozen:
+        if not scoring:
+            _check_weights(frozen.model, path)
 
         def work(chunk: list[dict], start: int) -> list[dict]:
-            if scoring:
-                texts = _likeliest(frozen, chunk, settings.batch_size)
-            else:
-                texts = _answers(frozen, prompts, chunk, settings)
-            return [_judged(problem, text) for problem, text in zip(chunk, texts, strict=True)]
+            if not scoring:
+                return _answered(frozen, prompts, chunk, unit.config.evaluate)
+            logps = response_logps(frozen, chunk, unit.config.evaluate.batch_size)
+            return [_scored(unit, path, row, sums, ref_logps) for row, sums in zip(chunk, logps, strict=True)]
 
-        rows = yield from by_chunks(unit.folder / "predictions.jsonl", problems, settings.batch_size, "problem", work)
-    right = {scorer: sum(row[scorer] for row in rows) for scorer in SCORERS}
-    return {"problems": len(rows), "quarantined": quarantined, **right}
+        size = unit.config.evaluate.batch_size
+        rows = yield from by_chunks(unit.folder / PREDICTIONS, problems, size, "problem", work)
+    return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
 
-def _judged(problem: dict, text: str) -> dict:
-    """Right or not by each scorer; of given responses there is one right one whatever the scorer."""
-    if problem["responses"]:
-        right = dict.fromkeys(SCORERS, text == problem["responses"][0]["text"])
-    else:
-        right = {scorer: is_correct(text, problem["answer"], scorer) for scorer in SCORERS}
-    return {"id": problem["id"], **right, "response": text}
+def _problems(unit: Unit, path: str | Path, prompts: Prompts, against: Path | None) -> tuple[list[dict], int]:
+    """The test rows, and how many were set aside; against the base, those that it was evaluated on."""
+    if against:
+        return read_jsonl(against / "problems.jsonl"), len(read_jsonl(against / "quarantine.jsonl"))
+    return unit_problems(unit, unit.config.data.test, prompts, unit.config.evaluate.max_new_tokens, path)
+
+
+def _logps_of(folder: Path) -> dict[str, list[float]]:
+    """By the row's id, the log-probabilities of its responses that an evaluation found."""
+    return {row["id"]: [each["logp"] for each in row["responses"]] for row in read_jsonl(folder / PREDICTIONS)}
 
 
 @torch.no_grad()
-def _likeliest(frozen: Inference, chunk: list[dict], rounds: int) -> list[str]:
-    """One forward pass a problem; `rounds` of them whatever the chunk has, as all ranks share a sharded model."""
-    texts = []
-    for problem in chunk + chunk[:1] * (rounds - len(chunk) if frozen.sharded else 0):
+def response_logps(frozen: Inference, chunk: list[dict], rounds: int) -> list[list[float]]:
+    """Of each row {prompt_ids, responses: [{ids}]}, the sum of the log-probabilities of each response's tokens.
+
+    One forward pass a row; `rounds` of them whatever the chunk has, as all ranks share a sharded model. The same tokens
+    are computed once: elsewhere in the row their sum could differ in its last bit, and a tie would be won.
+    """
+    found = []
+    for row in chunk + chunk[:1] * (rounds - len(chunk) if frozen.sharded else 0):
+        distinct = list(dict.fromkeys(tuple(response["ids"]) for response in row["responses"]))
         corpus = Corpus()
-        responses = [response["ids"] for response in problem["responses"]]
-        corpus.examples.append(tuple(corpus.add(problem["prompt_ids"], responses)))
+        corpus.examples.append(tuple(corpus.add(row["prompt_ids"], map(list, distinct))))
         batch = collate(corpus, corpus.examples, share_prompts=frozen.share_prompts).to(frozen.model.device)
-        texts.append(problem["responses"][int(frozen.compute(batch).sum(1).argmax())]["text"])
-    return texts[: len(chunk)]
+        sums = dict(zip(distinct, frozen.compute(batch).cpu().double().sum(1).tolist(), strict=True))
+        found.append([sums[tuple(response["ids"])] for response in row["responses"]])
+    return found[: len(chunk)]
 
 
-def _answers(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: EvaluateConfig) -> list[str]:
+def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], ref_logps: dict[str, list[float]]) -> dict:
+    if not all(map(math.isfinite, logps)):
+        raise UserError(f"{path}: the log-probabilities of the responses to {row['id']} are {logps}: not finite")
+    responses = [
+        {"logp": logp, "tokens": len(response["ids"]), "correct": response["correct"]}
+        for logp, response in zip(logps, row["responses"], strict=True)
+    ]
+    if unit.config.data.format != "preference":
+        return {"id": row["id"], **_chosen(row, responses), "responses": responses}
+    if ref_logps:
+        for response, ref_logp in zip(responses, ref_logps[row["id"]], strict=True):
+            response["ref_logp"] = ref_logp
+    return {"id": row["id"], "responses": responses}
+
+
+def _chosen(row: dict, responses: list[dict]) -> dict:
+    """Which response wins: there is no text to judge, so the scorers agree."""
+    logps = [response["logp"] for response in responses]
+    best = best_response(logps, responses)
+    per_token = best_response([response["logp"] / response["tokens"] for response in responses], responses)
+    return {
+        **dict.fromkeys(SCORERS, responses[best]["correct"]),
+        "per_token": responses[per_token]["correct"],
+        "tie": is_tie(logps, responses),
+        "response": row["responses"][best]["text"],
+    }
+
+
+def _check_weights(model: PreTrainedModel, path: str | Path) -> None:
+    """Greedy responses have no score to look at, and a NaN model only seems to know nothing."""
+    for name, weight in named_weights(model).items():
+        if not held_here(weight).isfinite().all():
+            raise UserError(f"{path}: the weight {name} is not finite")
+
+
+def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: EvaluateConfig) -> list[dict]:
     responses = generate(
         frozen.model,
         prompts.tokenizer,
@@ -78,4 +170,18 @@ def _answers(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: E
         max_new_tokens=settings.max_new_tokens,
         sharded=frozen.sharded,
     )
-    return [texts[0] for texts in responses]
+    judged = []
+    for problem, (text,) in zip(chunk, responses, strict=True):
+        right = {scorer: is_correct(text, problem["answer"], scorer) for scorer in SCORERS}
+        judged.append({"id": problem["id"], **right, "response": text})
+    return judged
+
+
+def _counts(rows: list[dict]) -> dict[str, int]:
+    """How many are right, and how many ties are among the others; of preferences, how many pairs there are and tie."""
+    if "strict" in rows[0]:
+        names = {"strict": "strict", "release": "release", "per_token": "per_token", "tie": "ties"}
+        return {count: sum(row[name] for row in rows) for name, count in names.items() if name in rows[0]}
+    margins = [pair_margins(row["responses"], 1.0) for row in rows]
+    ties = {f"{score}/ties": sum(row[score].count(0) for row in margins) for score in margins[0]}
+    return {"pairs": sum(len(row["logps"]) for row in margins), **ties}

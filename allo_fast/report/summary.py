@@ -1,0 +1,197 @@
+"""What a run found: summary.json for programs, a table for the terminal."""
+
+import json
+from itertools import combinations
+from statistics import fmean
+
+from allo_fast.config import Config
+from allo_fast.data.scoring import (
+    SCORERS,
+    accuracy_interval,
+    difference_interval,
+    mean_interval,
+    pair_margins,
+    problem_values,
+)
+from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.run import Run, versions, write_atomically
+from allo_fast.stages import stages_of
+from allo_fast.stages.evaluate import PREDICTIONS
+
+_ACCURACIES = {
+    "rewards": "rewards/accuracies",
+    "logps": "logps/accuracies",
+    "logps_per_token": "logps/accuracies_per_token",
+}
+Values = dict[str, list[list[float]]]  # by model or metric: per seed one number a problem
+
+
+def summarize(run: Run) -> dict:
+    """Writes summary.json: how good each model is, with intervals, and what each stage cost; every unit is complete."""
+    units = run.units(stages_of(run.config))
+    manifests = {f"{unit.stage.number:02d}-{unit.name}/{unit.key}": unit.manifest() for unit in units}
+    preference = run.config.data.format == "preference"
+    summary = {
+        "name": run.config.name,
+        "protocol": run.config.protocol,
+        "seeds": run.config.seeds,
+        **(_preferences if preference else _accuracies)(run.config, _predictions(run)),
+        "stages": {
+            name: {"seconds": manifest["seconds"], "peak_bytes": manifest["peak_bytes"], **manifest["facts"]}
+            for name, manifest in manifests.items()
+        },
+        "versions": versions(),
+    }
+    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _predictions(run: Run) -> dict[str, list[list[dict]]]:
+    """model -> per seed -> predictions, in the order of the test problems."""
+    found: dict[str, list[list[dict]]] = {}
+    for unit in run.units(["evaluate"]):
+        found.setdefault(unit.key.partition("-")[0], []).append(read_jsonl(unit.folder / PREDICTIONS))
+    return found
+
+
+def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
+    """Of each model the share of problems that it answers right, and the differences."""
+    models, scorer = {}, config.data.scorer
+    for model, seeds in predictions.items():
+        by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in SCORERS}
+        accuracy, interval = by_scorer[scorer]
+        models[model] = {
+            "accuracy": accuracy,
+            "n": len(seeds[0]),
+            "ci95": interval,
+            "seeds": [sum(row[scorer] for row in rows) / len(rows) for rows in seeds],
+            "scorers": {name: found[0] for name, found in by_scorer.items()},
+        }
+        if "tie" in seeds[0][0]:
+            models[model]["ties"] = sum(row["tie"] for rows in seeds for row in rows)
+    right = {model: [[row[scorer] for row in rows] for rows in seeds] for model, seeds in predictions.items()}
+    return {"models": models, "differences": _paired_differences(right)}
+
+
+def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
+    """Of each model its `preference_metrics`, with the beta that it was trained with, and differences of accuracies."""
+    betas = {"base": None, "dpo": config.warmup.beta, "allo": config.learn.beta}  # the base has no implicit rewards
+    models, values = {}, {}
+    for model, seeds in predictions.items():
+        beta = betas[model]
+        values[model], ties = preference_values(seeds, beta)
+        pairs = sum(len(pair_margins(row["responses"], beta)["logps"]) for row in seeds[0])
+        metrics = preference_metrics(values[model], ties)
+        models[model] = {"n": len(seeds[0]), "pairs": pairs, "beta": beta, "metrics": metrics}
+    differences = {}
+    for metric in _ACCURACIES.values():
+        comparable = {model: by_metric[metric] for model, by_metric in values.items() if metric in by_metric}
+        differences |= {f"{names}, {metric}": d for names, d in _paired_differences(comparable).items()}
+    return {"models": models, "differences": differences}
+
+
+def preference_values(seeds: list[list[dict]], beta: float | None) -> tuple[Values, dict[str, int]]:
+    """By metric the numbers of the problems, whose mean is the mean over pairs; and by accuracy the ties of all seeds.
+
+    rewards/accuracies and rewards/margins as TRL's: the share of pairs whose right response has the higher implicit
+    reward, and by how much; logps/accuracies: the higher log-probability; logps/accuracies_per_token: by the token.
+    seeds: per seed the predictions.
+    """
+    margins = [[pair_margins(row["responses"], beta) for row in rows] for rows in seeds]
+    values, ties = {}, {}
+    for score in margins[0][0]:
+        name, of_score = _ACCURACIES[score], [[row[score] for row in rows] for rows in margins]
+        values[name] = [problem_values([[float(x > 0) for x in pairs] for pairs in rows]) for rows in of_score]
+        ties[name] = sum(pairs.count(0) for rows in of_score for pairs in rows)
+        if score == "rewards":
+            values["rewards/margins"] = [problem_values(rows) for rows in of_score]
+    return values, ties
+
+
+def preference_metrics(values: Values, ties: dict[str, int]) -> dict[str, dict]:
+    """By metric {mean, ci95: clustered by problem, seeds: each one's mean, ties of an accuracy}."""
+    metrics = {}
+    for name, numbers in values.items():
+        mean, interval = (accuracy_interval if name in ties else mean_interval)(numbers)
+        metrics[name] = {"mean": mean, "ci95": interval, "seeds": [fmean(row) for row in numbers]}
+        if name in ties:
+            metrics[name]["ties"] = ties[name]
+    return metrics
+
+
+def _paired_differences(values: Values) -> dict[str, dict]:
+    """Paired by problem, which is far sharper than comparing two intervals; values: by model."""
+    differences = {}
+    for worse, better in combinations(values, 2):
+        points, interval = difference_interval(values[better], values[worse])
+        differences[f"{better} - {worse}"] = {"points": points, "ci95": interval}
+    return differences
+
+
+def table(summary: dict) -> str:
+    """How good the models are, as text."""
+    models = summary["models"]
+    lines = _preference_lines(models) if is_preference(summary) else _accuracy_lines(models)
+    for name, difference in summary["differences"].items():
+        low, high = difference["ci95"]
+        lines.append(f"{name}: {percent(difference['points'], '+')} ({percent(low, '+')} .. {percent(high, '+')})")
+    return "\n".join(lines)
+
+
+def is_preference(summary: dict) -> bool:
+    return any("metrics" in model for model in summary["models"].values())
+
+
+def _accuracy_lines(models: dict[str, dict]) -> list[str]:
+    lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
+    for name, model in models.items():
+        both = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
+        seeds = " ".join(map(percent, model["seeds"]))
+        interval = shown_interval("accuracy", model["ci95"])
+        lines.append(f"{name:<8}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{both}  {seeds}")
+    return lines + [ties_line(name, model["ties"]) for name, model in models.items() if model.get("ties")]
+
+
+def _preference_lines(models: dict[str, dict]) -> list[str]:
+    lines = [f"{'model':<8}{'metric':<28}{'mean':>9}{'95 % interval':>24}{'n':>7}{'pairs':>7}  per seed"]
+    ties = []
+    for label, model in models.items():
+        for name, metric in model["metrics"].items():
+            numbers = f"{shown(name, metric['mean']):>9}{shown_interval(name, metric['ci95']):>24}"
+            seeds = " ".join(shown(name, mean) for mean in metric["seeds"])
+            lines.append(f"{label:<8}{name:<28}{numbers}{model['n']:>7}{model['pairs']:>7}  {seeds}")
+            ties += [ties_line(f"{label}, {name}", metric["ties"])] if metric.get("ties") else []
+    return lines + ties
+
+
+def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
+    """What `allo-fast eval` says of one model: its facts and predictions, with the beta of the run's last stage."""
+    if config.data.format == "preference":
+        beta = config.learn.beta if config.method == "allo" else config.warmup.beta
+        metrics = preference_metrics(*preference_values([rows], beta))
+        said = [f"{name} {shown(name, m['mean'])} ({shown_interval(name, m['ci95'])})" for name, m in metrics.items()]
+        counted = f"{facts['pairs']} pairs of {facts['problems']} problems"
+        ties = [ties_line(name, metric["ties"]) for name, metric in metrics.items() if metric.get("ties")]
+    else:
+        said = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS]
+        counted = f"{facts['problems']} problems"
+        ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
+    return "; ".join([", ".join(said), f"{counted}, {facts['quarantined']} rows set aside", *ties])
+
+
+def ties_line(name: str, count: int) -> str:
+    return f"{name}: {count} ties, counted as wrong"
+
+
+def shown_interval(metric: str, ends: tuple[float, float] | None) -> str:
+    return " .. ".join(shown(metric, end) for end in ends) if ends else "one problem"
+
+
+def shown(metric: str, value: float) -> str:
+    """A share as a percentage, a margin as a number."""
+    return f"{value:z.3g}" if metric.endswith("margins") else percent(value)
+
+
+def percent(value: float, sign: str = "") -> str:
+    """To a tenth; what rounds to zero has no minus. sign: "+" for that of a positive number too."""
+    return f"{value:{sign}z.1%}"

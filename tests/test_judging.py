@@ -1,0 +1,299 @@
+"""How models are judged: preferences, multiple choice, ties, scores that are no numbers, and what is said of them."""
+
+import json
+import math
+import re
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from allo_fast.__main__ import main
+from allo_fast.config import load_config
+from allo_fast.data.arithmetic import ALPHABET, character_tokenizer
+from allo_fast.data.scoring import (
+    accuracy_interval,
+    best_response,
+    is_tie,
+    mean_interval,
+    pair_margins,
+    problem_values,
+)
+from allo_fast.model.loading import save_model
+from allo_fast.report.summary import percent, preference_metrics, preference_values, shown, table
+from allo_fast.runs.rows import read_jsonl, write_jsonl
+from allo_fast.runs.run import Run, Unit
+from allo_fast.stages import STAGES
+from allo_fast.stages.evaluate import response_logps
+from allo_fast.stages.models import inference
+
+TOKENIZER = character_tokenizer()
+CONFIG = """
+name: judged
+output_dir: {folder}
+seeds: [0, 1]
+model: {{name_or_path: {folder}/base, dtype: float32}}
+data: {{train: {folder}/rows.jsonl, test: {folder}/rows.jsonl, format: preference, prompt_template: "{{}}="}}
+warmup: {{learning_rate: 1e-3, beta: 0.2, gradient_accumulation_steps: 1}}
+rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
+forget: {{learning_rate: 1e-3, gradient_accumulation_steps: 1}}
+learn: {{learning_rate: 1e-3, beta: 0.4, gradient_accumulation_steps: 1, ratio: 0.1}}
+sample: {{max_new_tokens: 8}}
+evaluate: {{max_new_tokens: 8, batch_size: 3}}
+"""
+Z = 1.959964
+
+
+def scored(logp, tokens, correct, ref_logp=None):
+    row = {"logp": logp, "tokens": tokens, "correct": correct}
+    return row if ref_logp is None else {**row, "ref_logp": ref_logp}
+
+
+def model(folder, change=lambda model: None, seed=0):
+    made = tiny_llama(seed, vocab_size=len(TOKENIZER))
+    with torch.no_grad():
+        change(made)
+    save_model(made, TOKENIZER, folder)
+    return str(folder)
+
+
+def flat(made):
+    """Every token has the same probability after any text."""
+    made.lm_head.weight.zero_()
+
+
+def broken(made):
+    made.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A config of preferences, its base model, and eight rows whose right response is the shorter one."""
+    model(tmp_path / "base")
+    rows = [{"prompt": f"{i}+1", "chosen": str(i + 1), "rejected": f"{i}, so {i + 2}"} for i in range(8)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    return tmp_path
+
+
+def choice(place, *problems):
+    write_jsonl(place / "rows.jsonl", [{"problem": f"1+1\nOptions:\n{a}\n{b}", "answer": a} for a, b in problems])
+    return "data.format=multiple_choice"
+
+
+def test_margins_of_pairs_by_hand():
+    right, wrong, longer = scored(-4.0, 2, True, -5.0), scored(-3.0, 1, False, -3.5), scored(-6.0, 6, False, -6.0)
+    margins = pair_margins([right, wrong, longer], 0.1)
+    assert margins["rewards"] == pytest.approx([0.1 * (1 - 0.5), 0.1 * (1 - 0)])
+    assert margins["logps"] == [-1.0, 2.0] and margins["logps_per_token"] == [1.0, -1.0]
+    assert "rewards" not in pair_margins([scored(-1.0, 1, True), scored(-2.0, 1, False)], None)
+    two = pair_margins([scored(-1.0, 1, True), scored(-2.0, 1, True), wrong, longer], None)
+    assert two["logps"] == [2.0, 5.0, 1.0, 4.0], "each right one with each wrong one"
+
+
+def test_pairs_of_one_problem_are_one_cluster():
+    values = problem_values([[1.0, 0.0], [1.0]])  # mean 2/3 of three pairs; the problems differ from it by -1/3, +1/3
+    assert values == pytest.approx([4 / 9, 8 / 9])
+    mean, (low, high) = mean_interval([values])
+    error = (2 * (1 / 9 + 1 / 9) / 9) ** 0.5  # C / (C - 1) of the squares, / N^2
+    assert mean == pytest.approx(2 / 3) and (low, high) == pytest.approx((2 / 3 - Z * error, 2 / 3 + Z * error))
+    assert problem_values([[3.0], [5.0]]) == [3.0, 5.0]
+
+
+def test_intervals_of_means_by_hand():
+    mean, (low, high) = mean_interval([[1.0, 2.0, 3.0]])
+    assert mean == 2 and (low, high) == pytest.approx((2 - Z / 3**0.5, 2 + Z / 3**0.5))
+    mean, (low, high) = mean_interval([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
+    assert mean == 2.5 and high - mean == pytest.approx(Z * (1 / 3 + 0.5 / 2) ** 0.5), "seeds that differ widen it"
+    assert mean_interval([[1.0]]) == (1.0, None), "one problem says nothing of the others"
+
+
+def test_metrics_of_preferences_by_hand():
+    """Four problems of one pair; log-ratios to the base (2, 1), (1, 2), (3, 3), (1, 0): won, lost, a tie, won."""
+    ratios = [(2, 1), (1, 2), (3, 3), (1, 0)]
+    rows = [
+        {"responses": [scored(-9.0 + a, 3, True, -9.0), scored(-8.0 + b, 4, False, -8.0)]} for a, b in ratios
+    ]  # sums -7 -7, -8 -6, -6 -5, -8 -8; means -7/3 -7/4, -8/3 -6/4, -2 -5/4, -8/3 -2
+    metrics = preference_metrics(*preference_values([rows], 0.5))
+    assert list(metrics) == ["rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/accuracies_per_token"]
+    assert metrics["rewards/accuracies"]["mean"] == 0.5 and metrics["rewards/accuracies"]["ties"] == 1
+    assert metrics["rewards/accuracies"]["ci95"] == pytest.approx(accuracy_interval([[1, 0, 0, 1]])[1])
+    assert metrics["rewards/margins"]["mean"] == pytest.approx(0.5 * (1 - 1 + 0 + 1) / 4)
+    spread = 0.5 * (11 / 12 / 4) ** 0.5  # the variance of 1, -1, 0, 1 is 11/12
+    assert metrics["rewards/margins"]["ci95"][1] == pytest.approx(0.125 + Z * spread)
+    assert metrics["logps/accuracies"]["mean"] == 0 and metrics["logps/accuracies"]["ties"] == 2
+    assert metrics["logps/accuracies_per_token"]["mean"] == 0
+
+
+def test_the_best_response_and_ties():
+    right, wrong, other = ({"correct": correct} for correct in (True, False, False))
+    assert best_response([-1.0, -2.0], [right, wrong]) == 0 and not is_tie([-1.0, -2.0], [right, wrong])
+    assert best_response([-1.0, -1.0], [right, wrong]) == 1 and is_tie([-1.0, -1.0], [right, wrong])
+    assert best_response([-1.0, -1.0], [wrong, right]) == 0, "whatever comes first"
+    assert not is_tie([-2.0, -1.0, -1.0], [right, wrong, other]), "of wrong ones it does not matter which"
+
+
+def test_log_probabilities_of_responses_are_the_models(place):
+    unit = Unit(Run(load_config(place / "config.yaml"), STAGES), "evaluate", "base")
+    long = list(range(5, 18))
+    ids = [long, [8, 9], long, [4]]
+    row = {"prompt_ids": [3, 4, 5], "responses": [{"ids": each} for each in ids]}
+    with inference(unit, place / "base", scoring=True) as frozen:
+        ((first, second, third, last),) = response_logps(frozen, [row], 1)
+    made = tiny_llama(vocab_size=len(TOKENIZER))
+    for each, found in zip(ids, (first, second, third, last), strict=True):
+        logps = made(torch.tensor([[3, 4, 5] + each])).logits[0].log_softmax(-1)
+        assert found == pytest.approx(sum(logps[2 + i, token].item() for i, token in enumerate(each)), abs=1e-5)
+    assert first == third, "the same tokens tie to the last bit"
+
+
+def test_a_random_model_knows_no_preference_whichever_side_is_longer(place, capsys):
+    draw = torch.Generator().manual_seed(0)
+
+    letters = sorted(set(ALPHABET) - set(" \n"))  # many: a model's liking of a few would add up over a long response
+
+    def text(low, high):
+        count = int(torch.randint(low, high, (), generator=draw))
+        return "".join(letters[i] for i in torch.randint(0, len(letters), (count,), generator=draw))
+
+    rows = [{"prompt": text(2, 6), "chosen": text(1, 6), "rejected": text(9, 30)} for _ in range(100)]
+    write_jsonl(place / "rows.jsonl", rows)
+    other = model(place / "other", seed=5)
+    assert main(["eval", other, str(place / "config.yaml")]) == 0
+    said = capsys.readouterr().out
+    accuracy = {name: float(number) for name, number in re.findall(r"(\S+/accuracies\S*) (\S+)%", said)}
+    assert 35 < accuracy["rewards/accuracies"] < 65
+    assert accuracy["logps/accuracies"] == 100, "which is what it says: the shorter side is the likelier one"
+    assert "100 pairs of 100 problems, 0 rows set aside" in said
+
+
+def test_a_whole_run_on_preferences(place, capsys):
+    assert main(["run", str(place / "config.yaml")]) == 0
+    shown_table, folder = capsys.readouterr().out, place / "judged"
+    summary = json.loads((folder / "summary.json").read_text())
+    models = summary["models"]
+    assert list(models) == ["base", "dpo", "allo"] and "accuracy" not in models["base"]
+    assert list(models["base"]["metrics"]) == ["logps/accuracies", "logps/accuracies_per_token"]
+    base = read_jsonl(folder / "08-evaluate/base/predictions.jsonl")
+    for name, beta in (("dpo", 0.2), ("allo", 0.4)):
+        margins, won = [], []
+        for seed in (0, 1):
+            for row, origin in zip(
+                read_jsonl(folder / f"08-evaluate/{name}-seed-{seed}/predictions.jsonl"), base, strict=True
+            ):
+                chosen, rejected = (
+                    mine["logp"] - its["logp"] for mine, its in zip(row["responses"], origin["responses"], strict=True)
+                )
+                margins.append(beta * (chosen - rejected))
+                won.append(chosen > rejected)
+        metrics = models[name]["metrics"]
+        assert metrics["rewards/margins"]["mean"] == pytest.approx(fmean(margins)) != 0
+        assert metrics["rewards/accuracies"]["mean"] == pytest.approx(fmean(won))
+        assert len(metrics["rewards/margins"]["seeds"]) == 2 and models[name]["beta"] == beta
+        low, high = metrics["rewards/margins"]["ci95"]
+        assert low < metrics["rewards/margins"]["mean"] < high
+    assert {"allo - dpo, rewards/accuracies", "dpo - base, logps/accuracies"} <= set(summary["differences"])
+    assert "dpo - base, rewards/accuracies" not in summary["differences"]
+    manifest = json.loads((folder / "08-evaluate/allo-seed-1/MANIFEST.json").read_text())
+    assert set(manifest["inputs"]) == {"learn/seed-1", "evaluate/base"}
+    assert manifest["facts"]["pairs"] == 8 and manifest["facts"]["rewards/ties"] == 0
+    assert re.search(r"^allo +rewards/margins +\S+ +\S+ \.\. \S+ +8 +8 ", shown_table, re.MULTILINE)
+    page = (folder / "report.html").read_text()
+    assert "<h2>Preferences</h2>" in page and "rewards/margins" in page and "<h2>Accuracy</h2>" not in page
+    steps = read_jsonl(folder / "07-learn/seed-0/metrics.jsonl")
+    assert "key_rewards/accuracies" in steps[-1] and "rewards/accuracies" in steps[-1]
+
+
+def test_only_preferences_wait_for_the_base(place):
+    for overrides, waits in ((), True), (["data.format=multiple_choice", "name=other"], False):
+        run = Run(load_config(place / "config.yaml", list(overrides)), STAGES)
+        upstream = [(unit.name, unit.key) for unit in Unit(run, "evaluate", "dpo-seed-0").upstream()]
+        assert (("evaluate", "base") in upstream) == waits
+        assert ("evaluate", "base") not in [(unit.name, unit.key) for unit in Unit(run, "evaluate", "base").upstream()]
+
+
+def test_tied_preferences_are_wrong_and_said(place, capsys):
+    write_jsonl(place / "rows.jsonl", [{"prompt": "1", "chosen": "23", "rejected": ["32", "234"]}])
+    assert main(["eval", model(place / "flat", flat), str(place / "config.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "logps/accuracies 50.0%" in said and "logps/accuracies_per_token 0.0%" in said
+    assert "logps/accuracies: 1 ties, counted as wrong; logps/accuracies_per_token: 2 ties" in said
+    assert "2 pairs of 1 problems" in said
+
+
+def test_a_model_that_cannot_tell_options_apart_gets_none_right(place, capsys):
+    ties = choice(place, ("2", "3"), ("3", "2"), ("22", "3"), ("3", "22"))
+    settings = [ties, f"model.name_or_path={model(place / 'flat', flat)}", "method=dpo", "seeds=[0]"]
+    assert main(["run", str(place / "config.yaml"), *settings, "warmup.learning_rate=1e-12"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^base +25.0%", said, re.MULTILINE), "the short option of the last row"
+    assert "base: 2 ties, counted as wrong" in said
+    summary = json.loads((place / "judged/summary.json").read_text())
+    assert summary["models"]["base"]["ties"] == 2 and summary["models"]["base"]["accuracy"] == 0.25
+    facts = summary["stages"]["08-evaluate/base"]
+    assert (facts["strict"], facts["ties"], facts["per_token"]) == (1, 2, 0)
+    rows = read_jsonl(place / "judged/08-evaluate/base/predictions.jsonl")
+    assert [row["tie"] for row in rows] == [True, True, False, False]
+    assert [row["response"] for row in rows] == [f"The answer is {wrong}" for wrong in ("3", "2", "3", "3")]
+    assert rows[0]["responses"][0] == {"logp": rows[0]["responses"][1]["logp"], "tokens": 16, "correct": True}
+    assert main(["eval", str(place / "flat"), str(place / "config.yaml"), ties]) == 0
+    assert re.search("25.00% by the strict .* 4 problems, 0 rows set aside; of these: 2 ties", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("format", ["preference", "multiple_choice", "problems"])
+def test_a_model_that_is_not_finite_is_an_error(place, capsys, format):
+    if format == "multiple_choice":
+        choice(place, ("2", "3"))
+    if format == "problems":
+        write_jsonl(place / "rows.jsonl", [{"problem": "1+1", "solution": "The answer is 2", "answer": "2"}])
+    path = model(place / "broken", broken)
+    assert main(["eval", path, str(place / "config.yaml"), f"data.format={format}"]) == 2
+    said = capsys.readouterr()
+    where = "up_proj.weight" if format == "problems" else "rows.jsonl:1 "
+    assert re.search(rf"{path}: .*{where}.*not finite", said.err) and "accura" not in said.out
+
+
+def test_one_score_that_is_not_finite_is_an_error(place, capsys):
+    def rare(made):  # only the token 9 is broken, which one response of one row has
+        made.lm_head.weight[TOKENIZER.convert_tokens_to_ids("9")] = -math.inf
+
+    write_jsonl(place / "rows.jsonl", [{"prompt": "1", "chosen": "2", "rejected": text} for text in ("3", "49")])
+    assert main(["eval", model(place / "rare", rare), str(place / "config.yaml")]) == 2
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_without_a_base_there_are_no_implicit_rewards(place, capsys, caplog):
+    other, config = model(place / "other", seed=5), str(place / "config.yaml")
+    assert main(["eval", other, config, "model.name_or_path=/nowhere"]) == 0
+    assert "no implicit rewards: /nowhere: no such file or folder" in caplog.text
+    said = capsys.readouterr().out
+    assert "logps/accuracies " in said and "rewards/" not in said
+    larger = character_tokenizer()
+    larger.add_tokens(["zz"])
+    save_model(tiny_llama(vocab_size=len(larger)), larger, place / "larger")
+    assert main(["eval", other, config, f"model.name_or_path={place / 'larger'}"]) == 0
+    assert "other has another vocabulary than" in caplog.text
+    capsys.readouterr()
+    assert main(["eval", other, config, f"data.test={place / 'rows.jsonl'}[:1]"]) == 0
+    assert re.search(r"rewards/margins \S+ \(one problem\)", capsys.readouterr().out)
+    assert main(["eval", str(place / "base"), config]) == 0
+    assert "rewards/" not in capsys.readouterr().out, "the base has none"
+
+
+def test_the_base_reads_what_the_model_reads(place, capsys):
+    """A copy of the base with a chat template: the base reads the same prompts, so that there are no rewards."""
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}?{% endfor %}"
+    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, place / "chat")
+    assert main(["eval", str(place / "chat"), str(place / "config.yaml")]) == 0
+    assert "rewards/accuracies: 8 ties" in capsys.readouterr().out
+
+
+def test_no_minus_before_zero():
+    assert percent(-1e-9) == "0.0%" and percent(-0.0004, "+") == "+0.0%" and percent(-0.001) == "-0.1%"
+    assert shown("rewards/margins", -0.0) == "0" and shown("rewards/margins", -0.0125) == "-0.0125"
+    mean, interval = accuracy_interval([[False] * 10])
+    held = {"accuracy": mean, "n": 10, "ci95": (-1e-17, interval[1]), "seeds": [mean], "scorers": {"strict": -0.0}}
+    differences = {"a - b": {"points": -0.0, "ci95": (-0.0001, 0.0001)}}
+    assert "-0.0" not in table({"models": {"a": held}, "differences": differences})
