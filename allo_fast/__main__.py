@@ -19,7 +19,8 @@ from tqdm import tqdm
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, UserError, load_config
 from allo_fast.method.delta import Delta
-from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer, save_model
+from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
+from allo_fast.model.saving import check_new, save_model
 from allo_fast.plan import job as plan
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.report.page import write_report
@@ -248,6 +249,7 @@ def _eval(given: argparse.Namespace) -> None:
 
 
 def _merge(given: argparse.Namespace) -> None:
+    check_new(given.out)
     delta = Delta.load(given.delta)
     model = load_model(given.base, ModelConfig(device="cpu"), dtype=str(delta.dtype).removeprefix("torch."))
     delta.merge_into(model)

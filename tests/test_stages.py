@@ -70,12 +70,12 @@ def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
     findings = Findings()
     config, base = reference_unit.config, character_tokenizer()
     config.learn.reference, config.warmup.reference = str(tmp_path / "larger"), str(tmp_path / "none")
-    models.check_vocabularies(config, base, findings.attempt)
+    models.check_other_models(config, base, findings.attempt)
     assert "warmup.reference: " in findings.problems[0] and "no such file" in findings.problems[0]
     assert "learn.reference: " in findings.problems[1] and "has another vocabulary than " in findings.problems[1]
     reference_unit.config.learn.reference = str(tmp_path / "other")
     reference_unit.config.warmup.reference = None
-    models.check_vocabularies(config, base, findings.attempt)
+    models.check_other_models(config, base, findings.attempt)
     assert len(findings.problems) == 2
     opened = models.frozen_reference(reference_unit, str(tmp_path / "sliding"))
     with opened(False):

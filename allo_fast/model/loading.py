@@ -1,18 +1,21 @@
-"""Loading, saving and naming models: any AutoModelForCausalLM, from a local folder or the hub."""
+"""Loading models: any AutoModelForCausalLM, from a local folder or the hub."""
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, PretrainConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.weights import named_weights
+from allo_fast.model.checkpoint import check_model, check_names, check_there
+from allo_fast.model.saving import check_new, save_model
+from allo_fast.model.weights import check_finite
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,14 +34,18 @@ def load_model(
     """A causal language model on the configured device, without dropout, in `dtype` (default: the configured one).
 
     sharded: in ZeRO-3 shares, on the device never more than one weight whole. Dropout is off because policy and
-    reference must agree at step 0. Raises UserError where there is no such model.
+    reference must agree at step 0. Every rank calls it together. Raises UserError where there is no such model, or its
+    weights are not whole, dense and finite.
     """
-    check_there(path)
+    ranks.on_main(lambda: check_model(path))
     device, dtype = pick_device(config.device), dtype or config.dtype
     try:
         with _zero_init(dtype) if sharded else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), attn_implementation=config.attn_implementation
+                path,
+                dtype=getattr(torch, dtype),
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: not a model that can be loaded: {str(error).splitlines()[0]}") from None
@@ -51,7 +58,9 @@ def load_model(
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return model.to(device).train(config.gradient_checkpointing)
+    model.to(device).train(config.gradient_checkpointing)
+    check_finite(model, path)
+    return model
 
 
 @contextmanager
@@ -60,7 +69,7 @@ def _zero_init(dtype: str) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    held = HfDeepSpeedConfig(  # transformers keeps only a weak reference
+    config = HfDeepSpeedConfig(  # transformers keeps only a weak reference
         {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
@@ -71,20 +80,13 @@ def _zero_init(dtype: str) -> Iterator[None]:
         yield
     finally:
         unset_hf_deepspeed_config()
-        del held
-
-
-def check_there(path: str | Path) -> None:
-    """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
-    text = str(path)
-    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not Path(path).exists():
-        raise UserError(f"{path}: no such file or folder")
+        del config
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     check_there(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer that can be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
@@ -92,46 +94,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
-) -> None:
-    """A normal Hugging Face folder: config, safetensors, generation config, tokenizer; rank 0 writes it.
-
-    weights: what to save instead of the model's own weights, whole, one at a time; every rank iterates together.
-    """
-    state = None if weights is None else _state_dict(model, weights)
-    if ranks.is_main():
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-    ranks.barrier()
-
-
-def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """On rank 0 under every name that the model knows a weight by, on the CPU; elsewhere empty."""
-    known = named_weights(model)
-    names: dict[int, list[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(weight), []).append(name)
-    parameters = {name for tied in names.values() for name in tied}
-    state = {name: held for name, held in model.state_dict().items() if name not in parameters}
-    for name, weight in weights:
-        if ranks.is_main():
-            state |= dict.fromkeys(names[id(known[name])], weight.detach().cpu())
-    return state
-
-
 def convert_gguf(source: Path, folder: Path) -> None:
-    """A GGUF file as a normal Hugging Face folder with dense float32 weights. Needs `pip install allo-fast[gguf]`."""
+    """A GGUF file as a normal Hugging Face folder with dense float32 weights. Needs `pip install allo-fast[gguf]`.
+
+    Raises UserError for a file that holds no whole causal language model, and a folder that holds something.
+    """
     from transformers import GgufConfig
 
     if not source.is_file():
         raise UserError(f"{source}: no such file")
+    check_new(folder)
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+    dense = GgufConfig(dequantize=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model, info = AutoModelForCausalLM.from_pretrained(**where, quantization_config=dense, output_loading_info=True)
+    except (OSError, ValueError, ImportError, KeyError, IndexError, struct.error) as error:
+        raise UserError(f"{source}: not a GGUF file that can be read: {str(error).splitlines()[0]}") from None
+    check_names(source, model, info)
+    check_finite(model, source)
     save_model(model, tokenizer, folder)
 
 

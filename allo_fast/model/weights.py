@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from allo_fast import ranks
+from allo_fast.config import UserError
+
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every weight once, tied ones under their first name, sorted by name so that no order depends on the model's."""
@@ -56,6 +59,29 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(as_bytes(weight))
     return digest.hexdigest()
+
+
+def check_finite(model: nn.Module, path: object) -> None:
+    """Raises UserError on every rank, naming the first weight at `path` that has a NaN or an infinity.
+
+    Each rank looks at its share; every rank calls it together.
+    """
+    kept = {name for name, _ in model.state_dict().items()}
+    tensors = named_weights(model) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    shares = {name: ranks.share(tensor)[1] for name, tensor in tensors.items() if tensor.is_floating_point()}
+    extremes = {name: torch.stack(part.aminmax()).float() for name, part in shares.items() if part.numel()}
+    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist() if extremes else []
+    damaged = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
+    if found := sorted({name for names in ranks.gather(damaged) for name in names}):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(f"{path}: {found[0]}{more} holds NaN or infinity")
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors on the CPU have one dtype, shape and content, NaN being equal to NaN and 0 not to -0."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second)))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import read_problems
 from allo_fast.data.prompts import Prompts
+from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import load_tokenizer, pick_device
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import model_config, weights_of
 from allo_fast.runs.run import MANIFEST
-from allo_fast.stages.models import check_vocabularies, prompts_of
+from allo_fast.stages.models import check_other_models, prompts_of
 from allo_fast.stages.problems import first_row, limits, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import read_zero
@@ -48,14 +49,14 @@ def check(config: Config) -> Findings:
     findings.attempt(lambda: pick_device(config.model.device))
     if config.deepspeed not in (None, "auto"):
         findings.attempt(lambda: read_zero(config.deepspeed, config))
-    model = findings.attempt(lambda: model_config(config))
+    model = findings.attempt(lambda: _base_config(config))
     tokenizer = findings.attempt(lambda: base_tokenizer(config))
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     for key, new_tokens in (("train", config.sample.max_new_tokens), ("test", config.evaluate.max_new_tokens)):
         _check_data(findings, config, key, prompts if model else None, new_tokens)
     if config.method == "allo":
         _check_rewards(findings, config, prompts if model else None)
-    check_vocabularies(config, tokenizer, findings.attempt)
+    check_other_models(config, tokenizer, findings.attempt)
     if model:
         _check_disk(findings, config, weights_of(model, config.model.dtype).parameters)
     return findings
@@ -78,6 +79,12 @@ def was_checked(folder: Path) -> bool:
 
 def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.model.name_or_path) if config.model.name_or_path else character_tokenizer()
+
+
+def _base_config(config: Config) -> PretrainedConfig:
+    if config.model.name_or_path:
+        check_model(config.model.name_or_path)
+    return model_config(config)
 
 
 def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts | None, new_tokens: int) -> None:

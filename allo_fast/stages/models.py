@@ -14,9 +14,11 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
+from allo_fast.model.checkpoint import check_model
 from allo_fast.model.generation import stop_tokens
-from allo_fast.model.loading import load_model, load_tokenizer, save_model
+from allo_fast.model.loading import load_model, load_tokenizer
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.saving import save_model
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
 from allo_fast.runs.run import Unit
 from allo_fast.training.sharded import ShardedPolicy
@@ -119,10 +121,10 @@ def _bytes(unit: Unit, path: str | Path) -> int:
     return BYTES[dtype] * weights_of(model_config(unit.config, str(path)), dtype).parameters
 
 
-def check_vocabularies(
+def check_other_models(
     config: Config, tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[[Callable[[], None]], None]
 ) -> None:
-    """Every model that is named beside the base must have its vocabulary; `attempt` gets the UserErrors, by key.
+    """Models that are named beside the base can be loaded and have its vocabulary; `attempt` gets the UserErrors.
 
     tokenizer: the base's; None where it cannot be had, and only the others' existence is asked.
     """
@@ -132,11 +134,12 @@ def check_vocabularies(
     base = config.model.name_or_path or "the base model"
     for key, path in named.items():
         if path:
-            attempt(lambda key=key, path=path: _check_vocabulary(key, path, tokenizer, base))
+            attempt(lambda key=key, path=path: _check_other(key, path, tokenizer, base))
 
 
-def _check_vocabulary(key: str, path: str, tokenizer: PreTrainedTokenizerBase | None, base: str) -> None:
+def _check_other(key: str, path: str, tokenizer: PreTrainedTokenizerBase | None, base: str) -> None:
     try:
+        check_model(path)
         vocabulary = load_tokenizer(path).get_vocab()
     except UserError as error:
         raise UserError(f"{key}: {error}") from None

@@ -1,0 +1,216 @@
+"""What a model's folder or hub id holds, looked at before a single weight is loaded."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils import cached_file
+
+from allo_fast.config import UserError
+from allo_fast.model.weights import same_bits
+
+_SHOWN = 3  # names in a message
+_DAMAGED_FILE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
+def check_there(path: str | Path) -> None:
+    """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
+    text = str(path)
+    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
+
+
+def check_model(path: str | Path) -> None:
+    """Raises UserError unless `path` holds a causal language model, whole and dense.
+
+    Reads configuration and headers alone: files are filled into a model that has shapes and no storage.
+    """
+    config = read_config(path)
+    headers: dict[str, tuple[str, Tensor]] = {}
+    for file in weight_files(path, config):
+        try:
+            headers |= {name: (file, tensor) for name, tensor in load_state_dict(file, map_location="meta").items()}
+        except _DAMAGED_FILE as error:
+            raise UserError(f"{file}: weights that cannot be read: {_first_line(error)}") from None
+    with _quiet():
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            model, info = type(model).from_pretrained(
+                None,
+                config=model.config,
+                generation_config=GenerationConfig(),
+                state_dict={name: tensor for name, (_, tensor) in headers.items()},
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # whatever it is: a configuration that no model, or not these weights', can have
+            why = f"{type(error).__name__}: {_first_line(error)}"
+            raise UserError(f"{path}: no model can be made of its config.json and weights: {why}") from None
+    check_names(path, model, info)
+    _check_tied(path, model, {name: file for name, (file, _) in headers.items()})
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """Raises UserError for what is no model, and by its name for a model that is not a dense causal language model."""
+    check_there(path)
+    if Path(path).is_file():
+        hint = "; `allo-fast convert` makes a folder of it" if str(path).endswith(".gguf") else ""
+        raise UserError(f"{path}: a file, where a model's folder or hub id was expected{hint}")
+    if _has(path, "adapter_config.json"):
+        raise UserError(
+            f"{path}: an adapter (adapter_config.json), not a model: merge it into its base, and name the folder of "
+            "the merged model"
+        )
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path)
+        _check_kind(path, raw)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is: transformers computes with the file's values as it reads them
+        raise UserError(f"{path}: no model configuration that can be read: {_first_line(error)}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: {_named(raw)}: not a causal language model, and allo-fast trains no other")
+    return config
+
+
+def _check_kind(path: str | Path, raw: dict) -> None:
+    """Raises UserError for a config.json that says of itself that it is not a dense causal language model."""
+    name, text = _named(raw), raw.get("text_config") or {}
+    quantized = raw.get("quantization_config") or text.get("quantization_config") or raw.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method") or "quantization_config in config.json"
+        raise UserError(
+            f"{path}: quantized ({method}); allo-fast trains dense weights: name the model that it was quantized "
+            "from, or a folder with its weights dequantized"
+        )
+    known, code = hasattr(transformers, name), raw.get("auto_map")
+    if code and not known:
+        raise UserError(
+            f"{path}: {name}: needs code of its own (auto_map in config.json), which allo-fast does not run"
+        )
+    if raw.get("is_encoder_decoder"):
+        raise UserError(f"{path}: {name}: an encoder-decoder; allo-fast trains causal language models")
+    causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    masked = raw.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not raw.get("is_decoder") and not raw.get("causal"):
+        raise UserError(f"{path}: {name}: a masked language model; allo-fast trains causal language models")
+    if known and not causal and name not in MODEL_MAPPING_NAMES.values():
+        raise UserError(f"{path}: {name}: not a causal language model, and allo-fast trains no other")
+
+
+def _named(raw: dict) -> str:
+    """The class that a config.json names, else its model type."""
+    return str((raw.get("architectures") or [raw.get("model_type") or "config.json without model_type"])[0])
+
+
+def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
+    """The files that `from_pretrained` reads. Raises UserError where there is none.
+
+    Pickles (pytorch_model.bin) are among them: transformers reads them with weights_only, which runs no code of theirs.
+    """
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            pretrained_model_name_or_path=str(path),
+            variant=None,
+            gguf_file=None,
+            use_safetensors=None,
+            user_agent=None,
+            is_remote_code=False,
+            transformers_explicit_filename=getattr(config, "transformers_weights", None),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no weights that can be read: {_first_line(error)}") from None
+    return files
+
+
+def check_names(path: str | Path, model: PreTrainedModel, info: dict) -> None:
+    """Raises UserError where weights of the model are not in its files, or the files' not in the model.
+
+    info: what `from_pretrained` says with `output_loading_info`. Files of older versions hold buffers that are computed
+    today; they do no harm.
+    """
+    computed = [name for name, _ in model.named_non_persistent_buffers()]
+    unexpected = {key for key in info["unexpected_keys"] if not any(_same_name(key, name) for name in computed)}
+    shapes = {f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]}
+    faults = {"missing": info["missing_keys"], "unknown to it": unexpected, "of another shape": shapes}
+    said = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+    if said:
+        raise UserError(f"{path}: its weights are not those of {type(model).__name__}; {'; '.join(said)}")
+
+
+def _same_name(key: str, name: str) -> bool:
+    """Whether a file's name is a model's, with the prefix of the base model or without."""
+    return key == name or key.endswith("." + name) or name.endswith("." + key)
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
+
+
+def _check_tied(path: str | Path, model: PreTrainedModel, files: dict[str, str]) -> None:
+    """Raises UserError where weights that the configuration ties lie in the files with different values.
+
+    One process would train both, ZeRO-3 the one that was read last, and other tools take either.
+    """
+    for tied, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if tied in files and source in files and not same_bits(*(read(files[name], name) for name in (tied, source))):
+            raise UserError(
+                f"{path}: {tied} and {source} differ, and config.json says that they are one (tie_word_embeddings)"
+            )
+
+
+def read(file: str, name: str) -> Tensor:
+    """One tensor of a file of weights."""
+    if not file.endswith(".safetensors"):
+        return load_state_dict(file)[name]
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _has(path: str | Path, name: str) -> bool:
+    found = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers warns of nothing: what it would say of names is said by `check_names`."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
