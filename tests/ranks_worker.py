@@ -24,8 +24,8 @@ from allo_fast.data.batch import collate
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import save_model
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.saving import save_model
 from allo_fast.model.weights import divide
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, evaluate, models

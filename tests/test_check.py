@@ -8,7 +8,7 @@ from conftest import tiny_llama
 from tiny import CHATML, byte_level
 
 from allo_fast.__main__ import main
-from allo_fast.model.loading import save_model
+from allo_fast.model.saving import save_model
 
 ROW = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
 

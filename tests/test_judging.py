@@ -20,7 +20,7 @@ from allo_fast.data.scoring import (
     pair_margins,
     problem_values,
 )
-from allo_fast.model.loading import save_model
+from allo_fast.model.saving import save_model
 from allo_fast.report.summary import percent, preference_metrics, preference_values, shown, table
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Run, Unit

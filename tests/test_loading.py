@@ -16,7 +16,8 @@ from allo_fast.__main__ import main
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model import saving
-from allo_fast.model.loading import load_model, load_tokenizer, save_model
+from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.saving import save_model
 from allo_fast.model.weights import fingerprint
 from allo_fast.stages.models import check_references
 

@@ -14,7 +14,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.loading import save_model
+from allo_fast.model.saving import save_model
 
 pytest.importorskip("deepspeed")
 

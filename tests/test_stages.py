@@ -15,8 +15,8 @@ from allo_fast.data.batch import collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.generation import generate, stop_tokens
-from allo_fast.model.loading import save_model
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages import forget, models, pairs, rewards
 from allo_fast.stages.check import Findings

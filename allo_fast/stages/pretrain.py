@@ -15,7 +15,8 @@ from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
-from allo_fast.model.loading import llama_config, pick_device, save_model
+from allo_fast.model.loading import llama_config, pick_device
+from allo_fast.model.saving import save_model
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.models import make_prompts
