@@ -58,7 +58,9 @@ def load_model(
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    model.to(device).train(config.gradient_checkpointing)
+    model.to(device).eval()
+    for module in model.modules():  # only what checks this before it recomputes: routers in training add noise
+        module.training = getattr(module, "gradient_checkpointing", False)
     check_finite(model, path)
     return model
 

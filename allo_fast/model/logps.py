@@ -1,17 +1,18 @@
 """Per-token log-probabilities of the responses in a batch, from any causal language model."""
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.data.batch import Batch, Corpus, attention_mask, collate
+from allo_fast.data.batch import Batch, attention_mask
+from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings, is_sharded
 from allo_kernels import Positions, token_logps
 
 logger = logging.getLogger(__name__)
@@ -22,56 +23,66 @@ class ResponseLogps(nn.Module):
 
     The decoder runs on whole rows; the head only at positions that predict a response token.
     head_entries: of the head's weight, the values that train and their positions, or None where all or none do.
+    Raises UserError, naming the model's class, for a model that the engine cannot compute with.
     """
 
     def __init__(self, model: PreTrainedModel, head_entries: "HeadEntries" = lambda weight: None):
         super().__init__()
         self.model = model
-        config = model.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        temperature = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1)
-        self.head = _Head(model.get_output_embeddings(), softcap, temperature, head_entries)
-        self.additive_mask = config._attn_implementation == "eager"
+        self._decoder = (decoder_of(model),)  # in a tuple: already a part of the model
+        self.head = _Head(model, head_entries)
+        self.additive_mask = model.config.get_text_config()._attn_implementation == "eager"
+        self.growing = growing_embeddings(model)
         for module in model.modules():
             module.register_forward_pre_hook(_pass_through)
-        if not any(hasattr(weight, "ds_id") for weight in model.parameters()):
-            _ = self.share_prompts  # a sharded model can be tried only once DeepSpeed runs it
+        self.sharded = is_sharded(model)
+        self.findings: Findings | None = None
+        if not self.sharded:
+            self.examine()
 
-    @cached_property
+    @property
     def share_prompts(self) -> bool:
-        """How to collate: whether this model's attention can keep the responses of one row apart; found by trying.
+        """How to collate: whether responses of one prompt may share a row."""
+        assert self.findings, "a sharded model is examined once DeepSpeed runs it"
+        return self.findings.share_prompts
 
-        Raises UserError when the model's head is not what token_logps computes.
-        """
-        self._check_head()
-        reason = _why_separate(self.model, self)
-        if reason:
-            logger.warning("one response per row, prompts repeated: %s", reason)
-        return reason is None
+    def examine(self) -> None:
+        """Finds by trial how the model is computed; a sharded one must be run by DeepSpeed, on all ranks together."""
+        self.findings = found = examine(self.model, self._in_one_pass, self.head)
+        self.head.settings = {"softcap": found.softcap, "temperature": found.temperature}
+        for note in found.notes:
+            logger.warning(note)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | None = None) -> Tensor | None:
+        """Without a batch it examines the model, as DeepSpeed runs nothing else."""
+        if batch is None:
+            return self.examine()
         hidden = self.hidden(batch)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
         return batch.layout(self.head(picked, batch.targets))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D]."""
+        together = self.findings.together
+        if together is None:
+            return self._in_one_pass(batch)
+        passes = [batch] if batch.input_ids.shape[1] <= together else _rows(batch)
+        # A sharded model needs all ranks in every pass; the results of what is added are cut off again.
+        most = max(ranks.gather(len(passes))) if self.sharded else len(passes)
+        states = [self._in_one_pass(part) for part in passes + passes[:1] * (most - len(passes))]
+        width = max(part.shape[1] for part in states)
+        return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in states])[: len(batch.input_ids)]
+
+    def _in_one_pass(self, batch: Batch) -> Tensor:
+        for module in self.growing:
+            _forget_longer_rows(module)
         if int(batch.segment_ids.max()) <= 1:  # nothing shares a row: the model's own causal mask will do
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
         else:
             mask = attention_mask(batch, self.model.dtype if self.additive_mask else None)
             inputs = {"attention_mask": mask, "position_ids": batch.position_ids}
-        return self.model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """The head must be linear, with at most a soft cap and a scale."""
-        batch = _probe([2, 3], share=False).to(self.model.device)
-        with_head = self.model(input_ids=batch.input_ids, use_cache=False).logits.float().log_softmax(-1)
-        expected = with_head.view(-1, with_head.shape[-1])[batch.sources, batch.targets]
-        error = (batch.layout(expected) - self(batch)).abs().max()
-        if error > 0.05 * with_head.std():
-            raise UserError(f"{type(self.model).__name__}: its head is not linear, at most soft-capped and scaled")
+        (decoder,) = self._decoder
+        return decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 class _Head(nn.Module):
@@ -80,9 +91,12 @@ class _Head(nn.Module):
     A module of its own, holding the head's own parameters, so that ZeRO-3 gathers them around it.
     """
 
-    def __init__(self, source: nn.Module, softcap: float | None, temperature: float, entries: "HeadEntries"):
+    def __init__(self, model: PreTrainedModel, entries: "HeadEntries"):
         super().__init__()
-        self.settings, self.entries = {"softcap": softcap, "temperature": temperature}, entries
+        source = model.get_output_embeddings()
+        if not isinstance(source, nn.Linear):
+            raise UserError(f"{type(model).__name__}: its head is not linear, it is {type(source).__name__}")
+        self.entries, self.settings = entries, {"softcap": None, "temperature": 1.0}
         self._parameters.update(source._parameters)
         self._read = (source,)  # in a tuple: not a child, whose parameters would count twice
 
@@ -93,8 +107,26 @@ class _Head(nn.Module):
         bias, device = source.bias, hidden.device.type
         if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
             dtype = torch.get_autocast_dtype(device)
-            hidden, weight, bias = (None if given is None else given.to(dtype) for given in (hidden, weight, bias))
+            weight, bias = (None if given is None else given.to(dtype) for given in (weight, bias))
+        hidden = hidden.to(weight.dtype)  # models that add residuals up in float32 cast there too
         return token_logps(hidden, weight, targets, bias=bias, values=values, positions=positions, **self.settings)
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    """Each row as a batch of its own, without padding, as far as the decoder reads it."""
+    lengths = (batch.segment_ids >= 0).sum(1).tolist()
+    read = ("input_ids", "position_ids", "segment_ids")
+    cuts = [(slice(row, row + 1), slice(length)) for row, length in enumerate(lengths)]
+    return [replace(batch, **{name: getattr(batch, name)[cut] for name in read}) for cut in cuts]
+
+
+def _forget_longer_rows(module: nn.Module) -> None:
+    """Dynamic NTK keeps the frequencies of the longest row that it has seen, until a short one comes."""
+    for name, frequencies in list(module.named_buffers(recurse=False)):
+        if name.endswith("original_inv_freq"):
+            prefix = name.removesuffix("original_inv_freq")
+            setattr(module, f"{prefix}inv_freq", frequencies.clone())
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def _pass_through(module: nn.Module, inputs: tuple) -> tuple:
@@ -105,35 +137,3 @@ def _pass_through(module: nn.Module, inputs: tuple) -> tuple:
 
 # For the head's weight: what to multiply by, the values that train, and where they lie in it.
 HeadEntries = Callable[[Tensor], tuple[Tensor, Tensor, Positions] | None]
-
-
-def _probe(second: list[int], share: bool = True) -> Batch:
-    corpus = Corpus()
-    corpus.examples = [tuple(corpus.add([1, 2, 3], [[4, 5, 6], [*second, 7]]))]
-    return collate(corpus, corpus.examples, share_prompts=share)
-
-
-@torch.no_grad()
-def _why_separate(model: PreTrainedModel, logps: ResponseLogps) -> str | None:
-    """Why responses of this model cannot share a row; None when they can."""
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"{config._attn_implementation} takes no mask of responses"
-    layers = getattr(config, "layer_types", None)
-    partial = set(layers) != {"full_attention"} if layers else getattr(config, "sliding_window", None)
-    if partial:
-        return f"{name} has layers that do not attend to everything"
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        return f"{name} takes no position_ids"
-    batch = _probe([2, 3]).to(model.device)
-    first, second = batch.segment_ids == 1, batch.segment_ids == 2
-    before = logps.hidden(batch)
-    moved = batch.position_ids + second
-    other = torch.where(first, batch.input_ids + 1, batch.input_ids)
-    # Masked-out tokens weigh exactly zero, so the second response must not change in a single bit.
-    if not torch.equal(before[second], logps.hidden(replace(batch, input_ids=other))[second]):
-        return f"responses in one row of {name} can change each other"
-    if torch.equal(before[second], logps.hidden(replace(batch, position_ids=moved))[second]):
-        return f"{name} ignores position_ids"
-    return None

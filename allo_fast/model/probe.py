@@ -1,0 +1,262 @@
+"""What the engine relies on, tried on the model itself: a few tokens go through it about ten times.
+
+    the same tokens give the same bits               else refused: noise is not switched off
+    a later token changes nothing before it          else refused: not causal
+    the head is linear, then soft-capped and scaled  else refused: token_logps computes no other
+    padding and neighbours do not matter to a row    else rows run one at a time
+    responses of one row can be kept apart           else one response a row, its prompt repeated
+
+What a few tokens cannot show is asked of the configuration: attention windows that are long, and rotary embeddings that
+change with the longest row.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from allo_fast.config import UserError
+from allo_fast.data.batch import Batch, Corpus, collate
+
+LONGEST = 256  # tokens of a trial's prompt; attention windows beyond are not tried
+# Keys under which configurations say how far layers see that do not see everything.
+WINDOWS = ("sliding_window", "attention_window_size", "window_size", "local_attention", "attention_chunk_size")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How a model is computed."""
+
+    together: int | None  # rows up to this width run in one pass, wider ones one at a time; None: any width
+    share_prompts: bool  # can responses of one prompt share a row
+    notes: tuple[str, ...]  # what of this costs speed, and why
+    softcap: float | None  # of the head
+    temperature: float
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What gives the head its hidden states. Raises UserError where the model has no such part."""
+    if model.base_model is not model:
+        return model.base_model
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(parts) != 1:
+        raise UserError(f"{type(model).__name__}: it is not made of a decoder and a head")
+    return parts[0]
+
+
+@torch.no_grad()
+def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Callable) -> Findings:
+    """Raises UserError, naming the model's class, where it is refused.
+
+    hidden: a batch's last hidden states [B, T, D], its rows in one pass. head: hidden [N, D], targets [N] ->
+    log-probabilities [N] fp32 by the model's head without cap and scale.
+    """
+    name, trial = type(model).__name__, _Trial(model, hidden)
+    try:
+        alone = [hidden(row) for row in trial.rows]
+    except Exception as error:  # a model may raise anything
+        raise UserError(f"{name}: it cannot compute a row of tokens: {_first_line(error)}") from error
+    row, own = trial.rows[1], alone[1]
+    if not torch.equal(own, hidden(row)):
+        raise UserError(f"{name}: the same tokens give other results each time; model.eval() switches noise off")
+    later = row.segment_ids == 1
+    if trial.reaches(row, own, later, ~later):
+        raise UserError(f"{name}: it is not causal, a later token changes the probabilities of earlier ones")
+    single = _why_single(trial, alone)
+    softcap, temperature = _shape_of_head(model, row, own, head)
+    limit = None if single is None else 0
+    if single is None and (limit := longest_row(model)):
+        single = f"its rotary embedding changes with the longest row beyond {limit} tokens"
+    apart = single or _why_apart(model, trial, alone)
+    notes = [f"{name}: rows run one at a time: {single}"] if single else []
+    notes += [f"{name}: one response per row, prompts repeated: {apart}"] if apart and not single else []
+    return Findings(limit, apart is None, tuple(notes), softcap, temperature)
+
+
+class _Trial:
+    """One prompt and two responses: as `rows` of their own, side by side in `batch`, and in one row, `shared`."""
+
+    def __init__(self, model: PreTrainedModel, hidden: Callable[[Batch], Tensor]):
+        self.model, self.hidden, self.tolerance = model, hidden, _tolerance(model)
+        config = model.config.get_text_config()
+        self.low, self.high = min(10, config.vocab_size // 3), min(1000, config.vocab_size)
+        draw = torch.Generator().manual_seed(0)
+        lengths = (_prompt_length(config), 5, 8)
+        prompt, *responses = (torch.randint(self.low, self.high, (n,), generator=draw).tolist() for n in lengths)
+        corpus = Corpus()
+        pair = tuple(corpus.add(prompt, responses))
+        self.rows = [collate(corpus, [(index,)]).to(model.device) for index in pair]
+        self.batch = collate(corpus, [pair], share_prompts=False).to(model.device)
+        self.shared = collate(corpus, [pair]).to(model.device)
+
+    def other_tokens(self, batch: Batch, where: Tensor) -> Batch:
+        other = (batch.input_ids - self.low + 1) % (self.high - self.low) + self.low
+        return replace(batch, input_ids=torch.where(where, other, batch.input_ids))
+
+    def reaches(self, batch: Batch, before: Tensor, sources: Tensor, readers: Tensor) -> bool:
+        """Whether tokens at `sources` change the hidden states at `readers`, which are `before` in this batch.
+
+        What is masked out weighs exactly zero, so not one bit may change. Experts multiply all their tokens at once and
+        may round otherwise when there are more of them; then the gradient, which is exactly zero, decides.
+        """
+        after = self.hidden(self.other_tokens(batch, sources))
+        if torch.equal(before[readers], after[readers]):
+            return False
+        if not _near(before[readers], after[readers], self.tolerance):
+            return True
+        return not is_sharded(self.model) and bool(self._gradient(batch, readers)[sources].any())
+
+    @torch.enable_grad()
+    def _gradient(self, batch: Batch, readers: Tensor) -> Tensor:
+        """Of the hidden states at `readers` in the embeddings of all tokens [B, T, D]."""
+        leaves: list[Tensor] = []
+
+        def cut(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[0]
+
+        with self.model.get_input_embeddings().register_forward_hook(cut):
+            states = self.hidden(batch)[readers]
+        upstream = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+        return torch.autograd.grad(states, leaves[0], upstream)[0]
+
+
+def _why_single(trial: _Trial, alone: list[Tensor]) -> str | None:
+    """Why rows must run one at a time; None where they need not."""
+    others = torch.tensor([[True], [False]], device=trial.batch.input_ids.device)
+    try:
+        together = trial.hidden(trial.batch)
+        beside = trial.hidden(trial.other_tokens(trial.batch, others))
+    except Exception as error:  # a model may raise anything
+        return f"it cannot compute padded rows: {_first_line(error)}"
+    responses = [batch.segment_ids[0] == 1 for batch in trial.rows]
+    for row, own, where in zip(together, alone, responses, strict=True):
+        if not _near(row[: own.shape[1]][where], own[0, where], trial.tolerance):
+            return "padding changes its results"
+    if not _near(together[1], beside[1], trial.tolerance):
+        return "rows of a batch change each other"
+    return None
+
+
+def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> str | None:
+    """Why responses of this model cannot share a row; None when they can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"{config._attn_implementation} takes no mask of responses"
+    layers = getattr(config, "layer_types", None)
+    if set(layers) != {"full_attention"} if layers else _windows(config):
+        return "it has layers that do not attend to everything"
+    if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+        return "it takes no position_ids"
+    first, second = trial.shared.segment_ids == 1, trial.shared.segment_ids == 2
+    moved = replace(trial.shared, position_ids=trial.shared.position_ids + second)
+    try:
+        before, elsewhere = trial.hidden(trial.shared), trial.hidden(moved)
+        reached = trial.reaches(trial.shared, before, first, second)
+    except Exception as error:  # a model may raise anything
+        return f"it takes no mask of responses: {_first_line(error)}"
+    if reached:
+        return "responses in one row can change each other"
+    if torch.equal(before[second], elsewhere[second]):
+        return "it ignores position_ids"
+    own = [states[batch.segment_ids == 1] for states, batch in zip(alone, trial.rows, strict=True)]
+    if not _near(torch.cat([before[first], before[second]]), torch.cat(own), trial.tolerance):
+        return "its position_ids are not the positions of a row of its own"
+    return None
+
+
+def _shape_of_head(model: PreTrainedModel, row: Batch, decoded: Tensor, head: Callable) -> tuple[float | None, float]:
+    """Its soft cap, None without one, and its temperature: read off what follows from known outputs of its linear
+    layer, because configurations name them differently, or name what the model does not compute."""
+    source, seen = model.get_output_embeddings(), []
+
+    def know(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        seen[:] = inputs[0], output
+        return _known_logits(output)
+
+    refused = UserError(f"{type(model).__name__}: its head is not linear, at most soft-capped and scaled")
+    if not isinstance(source, nn.Module):
+        raise refused
+    with source.register_forward_hook(know):
+        logits = model(input_ids=row.input_ids, use_cache=False).logits
+    if not seen or seen[0].shape != decoded.shape or logits.shape != seen[1].shape:
+        raise refused
+    softcap, temperature = _cap_and_scale(logits.float())
+    known, tolerance = _known_logits(logits), _tolerance(model)
+    expected = (softcap * torch.tanh(known / softcap) if softcap else known) / temperature
+    as_known = torch.allclose(logits.float(), expected, rtol=max(1e-5, 4 * torch.finfo(logits.dtype).eps))
+    linear = head(decoded.flatten(0, 1)[row.sources], row.targets)
+    by_model = seen[1].float().log_softmax(-1).flatten(0, 1)[row.sources, row.targets]
+    off = (linear - by_model).abs().max() > tolerance * seen[1].float().abs().max().clamp(min=1)
+    if not temperature > 0 or not as_known or off or not _near(decoded, seen[0], tolerance):
+        raise refused
+    return softcap, temperature
+
+
+def _known_logits(like: Tensor) -> Tensor:
+    """fp32, for every token 2**-10 .. 2**10 in both signs: below any cap, and far above."""
+    powers = torch.linspace(-10, 10, like.shape[-1], device=like.device).exp2()
+    powers[1::2] *= -1
+    return powers.expand(like.shape)
+
+
+def _cap_and_scale(logits: Tensor) -> tuple[float | None, float]:
+    """Of what a head made of known logits."""
+    known, made = _known_logits(logits)[0, 0], logits[0, 0]
+    temperature = float(known[0] / made[0])
+    cap = float(made[-1].abs()) * temperature
+    return (cap if cap < 0.99 * float(known[-1].abs()) else None), temperature
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """Of how many tokens a row may be that has the same rotary embedding whatever rows lie beside it; None: any."""
+    limits = []
+    for module in growing_embeddings(model):
+        nested = isinstance(module.rope_type, dict)
+        each = module.config.rope_parameters.values() if nested else [module.config.rope_parameters]
+        trained = [settings.get("original_max_position_embeddings") for settings in each]
+        limits += [module.original_max_seq_len, *filter(None, trained)]
+    return min(limits, default=None)
+
+
+def growing_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The rotary embeddings whose frequencies follow from the largest position of a batch."""
+
+    def kinds(module: nn.Module) -> list[str]:
+        kind = getattr(module, "rope_type", None) or ""
+        return list(kind.values()) if isinstance(kind, dict) else [kind]
+
+    return [m for m in model.modules() if any("dynamic" in kind or kind == "longrope" for kind in kinds(m))]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """By ZeRO-3, so that only DeepSpeed can run it."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _prompt_length(config: PretrainedConfig) -> int:
+    """Of a prompt that reaches beyond every attention window that is short enough to be tried."""
+    room = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 8)
+    return max([3, *(window + 1 for window in _windows(config) if window < room)])
+
+
+def _windows(config: PretrainedConfig) -> list[int]:
+    return [size for key in WINDOWS if isinstance(size := getattr(config, key, None), int)]
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Half the digits: in another shape a product differs in the last ones, a fault in the first."""
+    return torch.finfo(model.dtype).eps ** 0.5
+
+
+def _near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Of hidden states [..., D], at most places: rounding can send a token to another expert, at few."""
+    apart = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1)
+    return bool(apart.median() <= tolerance)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".removesuffix(": ")
