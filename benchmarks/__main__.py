@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | positions | zero | gpu`"""
+"""`python -m benchmarks step | positions | zero | architectures | gpu`"""
 
 import argparse
 import sys
@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that train")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_zero)
+    command = commands.add_parser("architectures", help="log-probabilities and gradients against plain transformers")
+    command.add_argument("names", nargs="*", metavar="NAME", help="of architectures (default: all)")
+    command.add_argument("--json", type=Path, help="JSON file")
+    command.set_defaults(command=_architectures)
     command = commands.add_parser("gpu", help="check and measure the kernels on this machine's GPU")
     command.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     command.set_defaults(command=_gpu)
@@ -51,6 +55,12 @@ def _zero(given: argparse.Namespace) -> int:
 
     zero.run(tuple(given.worlds), given.dtype, given.ratio, given.out)
     return 0
+
+
+def _architectures(given: argparse.Namespace) -> int:
+    from benchmarks import architectures
+
+    return int(not all(row.agrees for row in architectures.run(given.names, given.json)))
 
 
 def _gpu(given: argparse.Namespace) -> int:  # without what the engine needs: a bare GPU machine may not have it

@@ -29,6 +29,9 @@ TINY = {
     "eos_token_id": 2,
 }
 
+# A rotary embedding that changes with the longest row beyond `max_position_embeddings`.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # two xdist workers share two cores

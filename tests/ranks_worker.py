@@ -13,8 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pair_corpus, random_selection, tiny_llama
-from transformers import LlamaForCausalLM
+from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    OpenAIGPTConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
 from allo_fast import ranks
 from allo_fast.__main__ import main
@@ -41,17 +49,20 @@ LARGE = {f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_li
 ODD = {"hidden_size": 34, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
 SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 SETTINGS |= {"warmup_steps": 1, "max_grad_norm": 0.5, "num_train_epochs": 2}
-
+UNEVEN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
 
 OPEN = ExitStack()  # closes what `build` made
 
 
 def build(kind: str, folder: Path, zero: Zero | None, model=None, autocast=None, **changes) -> Trainer:
     model = model or tiny_llama(**ODD, tie_word_embeddings=changes.pop("tied", False))
+    selection = random_selection(model)
+    if changes.pop("shards", False):
+        divide(*model.parameters())
     if kind == "dense":
         policy = DensePolicy(model, autocast)
     else:
-        policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, random_selection(model))
+        policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, selection)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
     OPEN.callback(trainer.backend.close)
@@ -168,6 +179,35 @@ def recomputing_llama() -> LlamaForCausalLM:
     model = tiny_llama(**ODD).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+# Weights read outside their module, an error while it is tried, as many passes as rows, experts; all in shares.
+ARCHITECTURES = {
+    "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+    "gpt": OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "dynamic": LlamaConfig(**TINY | {"max_position_embeddings": 12}, rope_parameters=DYNAMIC),
+    "experts": MixtralConfig(**TINY, num_local_experts=4),
+}
+
+
+def architectures(folder: Path, *names: str) -> None:
+    cases = [(name, kind) for name in names or ARCHITECTURES for kind in ("sparse", "dense")]
+    wanted = {}
+    for name, kind in cases:
+        trainer = build(kind, folder / f"local-{name}-{kind}-{rank()}", None, random_model(name), **UNEVEN)
+        wanted[name, kind] = trainer.policy.logps.findings, outcome(trainer)
+    ranks.start(120)
+    for name, kind in cases:
+        zero = Zero(3, options=LARGE)
+        trainer = build(kind, folder / f"{name}-{kind}", zero, random_model(name), shards=True, **UNEVEN)
+        findings, alone = wanted[name, kind]
+        assert trainer.policy.logps.findings == findings
+        assert_alike(outcome(trainer), alone, f"{name} {kind}")
+
+
+def random_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
 
 
 def offload(folder: Path) -> None:

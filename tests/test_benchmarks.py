@@ -8,11 +8,12 @@ from itertools import islice
 import pytest
 import torch
 
+from allo_fast.config import UserError
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.tools import bench
 from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.tools.check_cases import cases
-from benchmarks import gpu, zero
+from benchmarks import architectures, gpu, zero
 from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
@@ -70,6 +71,22 @@ def test_positions(capsys):
     found = {name: float(size) for _, name, size, _ in rows}
     assert found["bitmask"] == 0.125 and found["int32"] == pytest.approx(0.2, rel=0.02)
     assert found["16bits"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_architectures(tmp_path, capsys):
+    names = ["llama, dynamic NTK", "mixtral", "mamba", "xlnet"]
+    assert main(["architectures", *names, "--json", str(tmp_path / "table.json")]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["runs"] for row in rows] == ["one row > 24"] * 2 + ["shares rows"] * 2 + ["own rows", "refused"]
+    assert rows[-1]["refused"].startswith("XLNetLMHeadModel: it is not causal")
+    assert len(architectures.CASES) >= 60 and "0 differ" in capsys.readouterr().out
+
+
+def test_an_architecture_that_differs_fails_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(architectures, "TOLERANCE", 0.0)
+    assert main(["architectures", "llama"]) == 1 and "DIFFERS" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no-such: no such architecture"):
+        main(["architectures", "no-such"])
 
 
 def test_what_fails_is_a_row_and_fails_the_run(tmp_path, monkeypatch):

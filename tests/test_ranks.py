@@ -79,6 +79,7 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
     "case",
     [
         "same_bits",
+        "architectures",
         "bfloat16",
         "cuts",
         "offload",

@@ -6,10 +6,11 @@ The base's storage holds the policy's values (rounded to its dtype). Training re
 gradient is gathered at the selected positions, so that a dense gradient lives only while its layer is in backward.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class SparsePolicy:
         self._in_reference = False
         for module in model.modules():
             self._install(module)
+        say_what_is_not_trained(model)
         self.logps = ResponseLogps(model, self._head_entries)
 
     @property
@@ -186,6 +190,7 @@ class DensePolicy:
         self.model = model.requires_grad_(True)
         self.autocast = autocast
         self.parameters = sum(map(size_of, model.parameters()))
+        say_what_is_not_trained(model)
         self.logps = ResponseLogps(model)
 
     def response_logps(self, batch: Batch) -> Tensor:
@@ -203,6 +208,20 @@ class DensePolicy:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         kinds = {"base": map(held_here, weights), "gradients": gradients}
         return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
+
+
+def say_what_is_not_trained(model: PreTrainedModel) -> None:
+    """Warns, once a process, where the model's configuration has a loss that balances experts: objectives have none."""
+    settings = model.config.get_text_config().to_dict()
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    named = [(str(name), value) for held in (settings, *nested) for name, value in held.items()]
+    if any(isinstance(value, float) and value and ("aux_loss" in name or "moe_loss" in name) for name, value in named):
+        _say_once(f"{type(model).__name__}: its router's auxiliary loss is not trained")
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)
 
 
 def install_reads(

@@ -35,9 +35,8 @@ class ResponseLogps(nn.Module):
         self.growing = growing_embeddings(model)
         for module in model.modules():
             module.register_forward_pre_hook(_pass_through)
-        self.sharded = is_sharded(model)
         self.findings: Findings | None = None
-        if not self.sharded:
+        if not is_sharded(model):
             self.examine()
 
     @property
@@ -54,7 +53,7 @@ class ResponseLogps(nn.Module):
             logger.warning(note)
 
     def forward(self, batch: Batch | None = None) -> Tensor | None:
-        """Without a batch it examines the model, as DeepSpeed runs nothing else."""
+        """Without a batch it examines the model, which DeepSpeed does where it runs this module itself."""
         if batch is None:
             return self.examine()
         hidden = self.hidden(batch)
@@ -66,11 +65,11 @@ class ResponseLogps(nn.Module):
         together = self.findings.together
         if together is None:
             return self._in_one_pass(batch)
-        passes = [batch] if batch.input_ids.shape[1] <= together else _rows(batch)
+        width = batch.input_ids.shape[1]
+        passes = [batch] if width < together else _rows(batch)
         # A sharded model needs all ranks in every pass; the results of what is added are cut off again.
-        most = max(ranks.gather(len(passes))) if self.sharded else len(passes)
-        states = [self._in_one_pass(part) for part in passes + passes[:1] * (most - len(passes))]
-        width = max(part.shape[1] for part in states)
+        most = max(ranks.gather(len(passes))) if is_sharded(self.model) else len(passes)
+        states = [self._in_one_pass(part)[:, :width] for part in passes + passes[:1] * (most - len(passes))]
         return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in states])[: len(batch.input_ids)]
 
     def _in_one_pass(self, batch: Batch) -> Tensor:
@@ -113,11 +112,14 @@ class _Head(nn.Module):
 
 
 def _rows(batch: Batch) -> list[Batch]:
-    """Each row as a batch of its own, without padding, as far as the decoder reads it."""
-    lengths = (batch.segment_ids >= 0).sum(1).tolist()
-    read = ("input_ids", "position_ids", "segment_ids")
-    cuts = [(slice(row, row + 1), slice(length)) for row, length in enumerate(lengths)]
-    return [replace(batch, **{name: getattr(batch, name)[cut] for name in read}) for cut in cuts]
+    """Each row as a batch of its own, without padding, as far as the decoder reads it; with the last token of its
+    response, which predicts nothing but counts where the length of a row matters."""
+    rows, width = [], batch.input_ids.shape[1]
+    for row, length in enumerate((batch.segment_ids >= 0).sum(1).tolist()):
+        last = batch.targets[batch.sources == row * width + length - 1]
+        ids = torch.cat([batch.input_ids[row, :length], last])[None]
+        rows.append(replace(batch, input_ids=ids, segment_ids=torch.zeros_like(ids)))
+    return rows
 
 
 def _forget_longer_rows(module: nn.Module) -> None:

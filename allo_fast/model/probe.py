@@ -55,14 +55,17 @@ def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Cal
     log-probabilities [N] fp32 by the model's head without cap and scale.
     """
     name, trial = type(model).__name__, _Trial(model, hidden)
+    weights = [weight._version for weight in model.parameters()]
     try:
         alone = [hidden(row) for row in trial.rows]
     except Exception as error:  # a model may raise anything
         raise UserError(f"{name}: it cannot compute a row of tokens: {_first_line(error)}") from error
     row, own = trial.rows[1], alone[1]
+    if weights != [weight._version for weight in model.parameters()]:
+        raise UserError(f"{name}: it changes its own weights while it computes")
     if not torch.equal(own, hidden(row)):
         raise UserError(f"{name}: the same tokens give other results each time; model.eval() switches noise off")
-    later = row.segment_ids == 1
+    later = torch.arange(own.shape[1], device=own.device)[None] >= own.shape[1] - 3
     if trial.reaches(row, own, later, ~later):
         raise UserError(f"{name}: it is not causal, a later token changes the probabilities of earlier ones")
     single = _why_single(trial, alone)

@@ -29,6 +29,7 @@ from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
 from allo_fast.method.optim import ClippedAdamW, SparseAdamW
 from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import size_of
 from allo_fast.training.backend import MOMENTS, adamw_settings, load_progress, make_scheduler, save_progress
 from allo_fast.training.zero import Zero
@@ -50,6 +51,8 @@ class DeepSpeedBackend:
             dist_init_required=False,
         )
         self._start_state()
+        if policy.logps.findings is None:
+            self.engine(None)
         if self.sparse and zero.sharded:
             policy.release = self.engine.empty_partition_cache
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
@@ -171,10 +174,15 @@ class DeepSpeedBackend:
 
 @contextmanager
 def frozen_engine(module: nn.Module) -> Iterator[nn.Module]:
-    """A module whose parameters are ZeRO-3 shards, ready to compute and never to train, until the context ends."""
+    """A module whose parameters are ZeRO-3 shards, ready to compute and never to train, until the context ends.
+
+    Raises UserError where it is ResponseLogps of a model that is refused.
+    """
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
     try:
+        if isinstance(module, ResponseLogps) and module.findings is None:
+            engine(None)
         yield engine
     finally:
         close_engine(engine)
@@ -196,11 +204,12 @@ class _Module(nn.Module):
 
     def __init__(self, policy: DensePolicy | SparsePolicy, whole: bool):
         super().__init__()
-        self.compute = policy.response_logps
+        self.compute, self.examine = policy.response_logps, policy.logps.examine
         if whole:
             self.logps = policy.logps
         else:
             self.values = nn.ParameterList(policy.values.values())
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.compute(batch)
+    def forward(self, batch: Batch | None) -> Tensor | None:
+        """Without a batch it examines the model, for only here DeepSpeed gathers what is read outside its module."""
+        return self.examine() if batch is None else self.compute(batch)

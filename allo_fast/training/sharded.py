@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from allo_fast.method.policy import Alias, SparsePolicy, install_reads
+from allo_fast.method.policy import Alias, SparsePolicy, install_reads, say_what_is_not_trained
 from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
@@ -84,7 +84,8 @@ class ShardedPolicy(SparsePolicy):
         self.dense_gradients = {}
         self._by_weight = {id(held.weight): held for held in self.entries.values()}
         self.release: Callable[[], None] = lambda: None  # frees what is gathered; DeepSpeedBackend sets it
-        self._in_reference = True  # while the model is tried, as it is
+        say_what_is_not_trained(model)
+        self._in_reference = True  # while a model that is still whole is tried, as it is
         self.logps = ResponseLogps(model, self._head_entries)
         self._in_reference = False
         for module in self.logps.modules():
@@ -152,16 +153,24 @@ class ShardedPolicy(SparsePolicy):
         return weight
 
     def _install(self, module: nn.Module) -> None:
-        """Gives a module the entries of its weights; linear layers set them themselves, others read an alias."""
+        """Gives a module the entries of its weights; linear layers set them themselves, other readers get an alias."""
         mine = {name: held for name, w in module._parameters.items() if (held := self._by_weight.get(id(w)))}
         for name, held in mine.items():
             module.register_parameter(f"{name}_values", held.values)
             module.register_parameter(f"{name}_positions", held.low)
         methods = {}
         if "weight" in mine and type(module).forward is nn.Linear.forward:
-            held = mine.pop("weight")
+            held = mine["weight"]
             methods["forward"] = lambda module, hidden: self._linear(module, hidden, held)
-        install_reads(module, mine, self._read, methods)
+
+        def read(weight: nn.Parameter) -> Tensor:
+            # Who reads a weight outside its module, as Mamba does, makes DeepSpeed gather it by looking it up, and so
+            # what belongs to it.
+            for name in mine:
+                _ = module._parameters[f"{name}_values"], module._parameters[f"{name}_positions"]
+            return self._read(weight)
+
+        install_reads(module, mine, read, methods)
 
     def _linear(self, module: nn.Linear, hidden: Tensor, held: Entries) -> Tensor:
         if self._in_reference:
