@@ -1,16 +1,19 @@
 """The processes of a run, and what passes between them. One code path: a single process skips communication.
 
 DeepSpeed starts the process group and carries every message; torchrun or the deepspeed launcher starts the processes.
+In a group that somebody else started, as transformers does, torch carries them.
 """
 
 import gc
 import hashlib
 import logging
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -130,10 +133,8 @@ def add_up(tensor: Tensor) -> Tensor:
     """The sum over all ranks, on every rank."""
     if world_size() == 1:
         return tensor
-    import deepspeed
-
     total = tensor.to(_wire(), copy=True)
-    deepspeed.comm.all_reduce(total)
+    _carrier().all_reduce(total)
     return total.to(tensor.device)
 
 
@@ -141,13 +142,11 @@ def concatenate(part: Tensor) -> Tensor:
     """Every rank's 1-D tensor one after another; they may differ in length."""
     if world_size() == 1:
         return part
-    import deepspeed
-
     lengths = gather(len(part))
     padded = torch.zeros(max(lengths), dtype=part.dtype, device=_wire())
     padded[: len(part)] = part
     found = [torch.empty_like(padded) for _ in lengths]
-    deepspeed.comm.all_gather(found, padded)
+    _carrier().all_gather(found, padded)
     return torch.cat([piece[:length] for piece, length in zip(found, lengths, strict=True)]).to(part.device)
 
 
@@ -172,6 +171,12 @@ def agree_on(name: str, held: object) -> None:
     """Raises UserError on every rank where one holds something else than rank 0. held: what `repr` shows in full."""
     if world_size() > 1:
         agree({name: hashlib.sha256(repr(held).encode()).hexdigest()})
+
+
+def _carrier() -> ModuleType:
+    """Whose collectives to call: DeepSpeed's, which Traffic counts, where it was started."""
+    comm = sys.modules.get("deepspeed.comm")
+    return comm if comm and comm.is_initialized() else dist
 
 
 def _wire() -> torch.device:

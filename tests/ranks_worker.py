@@ -16,11 +16,11 @@ import torch
 from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
-    OpenAIGPTConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MixtralConfig,
+    OpenAIGPTConfig,
     PreTrainedModel,
 )
 

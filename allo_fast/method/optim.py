@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from allo_fast import ranks
+from allo_fast.config import UserError
 from allo_fast.method.policy import SparsePolicy
 from allo_kernels import masked_adamw_
 
@@ -62,10 +63,11 @@ class SparseAdamW(Optimizer):
     """AdamW (arXiv 1711.05101) whose state is [K]: `exp_avg` and `exp_avg_sq` in fp32, there from construction.
 
     Element-wise equal to dense AdamW on the selected entries. hf_eps: the older Hugging Face form
-    p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected. A training loop that clips and clears
-    only the model's own parameters, as transformers.Trainer does, leaves both to this optimizer: max_grad_norm clips
-    by the norm of all values' gradients, clear_gradients drops them after the update.
+    p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected. max_grad_norm: clips by the norm of all
+    gradients, for a loop that does not. state_dict also holds the policy's fp32 values, and loading it sets them.
     """
+
+    writes_back = True  # into the base, in the same pass
 
     def __init__(
         self,
@@ -76,12 +78,11 @@ class SparseAdamW(Optimizer):
         weight_decay: float = 0.0,
         hf_eps: bool = False,
         max_grad_norm: float | None = None,
-        clear_gradients: bool = False,
     ):
-        self.policy, self.hf_eps = policy, hf_eps
-        self.max_grad_norm, self.clear_gradients = max_grad_norm, clear_gradients
+        self.policy, self.hf_eps, self.max_grad_norm = policy, hf_eps, max_grad_norm
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(policy.values.values()), defaults)
+        policy.loaded_alone = False
         device = policy.groups[0].values.device
         self._step = torch.zeros((), dtype=torch.float32, device=device)  # on the device: nothing waits to read it
         self._flat = [_Flat(*(torch.zeros_like(group.values) for _ in range(3))) for group in policy.groups]
@@ -105,6 +106,11 @@ class SparseAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients, settings = self.gradients(), self.param_groups[0]
+        if self.policy.loaded_alone:
+            raise UserError(
+                "SparseAdamW: the model loaded a state, but not the optimizer its own, which holds the fp32 values and "
+                "moments: resume where both were saved, or make a new SparseAdamW to start from that model"
+            )
         if self.max_grad_norm is not None:
             if grad_scale is not None:
                 raise ValueError("grad_scale: this optimizer clips by itself; construct it with max_grad_norm=None")
@@ -128,8 +134,6 @@ class SparseAdamW(Optimizer):
                 weight=group.data,
                 positions=group.positions,
             )
-        if self.clear_gradients:
-            self.zero_grad()
         return loss
 
     def gradients(self) -> list[Tensor]:
@@ -149,18 +153,28 @@ class SparseAdamW(Optimizer):
         for value, view in self._views.items():
             value.grad = view.grad
 
+    def state_dict(self) -> dict:
+        """torch's, with `values` by name and `identity`, which says of which base and selection they are."""
+        values = {name: value.detach() for name, value in self.policy.values.items()}
+        own = {"values": values, "identity": self.policy.identity, "loaded_alone": self.policy.loaded_alone}
+        return {**super().state_dict(), **own}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Copies the state into the flat vectors. Raises ValueError when a moment has another shape than its values."""
+        """Sets the state, and the values in the policy and its base. Raises UserError for one of another policy."""
+        if state_dict.get("identity") != self.policy.identity:
+            raise UserError("state_dict: not of a SparseAdamW with this base and selection")
         super().load_state_dict(state_dict)
         for value, view in self._views.items():
             loaded = self.state[value]
-            if any(loaded[key].shape != value.shape for key in ("exp_avg", "exp_avg_sq")):
-                raise ValueError(f"state_dict: expected moments of shape {tuple(value.shape)}")
             view.exp_avg.copy_(loaded["exp_avg"])
             view.exp_avg_sq.copy_(loaded["exp_avg_sq"])
             self._step.copy_(loaded["step"])
             self.state[value] = {"step": self._step, "exp_avg": view.exp_avg, "exp_avg_sq": view.exp_avg_sq}
+        for name, value in self.policy.values.items():
+            value.copy_(state_dict["values"][name])
+        self.policy.write_back()
+        self.policy.loaded_alone = state_dict["loaded_alone"]  # accelerate loads what it just took from here
 
 
 class _Flat(NamedTuple):

@@ -6,11 +6,12 @@ The base's storage holds the policy's values (rounded to its dtype). Training re
 gradient is gathered at the selected positions, so that a dense gradient lives only while its layer is in backward.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
+from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_fast.method.delta import Delta
+from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.weights import held_here, named_weights, size_of, whole_weights
+from allo_fast.model.weights import as_bytes, fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,9 @@ class Group:
 class SparsePolicy:
     """Trains `selection`'s entries of `model` and nothing else; every weight of `model` is frozen.
 
-    values: per tensor, an fp32 nn.Parameter [K]. Raises UserError when the selection was made for another model.
+    values: per tensor, an fp32 nn.Parameter [K], among `model.parameters()` but not in the model's state_dict, which
+    stays that of a normal model; SparseAdamW's holds them. Raises UserError when the selection was made for another
+    model, and later where the model is moved or cast, loads the state of another one, or the values change without it.
     keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
     """
 
@@ -62,8 +67,8 @@ class SparsePolicy:
         selection.check(model)
         self.model = model.requires_grad_(False)
         self.base = selection.base
-        self.parameters = sum(weight.numel() for weight in model.parameters())
         weights = named_weights(model)
+        self.parameters = sum(weight.numel() for weight in weights.values())
         self.weights = {name: weights[name] for name in selection.names}
         self.groups = [self._group(dtype, selection) for dtype in {w.dtype: None for w in self.weights.values()}]
         self.positions, self.values = {}, {}
@@ -74,9 +79,12 @@ class SparsePolicy:
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._in_reference = False
+        self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         for module in model.modules():
             self._install(module)
         say_what_is_not_trained(model)
+        self._shown = ValueParameters(self.values, self.weights, self.positions, self._loaded)
+        self._shown.attach(model)
         self.logps = ResponseLogps(model, self._head_entries)
 
     @property
@@ -110,12 +118,23 @@ class SparsePolicy:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
         for name, value in self.values.items():
             scatter_(self.weights[name].detach(), self.positions[name], value.detach())
+        self._shown.mark_written()
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the base and the selected positions."""
+        digest = hashlib.sha256(self.base.encode())
+        for group in self.groups:
+            digest.update(" ".join(group.weights).encode())
+            digest.update(as_bytes(group.positions.low))
+            digest.update(as_bytes(group.positions.starts))
+        return digest.hexdigest()
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
         kinds = {
-            "base": self.model.parameters(),
+            "base": named_weights(self.model).values(),
             "positions": [group.positions for group in self.groups],
             "originals": [group.originals for group in self.groups],
             "values": self.values.values(),
@@ -159,6 +178,17 @@ class SparsePolicy:
         for group in self.groups:
             swap_(group.data, group.positions, group.originals)
 
+    def _loaded(self) -> None:
+        """The model loaded a state. Raises UserError when that was not one of this policy."""
+        self.loaded_alone = True
+        with self.reference():
+            base = fingerprint(self.model)
+        if base != self.base:
+            raise UserError(
+                f"load_state_dict: of another model or selection; without the selected entries it is the model "
+                f"{base[:12]}, the policy's is {self.base[:12]}"
+            )
+
     def _install(self, module: nn.Module) -> None:
         mine = [name for name, weight in module._parameters.items() if id(weight) in self._names]
         install_reads(module, mine, self._read)
@@ -166,7 +196,10 @@ class SparsePolicy:
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():
             return weight
-        name = self._names[id(weight)]
+        if (name := self._names.get(id(weight))) is None:
+            raise UserError("SparsePolicy: its model was copied, or got another weight, after the policy was made")
+        if name in self.values:
+            self._shown.check_written(name)
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
         at = self.positions.get(name)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from allo_fast import ranks
 from allo_fast.config import UserError
 
+VALUES = "selected_values"  # the submodule by which a SparsePolicy shows its values to training loops
+
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every weight once, tied ones under their first name, sorted by name so that no order depends on the model's."""
-    return dict(sorted(model.named_parameters()))
+    weights = ((name, weight) for name, weight in model.named_parameters() if not name.startswith(f"{VALUES}."))
+    return dict(sorted(weights))
 
 
 def size_of(weight: Tensor) -> int:

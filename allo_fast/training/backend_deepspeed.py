@@ -141,6 +141,7 @@ class DeepSpeedBackend:
         shares = inner.fp32_partitioned_groups_flat if self.zero.sharded else inner.single_partition_of_fp32_groups
         if self.sparse and not self.zero.sharded:
             self.policy.groups = [replace(group, values=None) for group in self.policy.groups]
+            self.policy.write_back()  # from where DeepSpeed put the values
         self.optimizer.start_state(shares)
         if not self.zero.sharded:
             lazy_init_hp_params_optimizer_state(inner.bit16_groups[0], shares[0], self.optimizer.state)

@@ -1,0 +1,49 @@
+"""The Python in README.md runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.model.loading import save_model
+from allo_fast.model.weights import named_weights
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(section: str) -> list[str]:
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run(snippets: list[str]) -> dict:
+    """All in one namespace, which it returns."""
+    names: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    return names
+
+
+def test_the_kernels():
+    names = run(blocks("The kernels"))
+    trained = names["weight"].view(-1)[names["positions"].unpack()]
+    assert torch.equal(trained, names["values"]) and names["values"].grad.any()
+
+
+def test_as_a_library(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="its second block trains in TRL")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = character_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "base")
+    for weight in model.parameters():
+        weight.data += 0.01 * torch.randn_like(weight)
+    save_model(model, tokenizer, tmp_path / "base-after-a-dpo-warm-up")
+    names = run(blocks("As a library"))
+    again = type(model).from_pretrained(tmp_path / "trained", dtype=torch.bfloat16)
+    assert all(torch.equal(w, named_weights(again)[name]) for name, w in named_weights(names["before"]).items())
+    assert {entry["step"] for entry in names["trainer"].state.log_history} == {4}
+    assert (tmp_path / "out/checkpoint-4/optimizer.pt").exists()
