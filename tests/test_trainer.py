@@ -175,6 +175,18 @@ def test_copies_and_replicas_are_refused():
             module._replicate_for_data_parallel()
 
 
+def test_weights_that_fsdp_replaced_are_refused():
+    model = tiny_llama()
+    SparsePolicy(model, random_selection(model))
+    shard = model.lm_head._parameters["weight"].detach()[:1]
+    model.lm_head.weight = nn.Parameter(shard)  # as fully_shard does
+    with pytest.raises(UserError, match="got another weight"):
+        model(torch.tensor([[5, 6]]))
+    del model.lm_head._parameters["weight"]
+    with pytest.raises(UserError, match="got another weight"):
+        model.lm_head.weight = shard  # as FullyShardedDataParallel does
+
+
 def test_two_ranks_train_as_one_process(tmp_path):
     """DistributedDataParallel averages the values' gradients; rank by rank bit for bit, also after resuming."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

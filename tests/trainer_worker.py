@@ -54,11 +54,11 @@ def logged(trainer: Trainer, key: str) -> list[float]:
 
 
 def main(folder: Path) -> None:
-    """Trains, and again from the checkpoint after two steps; each rank leaves a file."""
+    """Trains, and again from the checkpoint after two steps, then recomputing activations; each rank leaves a file."""
     changes = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer, policy = sparse_trainer(folder / "out", **changes)
     trainer.train()
-    again, resumed = sparse_trainer(folder / "out", **changes)
+    again, resumed = sparse_trainer(folder / "out", activation_checkpointing=True, **changes)
     again.train(resume_from_checkpoint=str(folder / "out/checkpoint-2"))
     found = {"values": vector(policy), "resumed": vector(resumed), "norms": logged(trainer, "grad_norm")}
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")

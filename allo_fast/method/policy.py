@@ -197,7 +197,7 @@ class SparsePolicy:
         if self._in_reference or not torch.is_grad_enabled():
             return weight
         if (name := self._names.get(id(weight))) is None:
-            raise UserError("SparsePolicy: its model was copied, or got another weight, after the policy was made")
+            _refuse_weight()
         if name in self.values:
             self._shown.check_written(name)
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
@@ -265,9 +265,13 @@ def install_reads(
     methods: others of the module to replace. A later call takes the place of an earlier one.
     """
     plain = getattr(type(module), "_without_aliases", type(module))
-    reads = {name: property(lambda module, name=name: read(module._parameters[name])) for name in names}
+    reads = {name: property(lambda module, n=name: read(module._parameters[n]), _refuse_weight) for name in names}
     held = {"_without_aliases": plain, "__module__": plain.__module__, **reads, **methods}
     module.__class__ = type(plain.__name__, (plain,), held) if reads or methods else plain
+
+
+def _refuse_weight(*_) -> None:
+    raise UserError("SparsePolicy: its model was copied, or got another weight (as in FSDP), after the policy was made")
 
 
 class Alias(torch.autograd.Function):
