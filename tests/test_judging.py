@@ -198,6 +198,7 @@ def test_a_whole_run_on_preferences(place, capsys):
     manifest = json.loads((folder / "08-evaluate/allo-seed-1/MANIFEST.json").read_text())
     assert set(manifest["inputs"]) == {"learn/seed-1", "evaluate/base"}
     assert manifest["facts"]["pairs"] == 8 and manifest["facts"]["rewards/ties"] == 0
+    assert "problems.jsonl" not in manifest["outputs"], "rendered once, for the base: both read the same tokens"
     assert re.search(r"^allo +rewards/margins +\S+ +\S+ \.\. \S+ +8 +8 ", shown_table, re.MULTILINE)
     page = (folder / "report.html").read_text()
     assert "<h2>Preferences</h2>" in page and "rewards/margins" in page and "<h2>Accuracy</h2>" not in page
