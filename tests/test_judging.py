@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 
 from allo_fast.__main__ import main
-from allo_fast.config import load_config
+from allo_fast.config import UserError, load_config
 from allo_fast.data.arithmetic import ALPHABET, character_tokenizer
 from allo_fast.data.scoring import (
     accuracy_interval,
@@ -25,7 +25,7 @@ from allo_fast.report.summary import percent, preference_metrics, preference_val
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES
-from allo_fast.stages.evaluate import response_logps
+from allo_fast.stages.evaluate import _scored, response_logps
 from allo_fast.stages.models import inference
 
 TOKENIZER = character_tokenizer()
@@ -251,17 +251,25 @@ def test_a_model_that_is_not_finite_is_an_error(place, capsys, format):
     path = model(place / "broken", broken)
     assert main(["eval", path, str(place / "config.yaml"), f"data.format={format}"]) == 2
     said = capsys.readouterr()
-    where = "up_proj.weight" if format == "problems" else "rows.jsonl:1 "
-    assert re.search(rf"{path}: .*{where}.*not finite", said.err) and "accura" not in said.out
+    assert re.search(rf"{path}: .*up_proj.weight.* NaN", said.err) and "accura" not in said.out
 
 
-def test_one_score_that_is_not_finite_is_an_error(place, capsys):
-    def rare(made):  # only the token 9 is broken, which one response of one row has
-        made.lm_head.weight[TOKENIZER.convert_tokens_to_ids("9")] = -math.inf
+@pytest.mark.parametrize("format", ["preference", "multiple_choice"])
+def test_scores_that_are_not_finite_are_an_error(place, capsys, format):
+    """Finite weights, whose products are not."""
+    if format == "multiple_choice":
+        choice(place, ("2", "3"))
+    path = model(place / "large", lambda made: made.model.layers[1].mlp.up_proj.weight.fill_(3e38))
+    assert main(["eval", path, str(place / "config.yaml"), f"data.format={format}"]) == 2
+    said = capsys.readouterr()
+    assert re.search(rf"{path}: .* responses to rows.jsonl:1 .*not finite", said.err) and "accura" not in said.out
 
-    write_jsonl(place / "rows.jsonl", [{"prompt": "1", "chosen": "2", "rejected": text} for text in ("3", "49")])
-    assert main(["eval", model(place / "rare", rare), str(place / "config.yaml")]) == 2
-    assert "not finite" in capsys.readouterr().err
+
+def test_one_score_that_is_not_finite_is_enough(place):
+    unit = Unit(Run(load_config(place / "config.yaml"), STAGES), "evaluate", "base")
+    row = {"id": "rows.jsonl:7", "responses": [{"ids": [1], "correct": True}, {"ids": [2], "correct": False}]}
+    with pytest.raises(UserError, match="model: .* rows.jsonl:7 are .*-inf.* not finite"):
+        _scored(unit, "model", row, [-1.0, -math.inf], {})
 
 
 def test_without_a_base_there_are_no_implicit_rewards(place, capsys, caplog):

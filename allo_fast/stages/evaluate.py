@@ -17,7 +17,6 @@ from collections.abc import Generator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from allo_fast.config import EvaluateConfig, UserError
 from allo_fast.data.batch import Corpus, collate
@@ -25,7 +24,6 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import SCORERS, best_response, is_correct, is_tie, pair_margins
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.model.weights import held_here, named_weights
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.run import Progress, Run, Unit
 from allo_fast.stages.models import Inference, base_path, inference, make_prompts
@@ -75,15 +73,13 @@ def evaluate(
 
     against: the folder of the base model's evaluation, for implicit rewards; its rows are scored, token by token the
     same. reader: the model whose tokenizer and template read the rows; None: the one at `path`. Raises UserError for
-    scores, or weights, that are not finite.
+    scores that are not finite.
     """
     prompts = make_prompts(unit, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, path, prompts, against)
     ref_logps = _logps_of(against) if against else {}
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, scoring=scoring) as frozen:
-        if not scoring:
-            _check_weights(frozen.model, path)
 
         def work(chunk: list[dict], start: int) -> list[dict]:
             if not scoring:
@@ -152,13 +148,6 @@ def _chosen(row: dict, responses: list[dict]) -> dict:
         "tie": is_tie(logps, responses),
         "response": row["responses"][best]["text"],
     }
-
-
-def _check_weights(model: PreTrainedModel, path: str | Path) -> None:
-    """Greedy responses have no score to look at, and a NaN model only seems to know nothing."""
-    for name, weight in named_weights(model).items():
-        if not held_here(weight).isfinite().all():
-            raise UserError(f"{path}: the weight {name} is not finite")
 
 
 def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: EvaluateConfig) -> list[dict]:
