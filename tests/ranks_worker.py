@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,19 +23,22 @@ from transformers import (
     MixtralConfig,
     OpenAIGPTConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from allo_fast import ranks
 from allo_fast.__main__ import main
-from allo_fast.config import TrainConfig, UserError, load_config
+from allo_fast.config import ModelConfig, TrainConfig, UserError, load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
+from allo_fast.model.loading import load_model, load_tokenizer
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
-from allo_fast.model.weights import divide
+from allo_fast.model.weights import divide, fingerprint, whole_weights
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import frozen_engine
@@ -453,6 +457,43 @@ def shared_inference(folder: Path, config: str) -> None:
         ranks.barrier()
         found[name] = [logps, *(file.read_text() for file in files)]
     assert found["shared"] == found["whole"]
+
+
+MIXTURE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 18}
+
+
+def saved_from_shares(folder: Path) -> None:
+    """A model loaded in shares is the one in its folder, saved it reads back, and all ranks refuse what one sees."""
+    torch.manual_seed(0)
+    mixture = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY | MIXTURE))
+    tied = tiny_llama(**ODD, tie_word_embeddings=True)
+    ranks.start(120)
+    for dtype, source in (("float32", tied), ("bfloat16", tiny_llama(**ODD)), ("bfloat16", mixture)):
+        first, again = (folder / f"{type(source).__name__}-{dtype}-{name}" for name in ("first", "again"))
+        expected = fingerprint(source.to(getattr(torch, dtype)))
+        save_model(source, character_tokenizer(), first)
+        model = load_model(first, ModelConfig(), dtype=dtype, sharded=True)
+        assert fingerprint(model) == expected
+        save_model(model, character_tokenizer(), again, whole_weights(model))
+        assert fingerprint(load_model(again, ModelConfig(), dtype=dtype)) == expected
+    _refused_from_shares(folder, tiny_llama(**ODD))
+
+
+def _refused_from_shares(folder: Path, model: LlamaForCausalLM) -> None:
+    damages = {
+        "model.norm.weight holds NaN": lambda state: state["model.norm.weight"][-1:].fill_(torch.nan),  # the last share
+        "missing: model.norm.weight": lambda state: state.pop("model.norm.weight"),
+        "unknown to it: other": lambda state: state.update(other=torch.zeros(2)),
+    }
+    for number, (message, damage) in enumerate(damages.items()):
+        damage(state := {name: weight.clone() for name, weight in model.state_dict().items()})
+        if ranks.is_main():
+            model.save_pretrained(folder / f"damaged-{number}")
+            save_file(state, folder / f"damaged-{number}" / "model.safetensors", {"format": "pt"})
+        ranks.barrier()
+        for sharded in (True, False):
+            with pytest.raises(UserError, match=message):
+                load_model(folder / f"damaged-{number}", ModelConfig(), sharded=sharded)
 
 
 def rank() -> int:

@@ -89,6 +89,7 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
         "closed",
         "starts_small",
         "not_finite",
+        "saved_from_shares",
     ],
 )
 def test_two_ranks(tmp_path, case):
