@@ -19,6 +19,7 @@ from tqdm import tqdm
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, UserError, load_config
 from allo_fast.method.delta import Delta
+from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
 from allo_fast.model.saving import check_new, save_model
 from allo_fast.plan import job as plan
@@ -242,6 +243,7 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
 
 def _eval(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides).model_copy(update={"deepspeed": None})
+    check_model(given.model)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
         facts, rows = _show("eval", evaluate_alone(run, given.model))

@@ -210,10 +210,17 @@ def quantize_fp8(path, size=16) -> None:
 
 def test_a_quantized_model_is_refused_by_name(tmp_path):
     quantize_fp8(folder_of(tmp_path))
-    refused(tmp_path, "unknown to it: model.layers.0.mlp.down_proj.weight_scale_inv")
+    refused(tmp_path, ".mlp.down_proj.weight is quantized (torch.float8_e4m3fn), and config.json does not say how")
     fp8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
     configure(tmp_path, quantization_config=fp8)
     refused(tmp_path, "quantized (fp8)", "dequantized")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_codes_without_their_scales_are_not_taken_for_values(tmp_path, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder_of(tmp_path), lambda tensors: tensors | {name: (tensors[name] * 100).to(dtype)})
+    refused(tmp_path, f"{name} is quantized ({dtype})")
 
 
 @pytest.mark.parametrize(
@@ -225,12 +232,16 @@ def test_a_quantized_model_is_refused_by_name(tmp_path):
         {"quant_method": "mxfp4"},
         {"quant_method": "compressed-tensors", "config_groups": {}},
         {"quant_method": "made-up-tomorrow"},
+        {"group_size": 64, "bits": 4},
+        {},
+        "fp8",
     ],
-    ids=lambda settings: settings["quant_method"],
+    ids=str,
 )
 def test_whatever_it_was_quantized_with(tmp_path, settings):
     configure(folder_of(tmp_path), quantization_config=settings)
-    refused(tmp_path, f"quantized ({settings['quant_method']})")
+    named = isinstance(settings, dict) and settings.get("quant_method")
+    refused(tmp_path, f"quantized ({named or 'quantization_config in config.json'})")
     assert main(["eval", str(tmp_path), "configs/quickstart.yaml"]) == 2
 
 
@@ -259,7 +270,7 @@ def test_files_that_are_not_there(tmp_path):
     refused_file.write_bytes(b"GGUF")
     refused(refused_file, "a file", "allo-fast convert")
     (tmp_path / "config.json").unlink()
-    refused(tmp_path, "config.json")
+    refused(tmp_path, "no config.json")
 
 
 def sharded(path):
@@ -330,7 +341,7 @@ def test_every_model_of_a_run_is_looked_at_before_it_starts(tmp_path):
         "warmup.reference": {"model": base, "warmup": reference},
         "learn.reference": {"model": base, "learn": reference},
     }.items():
-        with pytest.raises(UserError, match=f"^{key}: .*bad: its weights are not those of LlamaForCausalLM"):
+        with pytest.raises(UserError, match=f"^{key}: .*bad: model.layers.0.* is quantized"):
             check_references(Config(name="x", data={"train": "a", "test": "b"}, **settings))
 
 

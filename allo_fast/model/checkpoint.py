@@ -51,6 +51,7 @@ def check_model(path: str | Path) -> None:
             headers |= {name: (file, tensor) for name, tensor in load_state_dict(file, map_location="meta").items()}
         except _DAMAGED_FILE as error:
             raise UserError(f"{file}: weights that cannot be read: {_first_line(error)}") from None
+    _check_dense(path, headers)
     with _quiet():
         try:
             with torch.device("meta"):
@@ -84,6 +85,8 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         )
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
+        if not raw:
+            raise UserError(f"{path}: no config.json, or an empty one")
         _check_kind(path, raw)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UserError:
@@ -98,9 +101,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
 def _check_kind(path: str | Path, raw: dict) -> None:
     """Raises UserError for a config.json that says of itself that it is not a dense causal language model."""
     name, text = _named(raw), raw.get("text_config") or {}
-    quantized = raw.get("quantization_config") or text.get("quantization_config") or raw.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method") or "quantization_config in config.json"
+    entries = (raw.get("quantization_config"), text.get("quantization_config"), raw.get("compression_config"))
+    for quantized in (entry for entry in entries if entry is not None):
+        method = isinstance(quantized, dict) and quantized.get("quant_method") or "quantization_config in config.json"
         raise UserError(
             f"{path}: quantized ({method}); allo-fast trains dense weights: name the model that it was quantized "
             "from, or a folder with its weights dequantized"
@@ -143,6 +146,16 @@ def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no weights that can be read: {_first_line(error)}") from None
     return files
+
+
+def _check_dense(path: str | Path, headers: dict[str, tuple[str, Tensor]]) -> None:
+    """Raises UserError for matrices of one byte a weight: codes, that a cast would take for values.
+
+    Such a bool or uint8 with four dimensions is the attention mask that files of older versions hold.
+    """
+    for name, (_, tensor) in headers.items():
+        if tensor.ndim in (2, 3) and tensor.dtype.itemsize == 1:
+            raise UserError(f"{path}: {name} is quantized ({tensor.dtype}), and config.json does not say how")
 
 
 def check_names(path: str | Path, model: PreTrainedModel, info: dict) -> None:
