@@ -32,9 +32,10 @@ class ResponseLogps(nn.Module):
         self._decoder = (decoder_of(model),)  # in a tuple: already a part of the model
         self.head = _Head(model, head_entries)
         self.additive_mask = model.config.get_text_config()._attn_implementation == "eager"
-        self.growing = growing_embeddings(model)
         for module in model.modules():
             module.register_forward_pre_hook(_pass_through)
+        for module in growing_embeddings(model):
+            module.register_forward_pre_hook(_forget_longer_rows)
         self.findings: Findings | None = None
         if not is_sharded(model):
             self.examine()
@@ -73,8 +74,6 @@ class ResponseLogps(nn.Module):
         return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in states])[: len(batch.input_ids)]
 
     def _in_one_pass(self, batch: Batch) -> Tensor:
-        for module in self.growing:
-            _forget_longer_rows(module)
         if int(batch.segment_ids.max()) <= 1:  # nothing shares a row: the model's own causal mask will do
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
         else:
@@ -122,7 +121,7 @@ def _rows(batch: Batch) -> list[Batch]:
     return rows
 
 
-def _forget_longer_rows(module: nn.Module) -> None:
+def _forget_longer_rows(module: nn.Module, inputs: tuple) -> None:
     """Dynamic NTK keeps the frequencies of the longest row that it has seen, until a short one comes."""
     for name, frequencies in list(module.named_buffers(recurse=False)):
         if name.endswith("original_inv_freq"):
