@@ -182,9 +182,8 @@ def test_what_is_written_has_a_new_version(name, impl):
 def test_while_a_graph_is_captured(name, impl, monkeypatch):
     function, given = operations()[name]
     capturable = name in ("top_fraction_weights", "key_token_dpo_loss") or impl == "triton" and name in WRITTEN
-    backward = (
-        [function(**given | {"hidden": given["hidden"].requires_grad_()}, impl=impl)] if "hidden" in given else []
-    )
+    leaf = {"hidden": given["hidden"].requires_grad_()} if "hidden" in given else {}
+    backward = [function(**given | leaf, impl=impl)] if leaf else []
     if name == "scatter_ of many" and impl == "triton":
         function(**given, impl=impl)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -280,9 +279,8 @@ def test_what_is_not_finite_is_so_in_both(number, softcap):
 @pytest.mark.parametrize("number", [0.0, -1.0, 1e-40, 1e39, torch.inf, torch.nan])
 def test_caps_and_temperatures_that_fp32_cannot_hold(name, number):
     zeros = torch.zeros(2, 4)
-    with pytest.raises(
-        ValueError, match=rf"{name}: expected a positive number that fp32 can hold, got {re.escape(str(number))}"
-    ):
+    message = f"{name}: expected a positive number that fp32 can hold, got {number}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         token_logps(zeros, zeros, torch.zeros(2, dtype=torch.int64), **{name: number})
 
 

@@ -1,9 +1,12 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
 
+import importlib
 import logging
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
@@ -55,6 +58,39 @@ def test_every_tile_that_is_launched_is_tried():
                 for case in tried
             ), name
             assert any(case.words % tile.BLOCK_V and case.counted % tile.BLOCK_N for case in tried), name
+
+
+def off_by(operation, ulps, first=lambda x: x):
+    """An fp32 operation of numpy whose results are off by so many units, each result always by the same amount."""
+
+    def run(*operands):
+        if operands[0].dtype != np.float32:
+            return operation(*operands)
+        exact = operation(*(first(x).astype(np.float64) for x in operands)).astype(np.float32)
+        noise = ((exact.view(np.uint32) * np.uint32(2654435761)) >> 16).astype(np.float64) / 32768 - 1
+        return (exact * (1 + ulps * noise * np.finfo(np.float32).eps)).astype(np.float32)
+
+    return run
+
+
+# fp32 alone, whose tolerance is small enough to notice; each operation that has exp, division or a square root.
+ROUGH = ("token_logps-N63.*fp32", "token_logps-N200.*fp32", "masked_adamw_-P70001", "key_token_dpo_loss-B3-.*-f0.[16]")
+ROUGH = [case for case in CASES if re.match("|".join(ROUGH), f"{case.op}-{case.name}")]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a device's own arithmetic is tried by every other test")
+@pytest.mark.parametrize("case", ROUGH, ids=[f"{case.op}-{case.name}" for case in ROUGH])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_allowed_covers_a_devices_arithmetic(case, monkeypatch):
+    """As the PTX manual has it: exp by a power of 2 (2 ulp), division 2 ulp, square root and logarithm 1."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    power = off_by(np.exp2, 2, first=lambda x: x * np.float32(np.log2(np.e)))
+    approximate = {"create_exp": power, "create_log": off_by(np.log, 1), "create_sqrt": off_by(np.sqrt, 1)}
+    for name, operation in approximate.items():
+        monkeypatch.setattr(builder, name, lambda self, x, operation=operation: self.unary_op(x, operation))
+    divide = off_by(np.divide, 2)
+    monkeypatch.setattr(builder, "create_fdiv", lambda self, x, y: self.binary_op(x, y, divide))
+    assert not [finding for finding in case.run(DEVICE) if not finding.passed]
 
 
 def test_what_is_allowed():

@@ -68,7 +68,7 @@ def _pair_case(device, rows, chosen_length, rejected_length, fraction):
     rejected = 0.3 * ((leaves[1] - ref[1]) * weights).sum(1)
     losses = -0.9 * F.logsigmoid(chosen - rejected) - 0.1 * F.logsigmoid(rejected - chosen)
     d_chosen, d_rejected = torch.autograd.grad((losses * upstream).sum(), leaves)
-    exponent = float((chosen.abs() + rejected.abs()).max())
+    exponent = float((chosen.abs() + rejected.abs()).detach().max())
     of_margin = {"losses": losses, "d_chosen": d_chosen, "d_rejected": d_rejected}
     truth = {"chosen_rewards": Exact(chosen), "rejected_rewards": Exact(rejected)}
     return outputs, truth | {name: Exact(tensor, exponent) for name, tensor in of_margin.items()}
