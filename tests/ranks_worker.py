@@ -35,7 +35,7 @@ from allo_fast.data.batch import collate
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import divide, fingerprint, whole_weights

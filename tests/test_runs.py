@@ -136,7 +136,7 @@ def test_the_summary_is_complete(finished):
 
 def test_the_report_is_self_contained(finished):
     page = (finished[1] / "report.html").read_text()
-    for title in ("Accuracy", "Cost", "Training", "Selected weights", "Wrong responses, by token"):
+    for title in ("Accuracy", "First row", "Cost", "Training", "Selected weights", "Wrong responses, by token"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg") == 6 and "allo - dpo" in page and 'title="reward' in page
     loaded = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|@import|<script|<link', page)

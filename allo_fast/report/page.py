@@ -19,7 +19,7 @@ _SHOWN_RESPONSES = 6
 def write_report(run: Run, summary: dict) -> None:
     """Writes report.html; nothing in it is loaded from elsewhere."""
     quality = _preferences(summary) if is_preference(summary) else _accuracies(summary)
-    parts = [_header(run, summary), quality, _costs(summary), _curves(run)]
+    parts = [_header(run, summary), quality, _first_row(summary), _costs(summary), _curves(run)]
     if run.config.method == "allo":
         parts += [_selection(run), _responses(run)]
     style = Path(__file__).with_name("report.css").read_text()
@@ -75,6 +75,16 @@ def _preferences(summary: dict) -> str:
         "wrong. Bars are means over seeds, dots single seeds, whiskers 95 % intervals, clustered by problem.",
         bars + f"<table><tr>{head}</tr>{rows}</table>",
     )
+
+
+def _first_row(summary: dict) -> str:
+    """What the first row trains, with the special tokens that no other place shows."""
+    facts = next(facts for facts in summary["stages"].values() if "first_row" in facts)
+    rows = "".join(
+        f"<figure><figcaption>{html.escape(name)}</figcaption><p class=tokens>{html.escape(text)}</p></figure>"
+        for name, text in facts["first_row"].items()
+    )
+    return _section("First row", "As it is trained, special tokens included.", rows)
 
 
 def _costs(summary: dict) -> str:

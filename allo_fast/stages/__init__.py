@@ -55,8 +55,8 @@ def _evaluated(config: Config) -> list[str]:
 def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
     method, _, seed = key.partition("-")
     producer = {"base": [], "dpo": ["warmup"], "allo": ["learn"]}[method]
-    # The implicit rewards by which preferences are judged compare with the base's log-probabilities.
-    base = [("evaluate", "base")] if producer and config.data.format == "preference" else []
+    # All models are judged on the rows that the base was; preferences, against its log-probabilities.
+    base = [("evaluate", "base")] if producer else []
     return _needs(*producer)(config, seed) + base
 
 

@@ -37,8 +37,7 @@ PREDICTIONS = "predictions.jsonl"
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     producer = {"base": None, "dpo": "warmup", "allo": "learn"}[unit.key.partition("-")[0]]
     path = unit.needed(producer) / "model" if producer else base_path(unit)
-    against = producer and unit.config.data.format == "preference"
-    facts = yield from evaluate(unit, path, unit.needed("evaluate") if against else None)
+    facts = yield from evaluate(unit, path, unit.needed("evaluate") if producer else None)
     return facts
 
 
@@ -71,9 +70,9 @@ def evaluate(
 ) -> Generator[Progress, None, dict]:
     """How the model at `path` does, and how many test rows were set aside.
 
-    against: the folder of the base model's evaluation, for implicit rewards; its rows are scored, token by token the
-    same. reader: the model whose tokenizer and template read the rows; None: the one at `path`. Raises UserError for
-    scores that are not finite.
+    against: the folder of the base model's evaluation, whose rows are judged, token by token the same, and whose
+    log-probabilities implicit rewards compare with. reader: the model whose tokenizer and template read the rows; None:
+    the one at `path`. Raises UserError for scores that are not finite.
     """
     prompts = make_prompts(unit, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, path, prompts, against)
@@ -101,7 +100,8 @@ def _problems(unit: Unit, path: str | Path, prompts: Prompts, against: Path | No
 
 def _logps_of(folder: Path) -> dict[str, list[float]]:
     """By the row's id, the log-probabilities of its responses that an evaluation found."""
-    return {row["id"]: [each["logp"] for each in row["responses"]] for row in read_jsonl(folder / PREDICTIONS)}
+    rows = read_jsonl(folder / PREDICTIONS)
+    return {row["id"]: [response["logp"] for response in row["responses"]] for row in rows if "responses" in row}
 
 
 @torch.no_grad()
