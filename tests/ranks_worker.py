@@ -17,11 +17,11 @@ from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MixtralConfig,
-    OpenAIGPTConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -188,7 +188,7 @@ def recomputing_llama() -> LlamaForCausalLM:
 # Weights read outside their module, an error while it is tried, as many passes as rows, experts; all in shares.
 ARCHITECTURES = {
     "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
-    "gpt": OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "alibi": FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
     "dynamic": LlamaConfig(**TINY | {"max_position_embeddings": 12}, rope_parameters=DYNAMIC),
     "experts": MixtralConfig(**TINY, num_local_experts=4),
 }

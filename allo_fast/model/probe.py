@@ -247,7 +247,7 @@ def _prompt_length(config: PretrainedConfig) -> int:
 
 
 def _windows(config: PretrainedConfig) -> list[int]:
-    return [size for key in WINDOWS if isinstance(size := getattr(config, key, None), int)]
+    return [size for key in WINDOWS if isinstance(size := getattr(config, key, None), int) and size > 0]
 
 
 def _tolerance(model: PreTrainedModel) -> float:
