@@ -48,6 +48,9 @@ def import_deepspeed():
         import deepspeed
     except ImportError:
         raise UserError('deepspeed is not installed: pip install "allo-fast[deepspeed]"') from None
+    if not torch.cuda.is_available():
+        # Only its inference calls this; it would be compiled, under a lock that a killed process leaves behind.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Of torch's functions that DeepSpeed calls under their old names, once for each call.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

@@ -1,4 +1,4 @@
-"""What the processes of a test do: `torchrun tests/ranks_worker.py CASE FOLDER [ARGUMENT ...]`; assertions fail it.
+"""What the ranks of a test do: CASE FOLDER [ARGUMENT ...]; assertions fail it. Without arguments, serves such cases.
 
 What one process does without DeepSpeed is computed first, before the processes meet.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
+from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  (what DeepSpeed imports with its first engine)
+from rank_server import serve
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -365,7 +367,10 @@ def starts_small(folder: Path) -> None:
 
 def options(folder: Path) -> None:
     """Whatever zero_optimization may say, the run is the same and continues from its checkpoint; `offload` has one."""
-    wanted = {kind: outcome(build(kind, folder / f"local-{kind}-{rank()}", None)) for kind in ("dense", "sparse")}
+    epoch = {"num_train_epochs": 1}  # of three steps: without a learning rate, with one, and from the checkpoint
+    wanted = {
+        kind: outcome(build(kind, folder / f"local-{kind}-{rank()}", None, **epoch)) for kind in ("dense", "sparse")
+    }
     ranks.start(120)
     small = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000, "reduce_scatter": False}
     small |= {"allgather_partitions": False, "stage3_prefetch_bucket_size": 100, **LARGE}
@@ -374,9 +379,9 @@ def options(folder: Path) -> None:
         for stage in (1, 2, 3):
             for number, given in enumerate((small, {"overlap_comm": True}, {"contiguous_gradients": False})):
                 label = f"{kind}-{stage}-{number}"
-                first = build(kind, folder / label, zero := Zero(stage, options=given), save_steps=4)
+                first = build(kind, folder / label, zero := Zero(stage, options=given), save_steps=2, **epoch)
                 assert_alike(outcome(first), wanted[kind], label)
-                again = build(kind, folder / label, zero)  # from the fourth step on
+                again = build(kind, folder / label, zero, **epoch)
                 resumed = {**outcome(again), **{key: wanted[kind][key] for key in ("losses", "norms")}}
                 assert_alike(resumed, wanted[kind], f"{label} resumed")
                 OPEN.close()
@@ -427,9 +432,9 @@ def mistakes(folder: Path, config: str) -> None:
         Trainer(DensePolicy(tiny_llama()), pair_corpus(seed=rank()), Dpo(0.5), TrainConfig(**SETTINGS), node)
 
 
-def command(folder: Path, *words: str) -> None:
-    """`allo-fast WORDS` in this process."""
-    assert main(list(words)) == 0
+def command(folder: Path, *words: str) -> int:
+    """`allo-fast WORDS` in this process; returns its exit code."""
+    return main(list(words))
 
 
 def shared_inference(folder: Path, config: str) -> None:
@@ -500,12 +505,17 @@ def rank() -> int:
     return ranks.launched_rank()
 
 
-if __name__ == "__main__":
+def run(case: str, folder: str, *arguments: str) -> int:
+    """Returns the exit code."""
     torch.set_num_threads(1)
-    case, place, *arguments = sys.argv[1:]
-    globals()[case](Path(place), *arguments)
+    code = globals()[case](Path(folder), *arguments)
     OPEN.close()
     ranks.barrier()
     ranks.stop()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), threads
+    return code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(*sys.argv[1:]) if sys.argv[1:] else serve(run))

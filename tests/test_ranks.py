@@ -1,4 +1,7 @@
-"""Runs on 1, 2 and 4 ranks of real DeepSpeed over gloo; what they do and assert stands in ranks_worker.py."""
+"""Runs on 1, 2 and 4 ranks of real DeepSpeed over gloo; what they do and assert stands in ranks_worker.py.
+
+rank_server.py starts them; torchrun itself, where a test is about what a launcher does.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
+from rank_server import ENVIRONMENT, ROOT, Done, RankServer
 from safetensors.torch import load_file
 
 from allo_fast.data.arithmetic import character_tokenizer
@@ -18,9 +22,7 @@ from allo_fast.model.saving import save_model
 
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).parents[1]
-SOURCES = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
-ENVIRONMENT = {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+WORKER = ROOT / "tests" / "ranks_worker.py"
 MODEL = "model/model.safetensors"
 JOB = """
 name: job
@@ -51,28 +53,50 @@ def job(tmp_path) -> Path:
     return path
 
 
-def launch(world: int, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world else []
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+@pytest.fixture(scope="module")
+def server():
+    server = RankServer(WORKER)
+    yield server
+    server.close()
 
 
-def work(world: int, case: str, folder: Path, *arguments) -> str:
-    """The last line that the ranks of a case said; fails with what they said when an assertion failed."""
-    done = launch(world, "tests/ranks_worker.py", case, folder, *arguments)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout.strip().rpartition("\n")[2]
+@pytest.fixture
+def work(server, tmp_path):
+    """Runs a case in its folder, by default the test's; returns the last line that rank 0 said."""
+
+    def run(world: int, case: str, *arguments: object, folder: Path = tmp_path) -> str:
+        done = server.run(world, tmp_path / "said", case, folder, *arguments)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return done.stdout.strip().rpartition("\n")[2]
+
+    return run
+
+
+@pytest.fixture
+def command(server, tmp_path):
+    """Runs `allo-fast WORDS` on ranks whose environment says what is given."""
+
+    def run(world: int, *words: object, **environment: str) -> Done:
+        return server.run(world, tmp_path / "said", "command", tmp_path, *words, **environment)
+
+    return run
+
+
+def torchrun(*arguments: object, timeout: float = 200) -> Done:
+    """What two ranks do under a real launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=os.environ | ENVIRONMENT, **pipes) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        finally:
+            process.terminate()  # a launcher that is killed leaves its ranks behind
+    return Done(process.returncode, *said)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_stage_agrees_with_one_process(tmp_path, world):
-    work(world, "agree", tmp_path)
+def test_every_stage_agrees_with_one_process(work, world):
+    work(world, "agree")
 
 
 @pytest.mark.parametrize(
@@ -92,25 +116,25 @@ def test_every_stage_agrees_with_one_process(tmp_path, world):
         "saved_from_shares",
     ],
 )
-def test_two_ranks(tmp_path, case):
-    work(2, case, tmp_path)
+def test_two_ranks(work, case):
+    work(2, case)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_memory_and_traffic_are_as_planned(tmp_path, world):
-    work(world, "as_planned", tmp_path)
+def test_memory_and_traffic_are_as_planned(work, world):
+    work(world, "as_planned")
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_selection_is_the_same_from_shards(tmp_path, world):
-    work(world, "located", tmp_path)
+def test_the_selection_is_the_same_from_shards(work, world):
+    work(world, "located")
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_a_checkpoint_fits_any_world_and_stage(tmp_path, kind):
-    parameters = json.loads(work(0, "steps", tmp_path / "straight", kind, "local", 99))["bytes"]
+def test_a_checkpoint_fits_any_world_and_stage(work, tmp_path, kind):
+    parameters = json.loads(work(0, "steps", kind, "local", 99, folder=tmp_path / "straight"))["bytes"]
     for world, stage, until in ((4, 2, 1), (2, 3, 2), (0, "local", 3), (4, 3, 4), (2, 1, 5), (1, 0, 99)):
-        said = json.loads(work(world, "steps", tmp_path / "moved", kind, stage, until))
+        said = json.loads(work(world, "steps", kind, stage, until, folder=tmp_path / "moved"))
         assert said["step"] == min(until, 6)
         assert said["bytes"] == pytest.approx(parameters, rel=0.01)
     straight, moved = (torch.load(tmp_path / name / "weights.pt") for name in ("straight", "moved"))
@@ -120,22 +144,22 @@ def test_a_checkpoint_fits_any_world_and_stage(tmp_path, kind):
         assert parameters < 0.65 * 4 * sum(weight.numel() for weight in straight.values()), "5 %: values and moments"
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path):
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(work, tmp_path):
     started = time.monotonic()
-    done = launch(2, "tests/ranks_worker.py", "killed", tmp_path)
+    done = torchrun(WORKER, "killed", tmp_path)
     assert done.returncode != 0 and time.monotonic() - started < 60
     assert signal.Signals.SIGKILL.name in done.stderr
-    assert json.loads(work(2, "steps", tmp_path, "sparse", 2, 99))["step"] == 6
-    assert json.loads(work(0, "steps", tmp_path / "straight", "sparse", "local", 99))["step"] == 6
+    assert json.loads(work(2, "steps", "sparse", 2, 99))["step"] == 6
+    assert json.loads(work(0, "steps", "sparse", "local", 99, folder=tmp_path / "straight"))["step"] == 6
     straight, resumed = (torch.load(folder / "weights.pt") for folder in (tmp_path / "straight", tmp_path))
     assert all((resumed[name] - weight).abs().mean() < 1e-6 for name, weight in straight.items())
 
 
-def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
+def test_the_whole_job_is_the_same_on_two_ranks(command, tmp_path, job):
     """Dense training bit for bit: two micro-batches a step, and sizes whose halves a vector unit fills."""
-    done = launch(0, "-m", "allo_fast", "run", job, "name=one")
-    assert done.returncode == 0, done.stderr[-6000:]
-    work(2, "command", tmp_path, "run", job, "name=two", "deepspeed=configs/zero3.json")
+    for world, settings in ((0, ["name=one"]), (2, ["name=two", "deepspeed=configs/zero3.json"])):
+        done = command(world, "run", job, *settings)
+        assert done.returncode == 0, done.stderr[-6000:]
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     for stage in ("forget", "learn"):
         assert (
@@ -154,12 +178,12 @@ def test_the_whole_job_is_the_same_on_two_ranks(tmp_path, job):
     assert learned["traffic_bytes_per_step"] == pytest.approx(learned["planned_traffic_bytes_per_step"], rel=0.05)
     assert learned["traffic_bytes_per_step"] == sum(learned["traffic_by_operation"].values())
     assert learned["traffic_bytes_per_step"] < learned["planned_dense_traffic_bytes_per_step"]
-    again = launch(0, "-m", "allo_fast", "run", job, "name=two")
+    again = command(0, "run", job, "name=two")
     assert again.returncode == 0 and "learn seed-0: complete" in again.stdout, "one process takes the run as its own"
 
 
-def test_mistakes_are_said_once(tmp_path, job):
-    done = launch(2, "tests/ranks_worker.py", "mistakes", tmp_path, job)
+def test_mistakes_are_said_once(server, tmp_path, job):
+    done = server.run(2, tmp_path / "said", "mistakes", tmp_path, job)
     assert done.returncode == 0, done.stderr[-6000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("allo-fast: ") and "rank 1: " not in line]
     expected = [
@@ -175,28 +199,27 @@ def test_mistakes_are_said_once(tmp_path, job):
 def test_ranks_that_leave_say_one_line(tmp_path, job):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
-    done = launch(2, "-m", "allo_fast", "run", job, f"deepspeed={path}")
+    done = torchrun("-m", "allo_fast", "run", job, f"deepspeed={path}")
     said = [line for line in done.stderr.splitlines() if "allo-fast: " in line]
     assert done.returncode != 0 and len(said) == 1 and "gradient_clipping is 0.5" in said[0], said
 
 
-def test_a_missing_peer_is_named(tmp_path, job, monkeypatch):
+def test_a_missing_peer_is_named(command, job):
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29123", "LOCAL_RANK": "0"}
-    for name, value in alone.items():
-        monkeypatch.setenv(name, value)
-    done = launch(0, "-m", "allo_fast", "run", job, "deepspeed=configs/zero2.json", "ddp_timeout=3")
+    done = command(0, "run", job, "deepspeed=configs/zero2.json", "ddp_timeout=3", **alone)
     assert done.returncode == 2 and "not all 2 processes met at 127.0.0.1:29123 in 3 s" in done.stderr, done.stderr
 
 
-def test_a_model_too_large_for_a_rank_is_shared_for_inference(tmp_path, job):
-    work(2, "shared_inference", tmp_path, job)
+def test_a_model_too_large_for_a_rank_is_shared_for_inference(work, job):
+    work(2, "shared_inference", job)
 
 
-def test_auto_chooses_and_runs(tmp_path, job):
-    done = launch(2, "-m", "allo_fast", "--local_rank=0", "warmup", job, "deepspeed=auto")
+def test_auto_chooses_and_runs(command, tmp_path, job):
+    done = command(2, "--local_rank=0", "warmup", job, "deepspeed=auto")
     assert done.returncode != 0 and "run `allo-fast pretrain CONFIG` first" in done.stderr
-    for stage in ("pretrain", "sample"):
-        done = launch(2, "-m", "allo_fast", stage, job, "deepspeed=auto")
-        assert done.returncode == 0, done.stderr[-6000:]
+    done = torchrun("-m", "allo_fast", "pretrain", job, "deepspeed=auto")
+    assert done.returncode == 0, done.stderr[-6000:]
+    done = command(2, "sample", job, "deepspeed=auto")
+    assert done.returncode == 0, done.stderr[-6000:]
     manifest = json.loads((tmp_path / "job/00-pretrain/base/MANIFEST.json").read_text())
     assert manifest["facts"]["zero_stage"] == 0, "the first that fits, of a model this small"
