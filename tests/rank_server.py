@@ -3,6 +3,7 @@
 That process has computed nothing and joined nothing, so that each fork is as good as a new process.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -47,7 +48,7 @@ class RankServer:
     def run(self, world: int, folder: Path, *words: object, timeout: int = 200, **environment: str) -> Done:
         """A case on `world` ranks, or, if 0, in one process without a launcher; `folder` takes what they say.
 
-        timeout: in seconds; no rank lives longer, whatever becomes of this process.
+        timeout: in seconds; no rank lives longer, nor longer than this process.
         """
         folder.mkdir(parents=True, exist_ok=True)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -76,6 +77,7 @@ def serve(work: Callable[..., int]) -> None:
     """For every line, forks the ranks of a case, each to exit with what `work(*words)` returns, and answers with
     the first code that is not 0."""
     channel = socket.socket(fileno=0).makefile("rw")
+    _end_with_parent()
     gc.collect()
     gc.freeze()  # what is imported stays: no rank looks for garbage there
     for line in channel:
@@ -87,6 +89,7 @@ def serve(work: Callable[..., int]) -> None:
 
 def _be_rank(work: Callable[..., int], words: list[str], timeout: int, file: str, environment: dict) -> None:
     """Never returns."""
+    _end_with_parent()
     signal.alarm(timeout)
     os.environ.update(environment)
     for number, kind in ((1, ".out"), (2, ".err")):
@@ -99,6 +102,11 @@ def _be_rank(work: Callable[..., int], words: list[str], timeout: int, file: str
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # an interpreter with frozen objects cannot be taken down in order
+
+
+def _end_with_parent() -> None:
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+    prctl(set_death_signal, signal.SIGKILL)
 
 
 def _wait(running: set[int]) -> int:
