@@ -1,6 +1,7 @@
 """Every kernel compiled ahead of time, as it would be launched on real models, for GPUs that need not be here."""
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -75,26 +76,28 @@ def _compile(model: str, variant: str, target: str, launch: Launch) -> Compiled:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton 3.9 announces a default of 3.10
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    assembly = _disassemble(compiled.asm["cubin"])
     return Compiled(
         model=model,
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         variant=variant,
         target=target,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=int(re.search(r"REG:(\d+)", assembly)[1]),
         shared_bytes=compiled.metadata.shared,
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        stack_bytes=int(re.search(r"STACK:(\d+)", assembly)[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
         wgmma="wgmma.mma_async" in compiled.asm["ptx"],
         narrow_products=len(re.findall(r"arith.muli [^:]*: tensor<[^>]*xi32>", compiled.asm["ttir"])),
     )
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@functools.cache  # one kernel serves many models
+def _disassemble(cubin: bytes) -> str:
+    """The usage of resources and the instructions, as cuobjdump prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextlib.contextmanager
