@@ -8,18 +8,19 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 
 install: $(STAMP)
 
-# torch first: whatever asks for torch afterwards is satisfied by this one.
+# torch first: whatever asks for torch afterwards is satisfied by this one. Of its thousands of modules, those that are
+# imported are compiled then.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed,gguf,test]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[deepspeed,gguf,test]"
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/allo-fast run configs/quickstart.yaml
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -506,15 +506,16 @@ def rank() -> int:
 
 
 def run(case: str, folder: str, *arguments: str) -> int:
-    """Returns the exit code."""
+    """Returns the exit code; after an error without waiting for the other ranks."""
     torch.set_num_threads(1)
-    code = globals()[case](Path(folder), *arguments)
+    if code := globals()[case](Path(folder), *arguments):
+        return code
     OPEN.close()
     ranks.barrier()
     ranks.stop()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), threads
-    return code or 0
+    return 0
 
 
 if __name__ == "__main__":

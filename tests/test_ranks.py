@@ -21,6 +21,7 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model.saving import save_model
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.xdist_group("ranks")  # one server for all
 
 WORKER = ROOT / "tests" / "ranks_worker.py"
 MODEL = "model/model.safetensors"
@@ -196,10 +197,10 @@ def test_mistakes_are_said_once(server, tmp_path, job):
     assert len(said) == len(expected) and all(text in line for text, line in zip(expected, said, strict=True)), said
 
 
-def test_ranks_that_leave_say_one_line(tmp_path, job):
+def test_ranks_that_leave_say_one_line(command, tmp_path, job):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}')
-    done = torchrun("-m", "allo_fast", "run", job, f"deepspeed={path}")
+    done = command(2, "run", job, f"deepspeed={path}")
     said = [line for line in done.stderr.splitlines() if "allo-fast: " in line]
     assert done.returncode != 0 and len(said) == 1 and "gradient_clipping is 0.5" in said[0], said
 

@@ -18,6 +18,8 @@ from allo_fast.model.weights import named_weights
 from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
+pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
+
 MICRO = """
 name: micro
 output_dir: {folder}
@@ -317,14 +319,6 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
     assert len(set(seeds)) == len(seeds) / 2 == 6, "a seed of its own for every chunk and run seed"
 
 
-def test_bfloat16_states_are_3_1_bytes_per_parameter_at_5_percent(finished):
-    config, folder = finished
-    settings = ["name=bf16", "model.dtype=bfloat16", "seeds=[0]", "learn.ratio=0.05"]
-    assert main(["run", str(config), *settings]) == 0
-    stages = json.loads((folder.parent / "bf16" / "summary.json").read_text())["stages"]
-    assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("06-forget", "07-learn"))
-
-
 def test_rewards_from_a_file(copied, tmp_path, capsys):
     config, folder = copied
     given = tmp_path / "rewards.jsonl"
@@ -387,15 +381,17 @@ def test_too_long_for_the_model(copied, capsys):
         check_lengths(AutoModelForCausalLM.from_pretrained(config.parent / "micro/00-pretrain/base/model"), corpus)
 
 
-def test_options_are_judged_by_likelihood(copied, tmp_path):
+def test_options_are_judged_by_likelihood_and_bfloat16_states_are_3_1_bytes_per_parameter(copied, tmp_path):
     config, folder = copied
     data = tmp_path / "choice.jsonl"
     rows = [{"problem": f"{i}+1\nOptions:\n{i + 1}\n{i + 2}\n99", "answer": str(i + 1)} for i in range(5)]
     data.write_text("\n".join(map(json.dumps, rows)))
     choice = ["data.format=multiple_choice", f"data.train={data}", f"data.test={data}", "name=choice", "seeds=[0]"]
-    choice += [f"model.name_or_path={folder / '00-pretrain/base/model'}"]
+    choice += [f"model.name_or_path={folder / '00-pretrain/base/model'}", "model.dtype=bfloat16", "learn.ratio=0.05"]
     assert main(["run", str(config), *choice]) == 0
     pairs = [json.loads(x) for x in (tmp_path / "choice/02-pairs/seed-0/pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 10 and pairs[0]["chosen"] == "The answer is 1"
     answers = (tmp_path / "choice/08-evaluate/base/predictions.jsonl").read_text().splitlines()
     assert all(json.loads(row)["response"].startswith("The answer is ") for row in answers)
+    stages = json.loads((tmp_path / "choice/summary.json").read_text())["stages"]
+    assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("06-forget", "07-learn"))
