@@ -40,7 +40,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19", "accelerate>=1.10"],
         "gguf": ["gguf>=0.17", "accelerate>=1.10"],
         "flash-attn": ["flash-attn>=2.8"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "accelerate>=1.10"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "accelerate>=1.10", "trl>=1.16"],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},
 )

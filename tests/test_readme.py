@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_llama
 
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.loading import save_model
+from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
