@@ -84,7 +84,7 @@ def test_cells_hold_what_was_quoted(tmp_path):
     [
         ("rows.parquet", b"PAR1" + bytes(range(256)), "no usable row; not parquet"),
         ("rows.jsonl.gz", b"not zipped at all", "no usable row; it cannot be read: Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "no usable row; it cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "no usable row; it cannot be read"),
         ("rows.json", b'[{"prompt": "p"},\n {"chosen"', "no usable row; .*not JSON"),
         ("rows.csv", b"a\xff\xfe,b\n1,2\n", "no usable row; it cannot be read"),
         ("rows.xlsx", b"PK", "no format that is read; expected one of .jsonl"),
