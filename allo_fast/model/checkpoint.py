@@ -45,31 +45,42 @@ def check_model(path: str | Path) -> None:
     Reads configuration and headers alone: files are filled into a model that has shapes and no storage.
     """
     config = read_config(path)
-    headers: dict[str, tuple[str, Tensor]] = {}
-    for file in weight_files(path, config):
-        try:
-            headers |= {name: (file, tensor) for name, tensor in load_state_dict(file, map_location="meta").items()}
-        except _DAMAGED_FILE as error:
-            raise UserError(f"{file}: weights that cannot be read: {_first_line(error)}") from None
-    _check_dense(path, headers)
-    with _quiet():
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-            model, info = type(model).from_pretrained(
+    files = weight_files(path, config)
+    headers = [(file, name, tensor) for file in files for name, tensor in _headers(file).items()]
+    _check_dense(path, {name: tensor for _, name, tensor in headers})
+    model, info = _without_storage(path, config, {name: tensor for _, name, tensor in headers})
+    check_names(path, model, info)
+    _check_tied(path, model, {name: file for file, name, _ in headers})
+
+
+def _headers(file: str) -> dict[str, Tensor]:
+    """A file's tensors on the meta device. Raises UserError for a damaged file."""
+    try:
+        return load_state_dict(file, map_location="meta")
+    except _DAMAGED_FILE as error:
+        raise UserError(f"{file}: weights that cannot be read: {_first_line(error)}") from None
+
+
+def _without_storage(
+    path: str | Path, config: PreTrainedConfig, tensors: dict[str, Tensor]
+) -> tuple[PreTrainedModel, dict]:
+    """The model on the meta device, and what `from_pretrained` says with `output_loading_info`."""
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        with _quiet():
+            return type(model).from_pretrained(
                 None,
                 config=model.config,
                 generation_config=GenerationConfig(),
-                state_dict={name: tensor for name, (_, tensor) in headers.items()},
+                state_dict=tensors,
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever it is: a configuration that no model, or not these weights', can have
-            why = f"{type(error).__name__}: {_first_line(error)}"
-            raise UserError(f"{path}: no model can be made of its config.json and weights: {why}") from None
-    check_names(path, model, info)
-    _check_tied(path, model, {name: file for name, (file, _) in headers.items()})
+    except Exception as error:  # whatever it is: a configuration that no model, or not these weights', can have
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{path}: no model can be made of its config.json and weights: {why}") from None
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
@@ -87,40 +98,48 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         raw, _ = PreTrainedConfig.get_config_dict(path)
         if not raw:
             raise UserError(f"{path}: no config.json, or an empty one")
-        _check_kind(path, raw)
+        _check_dense_and_known(path, raw)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if kind := _other_kind(config, _named(raw)):
+            raise UserError(f"{path}: {_named(raw)}: {kind}; allo-fast trains causal language models")
+        return config
     except UserError:
         raise
     except Exception as error:  # whatever it is: transformers computes with the file's values as it reads them
         raise UserError(f"{path}: no model configuration that can be read: {_first_line(error)}") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{path}: {_named(raw)}: not a causal language model, and allo-fast trains no other")
-    return config
 
 
-def _check_kind(path: str | Path, raw: dict) -> None:
-    """Raises UserError for a config.json that says of itself that it is not a dense causal language model."""
-    name, text = _named(raw), raw.get("text_config") or {}
+def _check_dense_and_known(path: str | Path, raw: dict) -> None:
+    """Raises UserError for a config.json of quantized weights, or of a class that is no part of transformers."""
+    text = raw.get("text_config") or {}
     entries = (raw.get("quantization_config"), text.get("quantization_config"), raw.get("compression_config"))
-    for quantized in (entry for entry in entries if entry is not None):
-        method = isinstance(quantized, dict) and quantized.get("quant_method") or "quantization_config in config.json"
+    for entry in (entry for entry in entries if entry is not None):
+        method = isinstance(entry, dict) and entry.get("quant_method") or "quantization_config in config.json"
         raise UserError(
             f"{path}: quantized ({method}); allo-fast trains dense weights: name the model that it was quantized "
             "from, or a folder with its weights dequantized"
         )
-    known, code = hasattr(transformers, name), raw.get("auto_map")
-    if code and not known:
+    if raw.get("auto_map") and not hasattr(transformers, _named(raw)):
         raise UserError(
-            f"{path}: {name}: needs code of its own (auto_map in config.json), which allo-fast does not run"
+            f"{path}: {_named(raw)}: needs code of its own (auto_map in config.json), which allo-fast does not run"
         )
-    if raw.get("is_encoder_decoder"):
-        raise UserError(f"{path}: {name}: an encoder-decoder; allo-fast trains causal language models")
-    causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    masked = raw.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if masked and not raw.get("is_decoder") and not raw.get("causal"):
-        raise UserError(f"{path}: {name}: a masked language model; allo-fast trains causal language models")
-    if known and not causal and name not in MODEL_MAPPING_NAMES.values():
-        raise UserError(f"{path}: {name}: not a causal language model, and allo-fast trains no other")
+
+
+def _other_kind(config: PreTrainedConfig, name: str) -> str | None:
+    """What a model is, by its configuration and the name of its class, where that is no causal language model.
+
+    The decoder alone of an encoder-decoder or masked model is one; classes that transformers does not know, and base
+    models, are what their weights say.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+        return "a masked language model"
+    classes = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (hasattr(transformers, name) and name not in classes):
+        return "not a causal language model"
+    return None
 
 
 def _named(raw: dict) -> str:
@@ -148,12 +167,12 @@ def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
     return files
 
 
-def _check_dense(path: str | Path, headers: dict[str, tuple[str, Tensor]]) -> None:
+def _check_dense(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Raises UserError for matrices of one byte a weight: codes, that a cast would take for values.
 
     Such a bool or uint8 with four dimensions is the attention mask that files of older versions hold.
     """
-    for name, (_, tensor) in headers.items():
+    for name, tensor in tensors.items():
         if tensor.ndim in (2, 3) and tensor.dtype.itemsize == 1:
             raise UserError(f"{path}: {name} is quantized ({tensor.dtype}), and config.json does not say how")
 
@@ -204,14 +223,14 @@ def read(file: str, name: str) -> Tensor:
 
 
 def _has(path: str | Path, name: str) -> bool:
-    found = cached_file(
+    file = cached_file(
         path,
         name,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return found is not None
+    return file is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -69,15 +69,15 @@ def check_finite(model: nn.Module, path: object) -> None:
 
     Each rank looks at its share; every rank calls it together.
     """
-    kept = {name for name, _ in model.state_dict().items()}
-    tensors = named_weights(model) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    saved = model.state_dict().keys()
+    tensors = named_weights(model) | {name: buffer for name, buffer in model.named_buffers() if name in saved}
     shares = {name: ranks.share(tensor)[1] for name, tensor in tensors.items() if tensor.is_floating_point()}
     extremes = {name: torch.stack(part.aminmax()).float() for name, part in shares.items() if part.numel()}
     finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist() if extremes else []
     damaged = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
-    if found := sorted({name for names in ranks.gather(damaged) for name in names}):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UserError(f"{path}: {found[0]}{more} holds NaN or infinity")
+    if on_any_rank := sorted({name for names in ranks.gather(damaged) for name in names}):
+        more = f" (and {len(on_any_rank) - 1} more)" if len(on_any_rank) > 1 else ""
+        raise UserError(f"{path}: {on_any_rank[0]}{more} holds NaN or infinity")
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
