@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
+        "accelerate>=1.10",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "triton>=3.6; sys_platform == 'linux'",

@@ -170,10 +170,22 @@ def test_buffers_of_older_versions_do_no_harm(tmp_path):
     buffers = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(2)}
     rewrite(tmp_path, lambda tensors: tensors | buffers)
     assert fingerprint(load_model(tmp_path, FLOAT32)) == fingerprint(model)
-    rewrite(
-        folder_of(tmp_path / "llama"), lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    )
-    load_model(tmp_path / "llama", FLOAT32)
+    old = ("layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+    rewrite(folder_of(tmp_path / "llama"), lambda t: t | {f"model.{name}": torch.ones(4) for name in old})
+    assert fingerprint(load_model(tmp_path / "llama", FLOAT32)) == fingerprint(tiny_llama())
+
+
+@pytest.mark.parametrize("config", ["GPTJConfig", "GPTNeoConfig", "CodeGenConfig"])
+def test_masks_of_older_versions_do_no_harm(tmp_path, config):
+    sizes = {"GPTNeoConfig": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}}
+    sizes = sizes.get(config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4})
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(vocab_size=61, **sizes))
+    attention = "attn.attention" if config == "GPTNeoConfig" else "attn"
+    masks = {"bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8), "masked_bias": torch.tensor(-1e9)}
+    masks["causal_mask"] = masks["bias"]
+    old = {f"transformer.h.1.{attention}.{name}": mask.clone() for name, mask in masks.items()}
+    rewrite(folder_of(tmp_path, model), lambda tensors: tensors | old)
+    assert fingerprint(load_model(tmp_path, FLOAT32)) == fingerprint(model)
 
 
 def test_adapters_are_to_be_merged_first(tmp_path):

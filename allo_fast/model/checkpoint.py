@@ -1,6 +1,7 @@
 """What a model's folder or hub id holds, looked at before a single weight is loaded."""
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from allo_fast.config import UserError
 from allo_fast.model.weights import same_bits
 
 _SHOWN = 3  # names in a message
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")  # of GPT-J, GPT-Neo, CodeGen
 _DAMAGED_FILE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -184,7 +186,8 @@ def check_names(path: str | Path, model: PreTrainedModel, info: dict) -> None:
     today; they do no harm.
     """
     computed = [name for name, _ in model.named_non_persistent_buffers()]
-    unexpected = {key for key in info["unexpected_keys"] if not any(_same_name(key, name) for name in computed)}
+    unexpected = {key for key in info["unexpected_keys"] if not _OLD_MASK.search(key)}
+    unexpected = {key for key in unexpected if not any(_same_name(key, name) for name in computed)}
     shapes = {f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]}
     faults = {"missing": info["missing_keys"], "unknown to it": unexpected, "of another shape": shapes}
     said = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
