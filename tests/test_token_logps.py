@@ -40,7 +40,7 @@ def test_equals_full_logits(n, d, v, softcap, temperature, bias, dtype):
     truth = run(full_logits, lambda leaf: leaf.double())
     double = [None if leaf is None else leaf.double() for leaf in (hidden, weight, bias)]
     _, exponent = check_head.full_logits(*double, targets, softcap, temperature)
-    exact = [Exact(tensor, exponent, least=float(index == 0)) for index, tensor in enumerate(truth)]
+    exact = [Exact(tensor, exponent, logarithm=index == 0) for index, tensor in enumerate(truth)]
     for ours, torchs, true in zip(run(public, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
         assert distance(ours, true.value) <= allowed_error(torchs, true)
 

@@ -21,18 +21,18 @@ _EPS = torch.finfo(FP32).eps
 
 @dataclass(frozen=True)
 class Exact:
-    """An output in fp64. exponent: the largest magnitude of a logit or log-probability on the way to it, 0 without exp;
+    """An output in fp64. exponent: the largest logit's and log-probability's magnitudes on the way to it, 0 without exp;
 
-    least: of what its error is measured by, 1 for a logarithm, whose error is the relative one of its argument.
+    logarithm: its error is the relative one of what it is the logarithm of.
     """
 
     value: Tensor
     exponent: float = 0.0
-    least: float = 0.0
+    logarithm: bool = False
 
 
 def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
-    """error(PyTorch) + (4 eps of the dtype + 16 eps of fp32 x exponent) max|truth|.
+    """error(PyTorch) + 4 eps max|truth| + 16 eps of fp32 x exponent x max|truth|, or x 1 for a logarithm.
 
     error(PyTorch), in the same dtype, stands for what both do: round operands, sum products in some order.
     4 eps are eight roundings, and what a device's sqrt (1 ulp) and division (2 ulp) add. More comes from exp. Let M be
@@ -45,8 +45,9 @@ def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
     which 16 eps (M + R) and four of the roundings cover. The same goes for the sigmoid of a pair's margin, with the
     two rewards whose difference it is as logits.
     """
-    scale = max(exact.least, float(exact.value.detach().abs().max()))
-    return distance(pytorchs, exact.value) + (4 * torch.finfo(pytorchs.dtype).eps + 16 * _EPS * exact.exponent) * scale
+    scale = float(exact.value.detach().abs().max())
+    rounding = 4 * torch.finfo(pytorchs.dtype).eps * scale
+    return distance(pytorchs, exact.value) + rounding + 16 * _EPS * exact.exponent * (1 if exact.logarithm else scale)
 
 
 @dataclass(frozen=True)

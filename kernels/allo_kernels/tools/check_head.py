@@ -42,7 +42,8 @@ def token_logps_cases(large: bool) -> Iterator[Case]:
 
 
 # No size is a multiple of a block, and with 400 rows the interpreter has more tiles than one group (16) and three steps
-# of K; a vocabulary of today's size on a device. Then a cap, a bias and a temperature alone and together.
+# of K; a vocabulary of today's size on a device. Then a cap, a bias and a temperature alone and together; and
+# temperatures at which exponents are in the hundreds.
 def _odd_cases(large: bool) -> Iterator[HeadCase]:
     shapes = ((1, 3, 5), (63, 40, 100), (37, 64, 130)) + (((1000, 576, 49_152), (300, 1024, 151_936)) if large else ())
     heads = ((None, 1.0, False), (5.0, 0.7, True), (30.0, 1.0, False), (None, 1.0, True))
@@ -50,6 +51,7 @@ def _odd_cases(large: bool) -> Iterator[HeadCase]:
         if shape[0] < 300 or head in heads[:2]:
             yield HeadCase(*shape, dtype, *head)
     yield HeadCase(400, 40, 40, BF16)
+    yield from (HeadCase(33, 40, 70, FP32, *head) for head in ((None, 0.05), (30.0, 0.02)))
     yield HeadCase(5, 8, 33, FP32, ignored=1)
 
 
@@ -91,7 +93,7 @@ def _token_logps_case(device: torch.device, case: HeadCase):
     found = torch.autograd.grad((logps * upstream).sum(), [leaf for leaf in leaves if leaf is not None])
     truth = {name: Exact(d, exponent) for name, d in zip(("d_hidden", "d_weight", "d_bias"), found, strict=False)}
     d_values = Exact(found[1].view(-1)[positions.unpack()], exponent)
-    return outputs, {"logps": Exact(logps, exponent, least=1.0), **truth, "d_values": d_values}
+    return outputs, {"logps": Exact(logps, exponent, logarithm=True), **truth, "d_values": d_values}
 
 
 def full_logits(
