@@ -21,7 +21,7 @@ _EPS = torch.finfo(FP32).eps
 
 @dataclass(frozen=True)
 class Exact:
-    """An output in fp64. exponent: the largest logit's and log-probability's magnitudes on the way to it, 0 without exp;
+    """An output in fp64. exponent: magnitudes of the largest logit and log-probability on the way, 0 without exp;
 
     logarithm: its error is the relative one of what it is the logarithm of.
     """
