@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_llama
@@ -40,14 +41,15 @@ def test_nothing_stands_against_a_sound_job(job, capsys, tmp_path):
     assert "first response: 'So.<|im_end|>'" in said and not (tmp_path / "runs").exists()
 
 
-def test_eight_problems_are_eight_lines(job, capsys, tmp_path):
+def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": ""})
     write(tmp_path / "rewards.jsonl", {"prompt": "How?"})
     paths = {"data.test": "none.jsonl", "learn.reference": "other", "warmup.reference": "nowhere"}
     paths |= {"rewards.path": "rewards.jsonl", "rewards.model": "gone", "deepspeed": "none.json"}
     wrong = [f"{key}={tmp_path / name}" for key, name in paths.items()]
-    many = f"seeds={list(range(10**6))}"  # of which each would write models
-    assert job("check", *wrong, "rewards.source=file", many) == 2
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
+        assert job("check", *wrong, "rewards.source=file") == 2
     found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     expected = (
         "deepspeed: .*none.json: cannot be read",

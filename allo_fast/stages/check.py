@@ -50,7 +50,7 @@ def check(config: Config) -> Findings:
     if config.deepspeed not in (None, "auto"):
         findings.attempt(lambda: read_zero(config.deepspeed, config))
     model = findings.attempt(lambda: _base_config(config))
-    tokenizer = findings.attempt(lambda: base_tokenizer(config))
+    tokenizer = model and findings.attempt(lambda: base_tokenizer(config))
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     for key, new_tokens in (("train", config.sample.max_new_tokens), ("test", config.evaluate.max_new_tokens)):
         _check_data(findings, config, key, prompts if model else None, new_tokens)
@@ -82,9 +82,12 @@ def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def _base_config(config: Config) -> PretrainedConfig:
-    if config.model.name_or_path:
-        check_model(config.model.name_or_path)
-    return model_config(config)
+    try:
+        if config.model.name_or_path:
+            check_model(config.model.name_or_path)
+        return model_config(config)
+    except UserError as error:
+        raise UserError(f"model.name_or_path: {error}") from None
 
 
 def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts | None, new_tokens: int) -> None:
