@@ -62,7 +62,7 @@ OPEN = ExitStack()  # closes what `build` made
 
 def build(kind: str, folder: Path, zero: Zero | None, model=None, autocast=None, **changes) -> Trainer:
     model = model or tiny_llama(**ODD, tie_word_embeddings=changes.pop("tied", False))
-    selection = random_selection(model)
+    selection = random_selection(model) if kind == "sparse" else None
     if changes.pop("shards", False):
         divide(*model.parameters())
     if kind == "dense":

@@ -1,5 +1,6 @@
 """One model for each kind of fault that the probe must find, and for each that it must not."""
 
+import inspect
 import logging
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ def change_states(model: PreTrainedModel, monkeypatch, change) -> PreTrainedMode
         output.last_hidden_state = change(output.last_hidden_state)
         return output
 
-    changed.__signature__ = __import__("inspect").signature(forward)
+    changed.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(model.base_model, "forward", changed)
     return model
 
