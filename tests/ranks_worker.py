@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
@@ -435,6 +436,11 @@ def mistakes(folder: Path, config: str) -> None:
 def command(folder: Path, *words: str) -> int:
     """`allo-fast WORDS` in this process; returns its exit code."""
     return main(list(words))
+
+
+def stuck(folder: Path) -> None:
+    assert rank() != 1, "rank 1 fails"
+    time.sleep(1000)
 
 
 def shared_inference(folder: Path, config: str) -> None:

@@ -95,6 +95,12 @@ def torchrun(*arguments: object, timeout: float = 200) -> Done:
     return Done(process.returncode, *said)
 
 
+def test_no_rank_outlives_a_failure_or_its_time(server, tmp_path):
+    done = server.run(2, tmp_path, "stuck", tmp_path)
+    assert done.returncode == 1 and "rank 1 fails" in done.stderr
+    assert server.run(1, tmp_path, "stuck", tmp_path, timeout=1).returncode == -signal.SIGALRM
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_stage_agrees_with_one_process(work, world):
     work(world, "agree")
@@ -209,6 +215,7 @@ def test_a_missing_peer_is_named(command, job):
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29123", "LOCAL_RANK": "0"}
     done = command(0, "run", job, "deepspeed=configs/zero2.json", "ddp_timeout=3", **alone)
     assert done.returncode == 2 and "not all 2 processes met at 127.0.0.1:29123 in 3 s" in done.stderr, done.stderr
+    assert "built" not in done.stdout, "DeepSpeed compiles nothing before processes meet"
 
 
 def test_a_model_too_large_for_a_rank_is_shared_for_inference(work, job):
