@@ -42,7 +42,7 @@ def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Pro
         prompts.template += " "  # the release samples after one space more than it trains after
         asked = [{**row, "prompt_ids": prompts.encode_prompt(row["prompt"])} for row in problems]
         prompts.template = prompts.template[:-1]
-    with inference(unit, base_path(unit)) as frozen:
+    with inference(unit, base_path(unit), scoring=True) as frozen:  # refused now, if it cannot be trained
 
         def work(chunk: list[dict], start: int) -> list[dict]:
             texts = generate(
