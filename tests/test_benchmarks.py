@@ -30,9 +30,7 @@ def test_step_runs_and_counts(tmp_path, capsys):
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
     sizes = Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
-    broken = replace(
-        CASES[0], build=lambda device, *_: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, {})
-    )
+    broken = replace(CASES[0], build=lambda device, *_: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, {}))
     found = gpu.run(tmp_path / "new", sizes, [*CASES[:2], broken])
     assert [row["passed"] for row in found.failed] == [False] and len(found.checks) > 2
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())

@@ -1,6 +1,6 @@
 """What the engine relies on, tried on the model itself: a few tokens go through it about ten times.
 
-    the same tokens give the same bits               else refused: noise is not switched off
+    the same tokens give the same finite bits        else refused: broken, or noise is not switched off
     a later token changes nothing before it          else refused: not causal
     the head is linear, then soft-capped and scaled  else refused: token_logps computes no other
     padding and neighbours do not matter to a row    else rows run one at a time
@@ -63,6 +63,8 @@ def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Cal
     row, own = trial.rows[1], alone[1]
     if weights != [weight._version for weight in model.parameters()]:
         raise UserError(f"{name}: it changes its own weights while it computes")
+    if not own.isfinite().all():
+        raise UserError(f"{name}: what it computes from a row of tokens is not finite")
     if not torch.equal(own, hidden(row)):
         raise UserError(f"{name}: the same tokens give other results each time; model.eval() switches noise off")
     later = torch.arange(own.shape[1], device=own.device)[None] >= own.shape[1] - 3

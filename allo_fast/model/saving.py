@@ -100,7 +100,7 @@ def check_saved(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) 
         if not same_bits(saved, state[name]):
             raise UserError(f"{folder}: {name} reads back with other values than it was saved with; nothing was kept")
     present = {id(state[name]) for name in read_names}
-    if lost := [name for name, _ in model.named_parameters() if id(state[name]) not in present]:
+    if lost := [name for name, tensor in state.items() if id(tensor) not in present]:
         raise UserError(f"{folder}: {lost[0]} is not in the files that were saved; nothing was kept")
 
 
