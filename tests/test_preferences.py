@@ -127,6 +127,14 @@ def test_a_call_is_a_response():
     assert read.right == (CALL,) and read.wrong == (B,) and read.tools == TOOLS
 
 
+def test_what_is_said_about_a_message_is_no_part_of_it():
+    about = [{**message, "timestamp": 5, "weight": 1.0} for message in said(Q, A)]
+    read = read_preference({"chosen": about, "rejected": [{**m, "timestamp": 6} for m in said(Q, B)]})
+    assert read.prompt == said(Q) and read.right == (A,) and read.wrong == (B,)
+    thought = {"role": "assistant", "content": A, "reasoning_content": "Summer."}
+    assert read_preference({"prompt": Q, "chosen": [thought], "rejected": B}).right == (thought,)
+
+
 BASE = {"prompt": Q, "chosen": A, "rejected": B}
 ASIDE = {
     "role": (
@@ -145,6 +153,11 @@ ASIDE = {
         "context: looks like context, and is not read beside chosen, prompt",
     ),
     "documents": ({**BASE, "documents": ["x"]}, "documents: looks like context"),
+    "pictures": ({**BASE, "images": ["x.png"]}, "images: looks like context"),
+    "a picture": (
+        {**BASE, "prompt": [{**said(Q)[0], "image": "x.png"}]},
+        "prompt: image in a message; texts alone are read",
+    ),
     "functions": ({**BASE, "functions": ["x"]}, "functions: looks like context"),
     "two prompts": ({**BASE, "question": "Why?"}, "question: looks like context"),
     "equal": ({**BASE, "rejected": A}, "chosen and rejected are equal"),

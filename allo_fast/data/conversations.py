@@ -19,6 +19,9 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that templates read beside the content
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_RENDERED = ("name", "tool_calls", "tool_call_id", *THOUGHTS)  # others are about a message, not part of it
 _MAY_BE_EMPTY = ("system", "developer", "tool")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -70,8 +73,6 @@ def _looks_like(message: object) -> bool:
 def _message(message: object, name: str) -> dict:
     if not _looks_like(message):
         raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
-    own = ("role", "from", "content", "value")
-    others = {key: value for key, value in message.items() if key not in own and value is not None}
     said, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if said not in ROLES:
         raise UnusableRow(f"{name}: expected a role out of {', '.join(ROLES)}, got {said!r}")
@@ -82,6 +83,9 @@ def _message(message: object, name: str) -> dict:
     if not (content or "").strip() and not calls and role not in _MAY_BE_EMPTY:
         raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
     whole(json.dumps(message, ensure_ascii=False, default=str), name)
+    if pictures := [key for key in message if key in MEDIA and message[key]]:
+        raise UnusableRow(f"{name}: {pictures[0]} in a message; texts alone are read")
+    others = {key: message[key] for key in _RENDERED if message.get(key) is not None}
     return {**others, "role": role, "content": content or ""}
 
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from allo_fast.data.conversations import Messages, as_messages, as_transcript, parse_transcript, text
+from allo_fast.data.conversations import MEDIA, Messages, as_messages, as_transcript, parse_transcript, text
 from allo_fast.data.sources import UnusableRow
 
 Turn = str | dict  # an assistant's message: its text, or the whole message where it has more than text
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations", "messages", "context", "history")
 SYSTEMS = ("system", "system_prompt", "system_message")
-CONTEXT = (*PROMPTS, *SYSTEMS, "tools", "functions", "documents")  # is read, or the row is set aside
+CONTEXT = (*PROMPTS, *SYSTEMS, "tools", "functions", "documents", *MEDIA)  # is read, or the row is set aside
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
 _RATINGS = {"score": 1, "scores": 1, "overall_score": 1, "rating": 1, "ratings": 1, "rank": -1, "ranks": -1}
@@ -151,7 +151,8 @@ def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict
     if name == "input" and isinstance(value, dict) and "messages" in value:  # the request of a chat interface
         value, row = value["messages"], {**row, "tools": value.get("tools")}
     if name == "instruction" and row.get("input"):
-        value, used = f"{text(value, name)}\n{text(row['input'], 'input')}", used.update(["input"]) or used
+        value = f"{text(value, name)}\n{text(row['input'], 'input')}"
+        used.add("input")
     used.update([name] if name else [])
     messages, transcript = None, False
     if name:

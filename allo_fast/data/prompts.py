@@ -12,7 +12,7 @@ from os.path import commonprefix
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
-from allo_fast.data.conversations import Messages
+from allo_fast.data.conversations import THOUGHTS, Messages
 from allo_fast.data.preferences import Turn
 from allo_fast.data.sources import UnusableRow
 
@@ -26,7 +26,6 @@ REWRITE = (
     "identify the final answer. You should make minimal modifications. You should not copy the problem.\n\n"
     "### Problem:\n{}\n\n### Correct solution:\n{}\n\n### Prediction:\n{}\n\n### Correct prediction:\n"
 )
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that templates read beside the content
 
 
 class Prompts:
@@ -266,7 +265,7 @@ def _check_complete(text: str, messages: Messages, turn: dict, tools: list[dict]
     parts = [(f"the {m['role']}'s message", m["content"]) for m in messages if m["role"] != "assistant"]
     thought, _, said = turn["content"].rpartition("</think>")
     parts += [("the response", said), ("the response's thoughts", thought.replace("<think>", ""))]
-    parts += [(f"the response's {key}", turn[key]) for key in _THOUGHTS if isinstance(turn.get(key), str)]
+    parts += [(f"the response's {key}", turn[key]) for key in THOUGHTS if isinstance(turn.get(key), str)]
     called = [call.get("function", call) for call in turn.get("tool_calls") or []]
     described = [tool.get("function", tool) for tool in tools or []]
     parts += [("a tool", item["name"]) for item in (*called, *described) if isinstance(item.get("name"), str)]
