@@ -38,10 +38,10 @@ setup(
         "rapidfuzz>=3.9",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19", "accelerate>=1.10"],
-        "gguf": ["gguf>=0.17", "accelerate>=1.10"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "gguf": ["gguf>=0.17"],
         "flash-attn": ["flash-attn>=2.8"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "accelerate>=1.10", "trl>=1.16"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16"],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},
 )

@@ -15,6 +15,11 @@ class UserError(ValueError):
     """A mistake in what the user gave; the command line prints it without a traceback."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from allo_fast.config import UserError
+from allo_fast.config import UserError, first_line
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def start(timeout_s: float) -> None:
         deepspeed.init_distributed(timeout=timeout, verbose=False, auto_mpi_discovery=False)
     except (dist.DistError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"not all {launched_world_size()} processes met at {where} in {timeout_s:g} s: {why}") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from statistics import fmean
 
@@ -98,6 +99,10 @@ def test_pairs_of_one_problem_are_one_cluster():
     mean, (low, high) = mean_interval([values])
     error = (2 * (1 / 9 + 1 / 9) / 9) ** 0.5  # C / (C - 1) of the squares, / N^2
     assert mean == pytest.approx(2 / 3) and (low, high) == pytest.approx((2 / 3 - Z * error, 2 / 3 + Z * error))
+    draws = random.Random(0)  # pairs that have nothing to do with their problem are as many problems of one pair
+    pairs = [[float(draws.random() < 0.6) for _ in range(9)] for _ in range(100)]
+    _, (low, high) = accuracy_interval([problem_values(pairs)], 900)
+    assert high - low == pytest.approx(2 * 1.96 * (0.24 / 900) ** 0.5, rel=0.15)
     assert problem_values([[3.0], [5.0]]) == [3.0, 5.0]
 
 
@@ -115,7 +120,7 @@ def test_metrics_of_preferences_by_hand():
     rows = [
         {"responses": [scored(-9.0 + a, 3, True, -9.0), scored(-8.0 + b, 4, False, -8.0)]} for a, b in ratios
     ]  # sums -7 -7, -8 -6, -6 -5, -8 -8; means -7/3 -7/4, -8/3 -6/4, -2 -5/4, -8/3 -2
-    metrics = preference_metrics(*preference_values([rows], 0.5))
+    metrics = preference_metrics(*preference_values([rows], 0.5), 4)
     assert list(metrics) == ["rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/accuracies_per_token"]
     assert metrics["rewards/accuracies"]["mean"] == 0.5 and metrics["rewards/accuracies"]["ties"] == 1
     assert metrics["rewards/accuracies"]["ci95"] == pytest.approx(accuracy_interval([[1, 0, 0, 1]])[1])

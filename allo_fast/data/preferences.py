@@ -16,7 +16,15 @@ Turn = str | dict  # an assistant's message: its text, or the whole message wher
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations", "messages", "context", "history")
 SYSTEMS = ("system", "system_prompt", "system_message")
-CONTEXT = (*PROMPTS, *SYSTEMS, "tools", "functions", "documents", *MEDIA)  # is read, or the row is set aside
+CONTEXT = (
+    *PROMPTS,
+    *SYSTEMS,
+    "tools",
+    "functions",
+    "documents",
+    "preamble",
+    *MEDIA,
+)  # is read, or the row is set aside
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
 _RATINGS = {"score": 1, "scores": 1, "overall_score": 1, "rating": 1, "ratings": 1, "rank": -1, "ranks": -1}

@@ -62,9 +62,9 @@ class Prompts:
         ends = "|".join(re.escape(tokenizer.convert_ids_to_tokens(token)) for token in self.end_tokens)
         self._ending = re.compile(rf"(\s*({ends}))+\s*\Z")
 
-    def encode_prompt(self, prompt: str | Messages, tools: list[dict] | None = None) -> list[int]:
-        """Token ids of a prompt, ready for a response to follow. Raises UnusableRow."""
-        return self._tokens(self._prompt_text(prompt, tools))
+    def encode_prompt(self, prompt: str | Messages, tools: list[dict] | None = None, suffix: str = "") -> list[int]:
+        """Token ids of a prompt and a suffix, ready for a response to follow. Raises UnusableRow."""
+        return self._tokens(self._prompt_text(prompt, tools) + suffix)
 
     def encode_rewrite(self, problem: str | Messages, solution: str, response: str) -> list[int]:
         """Token ids of the rewriting prompt (T4 of the paper's token rewards)."""

@@ -31,8 +31,8 @@ def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
 def _normalized(text: str) -> str:
     line = next((line for line in text.splitlines() if line.strip()), "")
     text = re.sub(r"\s+", " ", line).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
-    number = re.fullmatch(r"([-+]?)\$?(\d[\d,]*\.?\d*|\.\d+)%?", text)
-    return f"{Decimal(number[1] + number[2].replace(',', '')).normalize():f}" if number else text
+    number = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)%?", text)
+    return f"{(Decimal(number[1] + number[2].replace(',', '')) + 0).normalize():f}" if number else text
 
 
 def best_response(scores: Sequence[float], responses: Sequence[dict]) -> int:
@@ -80,14 +80,17 @@ def mean_interval(values: Sequence[Sequence[float]]) -> tuple[float, tuple[float
     return mean, (mean - half, mean + half) if len(values[0]) > 1 else None
 
 
-def accuracy_interval(correct: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]]:
+def accuracy_interval(
+    correct: Sequence[Sequence[float]], answers: int | None = None
+) -> tuple[float, tuple[float, float]]:
     """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i, or its `problem_values`.
 
-    Answers of several seeds to one problem are not independent, and seeds differ: the interval uses the effective
-    sample size at which a binomial has the variance between problems (clustered) plus that between seeds.
+    answers: of one seed to all problems; None: one a problem. Answers to one problem are not independent, and seeds
+    differ: the interval uses the effective sample size at which a binomial has the variance between problems
+    (clustered) plus that between seeds. With two or three seeds that differ by more than chance it is too narrow.
     """
     mean, spread = _mean_and_variance(correct)
-    count = len(correct[0])
+    count = answers or len(correct[0])
     effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else count
     centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
     half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5

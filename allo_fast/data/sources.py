@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
-from allo_fast.config import UserError
+from allo_fast.config import UserError, first_line
 from allo_fast.data.arithmetic import arithmetic_row
 
 Row = tuple[str, Callable[[], dict]]  # where it stands, and what gives it or raises UnusableRow
@@ -143,7 +143,7 @@ def _saved_rows(folder: str, split: str) -> Iterator[Row]:
     try:
         rows = load_from_disk(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a saved data set: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder}: not a saved data set: {first_line(error)}") from None
     if isinstance(rows, DatasetDict):
         if split not in rows:
             raise UserError(f"{folder}: which split? One of {', '.join(f'{folder}:{name}' for name in rows)}")
@@ -164,7 +164,7 @@ def _hub_rows(name: str) -> Iterator[Row]:
     try:
         rows = load_dataset(path, config or None, split=split)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: not to be had from the hub: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: not to be had from the hub: {first_line(error)}") from None
     for number, row in _numbered(rows):
         yield f"{name}:{number}", row
 

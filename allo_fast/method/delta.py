@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
 from allo_fast.model.weights import fingerprint, named_weights
@@ -14,20 +15,27 @@ from allo_kernels import Positions, scatter_
 
 
 class Delta:
-    """What training changed, without the base: per tensor, positions and the values there."""
+    """What training changed, without the base: per tensor, positions and the values there.
 
-    def __init__(self, base: str, positions: dict[str, Positions], values: dict[str, Tensor]):
-        self.base, self.positions, self.values = base, positions, values
+    stops: token ids at which the trained model's generation configuration stops; none: the base's.
+    """
+
+    def __init__(
+        self, base: str, positions: dict[str, Positions], values: dict[str, Tensor], stops: tuple[int, ...] = ()
+    ):
+        self.base, self.positions, self.values, self.stops = base, positions, values, stops
 
     def save(self, path: Path) -> None:
         values = {f"{name}.values": value for name, value in self.values.items()}
-        save_positions(path, self.positions, {"base": self.base}, values)
+        save_positions(path, self.positions, {"base": self.base, "stops": [*self.stops]}, values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
+        """Raises UserError when the file is not a delta."""
         try:
             positions, about, tensors = load_positions(path)
-            return cls(about["base"], positions, {name: tensors[f"{name}.values"] for name in positions})
+            values = {name: tensors[f"{name}.values"] for name in positions}
+            return cls(about["base"], positions, values, tuple(about.get("stops", ())))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a delta: {error}") from None
 
@@ -35,8 +43,8 @@ class Delta:
     def dtype(self) -> torch.dtype:
         return next(iter(self.values.values())).dtype
 
-    def merge_into(self, model: nn.Module) -> None:
-        """Sets the values into the base they were trained on. Raises UserError for any other model."""
+    def merge_into(self, model: PreTrainedModel) -> None:
+        """Sets values and stops into the base they were trained on. Raises UserError for any other model."""
         if (found := fingerprint(model)) != self.base:
             raise UserError(
                 f"delta: made for the model {self.base[:12]}, got the model {found[:12]}; it goes with its run's base"
@@ -45,6 +53,8 @@ class Delta:
         for name, at in self.positions.items():
             weight = weights[name].detach()
             scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))
+        if self.stops:
+            model.generation_config.eos_token_id = [*self.stops]
 
 
 def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:

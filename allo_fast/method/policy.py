@@ -8,7 +8,7 @@ gradient is gathered at the selected positions, so that a dense gradient lives o
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
+from allo_fast.method.alias import Alias, gathered, install_reads, refuse_weight
 from allo_fast.method.delta import Delta
 from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.selection import Selection
+from allo_fast.model.generation import stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import as_bytes, fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
@@ -168,7 +169,7 @@ class SparsePolicy:
                 at = Positions.pack(torch.cat([part.unpack() for part in parts]).unique(), weight.numel())
                 positions[name], values[name] = at, gather(weight, at.to(weight.device)).cpu()
         if ranks.is_main():
-            Delta(delta.base, positions, values).save(path)
+            Delta(delta.base, positions, values, tuple(sorted(stop_tokens(self.model)))).save(path)
 
     def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
         mine = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
@@ -197,13 +198,13 @@ class SparsePolicy:
         if self._in_reference or not torch.is_grad_enabled():
             return weight
         if (name := self._names.get(id(weight))) is None:
-            _refuse_weight()
+            refuse_weight()
         if name in self.values:
             self._shown.check_written(name)
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
         at = self.positions.get(name)
-        return Alias.apply(value, weight, at and partial(_gathered, at), self.dense_gradients.get(name))
+        return Alias.apply(value, weight, at and partial(gathered, at), self.dense_gradients.get(name))
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""
@@ -255,46 +256,3 @@ def say_what_is_not_trained(model: PreTrainedModel) -> None:
 @cache
 def _say_once(sentence: str) -> None:
     logger.warning(sentence)
-
-
-def install_reads(
-    module: nn.Module, names: Iterable[str], read: Callable, methods: Mapping[str, Callable] = {}
-) -> None:
-    """Whoever reads one of these weights as an attribute gets `read(weight)`; `_parameters` stays as it is.
-
-    methods: others of the module to replace. A later call takes the place of an earlier one.
-    """
-    plain = getattr(type(module), "_without_aliases", type(module))
-    reads = {name: property(lambda module, n=name: read(module._parameters[n]), _refuse_weight) for name in names}
-    held = {"_without_aliases": plain, "__module__": plain.__module__, **reads, **methods}
-    module.__class__ = type(plain.__name__, (plain,), held) if reads or methods else plain
-
-
-def _refuse_weight(*_) -> None:
-    raise UserError("SparsePolicy: its model was copied, or got another weight (as in FSDP), after the policy was made")
-
-
-class Alias(torch.autograd.Function):
-    """The weight itself, as a function of the values that already lie in it: d/d values = dense gradient gathered.
-
-    gathered: from a dense gradient to that of the values, fp32 [K]; None where none are selected.
-    """
-
-    @staticmethod
-    def forward(ctx, values, weight, gathered, dense_gradient):
-        ctx.gathered, ctx.dense_gradient = gathered, dense_gradient
-        return weight.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        if ctx.dense_gradient is not None:
-            ctx.dense_gradient += gradient
-        if ctx.gathered is None:
-            return gradient.new_zeros(0, dtype=torch.float32), None, None, None
-        return ctx.gathered(gradient), None, None, None
-
-
-def _gathered(at: Positions, gradient: Tensor) -> Tensor:
-    out = torch.empty(len(at), dtype=torch.float32, device=gradient.device)
-    return gather(gradient.contiguous(), at, out=out)

@@ -8,7 +8,7 @@ release: the published rule, kept to measure the difference. It cuts at a thresh
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -78,9 +78,7 @@ class Selection:
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
-        if idle := [pattern for pattern in exclude if not fnmatch.filter(scores, pattern)]:
-            raise UserError(f"exclude: {idle[0]!r} matches no tensor of the model")
-        kept = {n: scores[n] for n in sorted(scores) if not any(fnmatch.fnmatch(n, pattern) for pattern in exclude)}
+        kept = {name: scores[name] for name in competing(scores, exclude)}
         rule = _release_positions if protocol == "release" else _exact_positions
         selection = cls(dict(rule(kept, ratio, skip)) if kept else {}, sum(s.numel() for s in kept.values()), base)
         if not selection.selected:
@@ -139,6 +137,21 @@ class Selection:
         for name in self.names:
             if name not in weights or size_of(weights[name]) != self._positions[name].sizes[0]:
                 raise UserError(f"{self.where}: {name} is not a tensor of the model, or has another size")
+
+
+def competing(names: Iterable[str], exclude: tuple[str, ...]) -> list[str]:
+    """The tensors that are not excluded, sorted. Raises UserError for a pattern that matches none."""
+    names = sorted(names)
+    if idle := [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]:
+        raise UserError(f"locate.exclude: {idle[0]!r} matches no tensor of the model")
+    return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
+
+
+def check_ratio(sizes: Mapping[str, int], ratio: float, exclude: tuple[str, ...]) -> None:
+    """Raises UserError where no weight would be selected; sizes: entries of every tensor, by name."""
+    total = sum(sizes[name] for name in competing(sizes, exclude))
+    if not _floor(ratio, total):
+        raise UserError(f"nothing is selected: ratio {ratio} of {total} weights")
 
 
 @dataclass

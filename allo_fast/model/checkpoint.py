@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
-from allo_fast.config import UserError
+from allo_fast.config import UserError, first_line
 from allo_fast.model.weights import same_bits
 
 _SHOWN = 3  # names in a message
@@ -60,7 +60,7 @@ def _headers(file: str) -> dict[str, Tensor]:
     try:
         return load_state_dict(file, map_location="meta")
     except _DAMAGED_FILE as error:
-        raise UserError(f"{file}: weights that cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{file}: weights that cannot be read: {first_line(error.__cause__ or error)}") from None
 
 
 def _without_storage(
@@ -81,7 +81,7 @@ def _without_storage(
                 output_loading_info=True,
             )
     except Exception as error:  # whatever it is: a configuration that no model, or not these weights', can have
-        why = f"{type(error).__name__}: {_first_line(error)}"
+        why = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
         raise UserError(f"{path}: no model can be made of its config.json and weights: {why}") from None
 
 
@@ -108,7 +108,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:  # whatever it is: transformers computes with the file's values as it reads them
-        raise UserError(f"{path}: no model configuration that can be read: {_first_line(error)}") from None
+        raise UserError(
+            f"{path}: no model configuration that can be read: {first_line(error.__cause__ or error)}"
+        ) from None
 
 
 def _check_dense_and_known(path: str | Path, raw: dict) -> None:
@@ -165,7 +167,7 @@ def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
             transformers_explicit_filename=getattr(config, "transformers_weights", None),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no weights that can be read: {_first_line(error)}") from None
+        raise UserError(f"{path}: no weights that can be read: {first_line(error.__cause__ or error)}") from None
     return files
 
 
@@ -234,10 +236,6 @@ def _has(path: str | Path, name: str) -> bool:
         _raise_exceptions_for_connection_errors=False,
     )
     return file is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
-from allo_fast.config import ModelConfig, PretrainConfig, UserError
+from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model.checkpoint import check_model, check_names, check_there
 from allo_fast.model.saving import check_new, save_model
@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device: {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.device: {name}: {first_line(error)}") from None
 
 
 def load_model(
@@ -48,7 +48,7 @@ def load_model(
                 trust_remote_code=False,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"{path}: not a model that can be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a model that can be loaded: {first_line(error)}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -90,7 +90,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer that can be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no tokenizer that can be loaded: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,7 +112,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model, info = AutoModelForCausalLM.from_pretrained(**where, quantization_config=dense, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"{source}: not a GGUF file that can be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source}: not a GGUF file that can be read: {first_line(error)}") from None
     check_names(source, model, info)
     check_finite(model, source)
     save_model(model, tokenizer, folder)

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from allo_fast import ranks
-from allo_fast.config import UserError
+from allo_fast.config import UserError, first_line
 from allo_fast.model.checkpoint import check_model, read, weight_files
 from allo_fast.model.weights import named_weights, same_bits, whole_weights
 
@@ -81,7 +81,7 @@ def _savable(config: GenerationConfig | None, folder: Path) -> GenerationConfig 
     try:
         config.save_pretrained(folder)
     except ValueError as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         logger.warning("generation_config.json: only its token ids are saved, the rest cannot be: %s", why)
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return GenerationConfig(**ids)

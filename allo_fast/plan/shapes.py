@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config, UserError, first_line
 from allo_fast.model.loading import check_there, llama_config
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,10 +47,10 @@ def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
         return llama_config(config.pretrain)
     check_there(path := path or config.model.name_or_path)
     try:
-        found = AutoConfig.from_pretrained(path)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _on_meta(found, config.model.dtype)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        why = str(error.__cause__ or error).splitlines()[0]
+        why = first_line(error.__cause__ or error)
         raise UserError(f"{path}: no model configuration that can be read: {why}") from None
     return found
 
@@ -75,16 +75,24 @@ def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
     try:
         one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UserError(
             f"{config.model_type} in {dtype}: its activations cannot be estimated on paper: {why}"
         ) from None
     return Shape(weights.sizes, weights.recomputed, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
 
 
-def _on_meta(config: PretrainedConfig, dtype: str) -> nn.Module:
+def empty_model(config: PretrainedConfig, dtype: str, attention: str | None = None) -> nn.Module:
+    """The model on the meta device. Raises UserError for an implementation of attention that it does not have."""
+    try:
+        return _on_meta(config, dtype, attention)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model.attn_implementation: {attention}: {first_line(error)}") from None
+
+
+def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None = None) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
 
 
 def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:

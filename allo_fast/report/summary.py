@@ -81,7 +81,7 @@ def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> di
         beta = betas[model]
         values[model], ties = preference_values(seeds, beta)
         pairs = sum(len(pair_margins(row["responses"], beta)["logps"]) for row in seeds[0])
-        metrics = preference_metrics(values[model], ties)
+        metrics = preference_metrics(values[model], ties, pairs)
         models[model] = {"n": len(seeds[0]), "pairs": pairs, "beta": beta, "metrics": metrics}
     differences = {}
     for metric in _ACCURACIES.values():
@@ -108,11 +108,11 @@ def preference_values(seeds: list[list[dict]], beta: float | None) -> tuple[Valu
     return values, ties
 
 
-def preference_metrics(values: Values, ties: dict[str, int]) -> dict[str, dict]:
-    """By metric {mean, ci95: clustered by problem, seeds: each one's mean, ties of an accuracy}."""
+def preference_metrics(values: Values, ties: dict[str, int], pairs: int) -> dict[str, dict]:
+    """By metric {mean, ci95: clustered by problem, seeds: each one's mean, ties of an accuracy}; pairs: of one seed."""
     metrics = {}
     for name, numbers in values.items():
-        mean, interval = (accuracy_interval if name in ties else mean_interval)(numbers)
+        mean, interval = accuracy_interval(numbers, pairs) if name in ties else mean_interval(numbers)
         metrics[name] = {"mean": mean, "ci95": interval, "seeds": [fmean(row) for row in numbers]}
         if name in ties:
             metrics[name]["ties"] = ties[name]
@@ -168,7 +168,7 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
     """What `allo-fast eval` says of one model: its facts and predictions, with the beta of the run's last stage."""
     if config.data.format == "preference":
         beta = config.learn.beta if config.method == "allo" else config.warmup.beta
-        metrics = preference_metrics(*preference_values([rows], beta))
+        metrics = preference_metrics(*preference_values([rows], beta), facts["pairs"])
         said = [f"{name} {shown(name, m['mean'])} ({shown_interval(name, m['ci95'])})" for name, m in metrics.items()]
         counted = f"{facts['pairs']} pairs of {facts['problems']} problems"
         ties = [ties_line(name, metric["ties"]) for name, metric in metrics.items() if metric.get("ties")]

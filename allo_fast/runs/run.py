@@ -264,7 +264,8 @@ _ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "model": {"device"}}  # wh
 
 def _differences(old: Config, new: Config) -> str:
     before, after = (_flat(config.model_dump(exclude=_ELSEWHERE)) for config in (old, new))
-    return ", ".join(f"{key} was {before.get(key)}, now {after[key]}" for key in after if before.get(key) != after[key])
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys)
 
 
 def _flat(section: dict, prefix: str = "") -> dict:

@@ -12,10 +12,12 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import read_problems
 from allo_fast.data.prompts import Prompts
+from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import load_tokenizer, pick_device
+from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
-from allo_fast.plan.shapes import model_config, weights_of
+from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import check_other_models, prompts_of
 from allo_fast.stages.problems import first_row, limits, usable_problems
@@ -58,6 +60,7 @@ def check(config: Config) -> Findings:
         _check_rewards(findings, config, prompts if model else None)
     check_other_models(config, tokenizer, findings.attempt)
     if model:
+        findings.attempt(lambda: _check_architecture(config, model))
         _check_disk(findings, config, weights_of(model, config.model.dtype).parameters)
     return findings
 
@@ -121,6 +124,15 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
                 f"rewards.template: the rewriting prompt alone has {shortest} tokens, "
                 f"{settings.model or config.model.name_or_path} reads {limit.positions}"
             )
+
+
+def _check_architecture(config: Config, model: PretrainedConfig) -> None:
+    """The attention that is asked for exists; of the weights that may be selected some are."""
+    empty = empty_model(model, config.model.dtype, config.model.attn_implementation)
+    if config.method == "allo":
+        sizes = {name: weight.numel() for name, weight in named_weights(empty).items()}
+        for ratio in (config.forget.ratio, config.learn.ratio):
+            check_ratio(sizes, ratio, tuple(config.locate.exclude))
 
 
 def _check_disk(findings: Findings, config: Config, parameters: int) -> None:

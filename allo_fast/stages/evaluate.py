@@ -6,6 +6,7 @@ sum favours short options; `per_token` says whether the highest mean is right to
 Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
 model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences.
 
+Models are judged in `model.dtype`; a dense warm-up, which is saved in float32, loses there what rounding takes from it.
 A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
 (right by either scorer), response} of sampled problems; of multiple choice {..., per_token, tie, responses}; of
 preferences {id, responses}. Responses are {logp, tokens, correct, ref_logp (by the base model)} in the row's order.
@@ -26,7 +27,7 @@ from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.run import Progress, Run, Unit
-from allo_fast.stages.models import Inference, base_path, inference, make_prompts
+from allo_fast.stages.models import Inference, base_path, inference, prompts_of
 from allo_fast.stages.problems import unit_problems
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def evaluate(
     log-probabilities implicit rewards compare with. reader: the model whose tokenizer and template read the rows; None:
     the one at `path`. Raises UserError for scores that are not finite.
     """
-    prompts = make_prompts(unit, load_tokenizer(reader or path))
+    prompts = prompts_of(unit.config, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, path, prompts, against)
     ref_logps = _logps_of(against) if against else {}
     scoring = bool(problems[0]["responses"])

@@ -16,13 +16,13 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, frozen_reference, make_prompts, save_trained, sparse_policy
+from allo_fast.stages.models import base_path, frozen_reference, prompts_of, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
-    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     corpus, weights = weighted_corpus(rows, settings.threshold if protocol == "paper" else None)
     if not corpus.examples:

@@ -17,13 +17,13 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import frozen_reference, make_prompts, save_trained, sparse_policy
+from allo_fast.stages.models import frozen_reference, prompts_of, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol, forgotten = unit.config.learn, unit.config.protocol, unit.needed("forget")
-    prompts = make_prompts(unit, load_tokenizer(forgotten / "model"))
+    prompts = prompts_of(unit.config, load_tokenizer(forgotten / "model"))
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
     policy = sparse_policy(unit, forgotten / "model", settings, after=Delta.load(forgotten / "delta.safetensors"))
     objective = Dpo(settings.beta, settings.epsilon, settings.label_smoothing, protocol)

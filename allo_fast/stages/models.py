@@ -32,10 +32,6 @@ def base_path(unit: Unit) -> str | Path:
     return given if given else unit.needed("pretrain") / "model"
 
 
-def make_prompts(unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    return prompts_of(unit.config, tokenizer)
-
-
 def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """The paper's instruction belongs to its own tasks: a prompt of preference data is trained as it is written."""
     data = config.data

@@ -40,11 +40,12 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 
 
 def _unique(row: dict, correct: bool) -> list[dict]:
-    by_text: dict[str, dict] = {}
+    """Each response once, by its tokens."""
+    by_tokens: dict[tuple[int, ...], dict] = {}
     for response in row["responses"]:
         if response["correct"] == correct and response["text"].strip():
-            by_text.setdefault(response["text"], response)
-    return list(by_text.values())
+            by_tokens.setdefault(tuple(response["ids"]), response)
+    return list(by_tokens.values())
 
 
 def _pair(row: dict, chosen: dict, rejected: dict) -> dict:

@@ -19,13 +19,13 @@ from allo_fast.model.loading import llama_config, pick_device
 from allo_fast.model.saving import save_model
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import make_prompts
+from allo_fast.stages.models import prompts_of
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, tokenizer = unit.config.pretrain, character_tokenizer()
-    prompts = make_prompts(unit, tokenizer)
+    prompts = prompts_of(unit.config, tokenizer)
     corpus = Corpus()
     for index in range(settings.problems):
         row = arithmetic_row("train", index)

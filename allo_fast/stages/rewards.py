@@ -28,7 +28,7 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, dense_policy, make_prompts
+from allo_fast.stages.models import base_path, dense_policy, prompts_of
 from allo_fast.stages.problems import limits
 from allo_fast.training.engine import Trainer
 
@@ -40,7 +40,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         rows = _from_file(settings.path, responses)
         write_jsonl(unit.folder / "rewards.jsonl", rows)
         return {"responses": len(rows), "source": settings.path}
-    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     path = settings.model or base_path(unit)
     positions = limits(unit.config, 0, path).positions
     rewrites = rendered_once(unit.folder / "rewrites.jsonl", lambda: _rewrites(responses, prompts))
@@ -72,7 +72,7 @@ def _wrong_responses(unit: Unit) -> list[dict]:
         correct = [response["ids"] for response in problem["responses"] if response["correct"]]
         row = {name: pair[name] for name in ("id", "prompt", "prompt_ids")} | {"solution": problem["solution"]}
         row |= {"response": pair["rejected"], "response_ids": pair["rejected_ids"]}
-        responses[pair["id"], pair["rejected"]] = {**row, "correct": correct or [pair["chosen_ids"]]}
+        responses[pair["id"], tuple(pair["rejected_ids"])] = {**row, "correct": correct or [pair["chosen_ids"]]}
     return list(responses.values())
 
 

@@ -17,12 +17,12 @@ from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, write_jsonl
 from allo_fast.runs.run import Progress, Unit
-from allo_fast.stages.models import base_path, inference, make_prompts
+from allo_fast.stages.models import base_path, inference, prompts_of
 from allo_fast.stages.problems import first_row, unit_problems
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
-    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     rows, quarantined = unit_problems(unit, unit.config.data.train, prompts, unit.config.sample.max_new_tokens)
     facts = {"problems": len(rows), "quarantined": quarantined}
     if rows[0]["responses"]:
@@ -39,9 +39,8 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Progress, None, list[dict]]:
     settings, asked = unit.config.sample, problems
     if unit.config.protocol == "release" and not prompts.chat:
-        prompts.template += " "  # the release samples after one space more than it trains after
-        asked = [{**row, "prompt_ids": prompts.encode_prompt(row["prompt"])} for row in problems]
-        prompts.template = prompts.template[:-1]
+        # The release samples after one space more than it trains after.
+        asked = [{**row, "prompt_ids": prompts.encode_prompt(row["prompt"], suffix=" ")} for row in problems]
     with inference(unit, base_path(unit), scoring=True) as frozen:  # refused now, if it cannot be trained
 
         def work(chunk: list[dict], start: int) -> list[dict]:

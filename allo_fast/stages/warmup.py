@@ -14,12 +14,12 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, dense_policy, frozen_reference, make_prompts, save_trained
+from allo_fast.stages.models import base_path, dense_policy, frozen_reference, prompts_of, save_trained
 from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
-    prompts = make_prompts(unit, load_tokenizer(base_path(unit)))
+    prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from allo_fast.method.policy import Alias, SparsePolicy, install_reads, say_what_is_not_trained
+from allo_fast.method.alias import Alias, install_reads
+from allo_fast.method.policy import SparsePolicy, say_what_is_not_trained
 from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
