@@ -90,6 +90,21 @@ def test_multiple_choice_in_both_layouts(tmp_path):
     assert "expected exactly one of the options" in bad[0].reason
 
 
+@pytest.mark.parametrize("line", ["Options: ", "Options:\r"])
+def test_the_line_of_options(tmp_path, line):
+    row = {"problem": f"Which?\n{line}\n red \nblue\n", "answer": "red"}
+    ((problem,), _) = read_problems(lines(tmp_path, row), "multiple_choice")
+    assert problem.right == ("The answer is red",) and problem.wrong == ("The answer is blue",)
+
+
+@pytest.mark.parametrize("question", ["Pick one:\nred\nblue", "Which?\nOptions:\nred\nblue\n\nAnswer briefly."])
+def test_other_lines_are_no_options(tmp_path, question):
+    good = {"problem": "q\nOptions:\na\nb", "answer": "a"}
+    rows = lines(tmp_path, good, {"problem": question, "answer": "red"}, {**good, "solution": 5})
+    _, (first, second) = read_problems(rows, "multiple_choice")
+    assert "expected a line 'Options:'" in first.reason and second.reason == "solution: expected a text, got 5"
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [
@@ -150,6 +165,8 @@ def test_character_tokenizer_round_trip(tmp_path):
         ("The answer is .5", "0.50", True, False),
         ("The answer is 5", ".5", False, False),
         ("The answer is -3", "3", False, False),
+        ("The answer is 1,2", "12", False, False),
+        ("The answer is -0", "0", True, False),
     ],
 )
 def test_scorers(response, answer, strict, release):

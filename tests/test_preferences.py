@@ -90,6 +90,8 @@ LAYOUTS = {
         [*said(Q), CALL, RESULT],
     ),
     "prefilled": ({"prompt": said(Q, "It is"), "chosen": A, "rejected": B}, said(Q, "It is")),
+    "system-and-conversations": ({"system": S, "chosen": said(Q, A), "rejected": said(Q, B)}, [SYSTEM, *said(Q)]),
+    "responses": ({"prompt": Q, "chosen_response": A, "rejected_response": B}, Q),
     "empty-system": ({"prompt": [{"role": "system", "content": ""}, *said(Q)], "chosen": A, "rejected": B}, None),
 }
 
@@ -109,8 +111,26 @@ def test_a_transcript_is_given_back_to_base_models():
     read = read_preference(LAYOUTS["hh"][0])
     assert read.plain_prompt == HH and read.right == (A,)
     assert read_preference(LAYOUTS["messages"][0]).plain_prompt is None
-    begun = read_preference({"prompt": f"{HH} It is", "chosen": A, "rejected": B})
-    assert begun.prompt[-1] == {"role": "assistant", "content": "It is"}
+    framed = f"You are kind.{HH}"
+    assert read_preference({"prompt": framed, "chosen": f" {A}", "rejected": f" {B}"}).plain_prompt == framed
+    begun = read_preference({"prompt": f"{HH} It is", "chosen": f" {A}", "rejected": f" {B}"})
+    assert begun.prompt[-1] == {"role": "assistant", "content": "It is"} and begun.plain_prompt == f"{HH} It is"
+    assert begun.right == (f" {A}",), "an answer that is begun goes on with its space"
+    assert read_preference({"system": S, "prompt": HH, "chosen": A, "rejected": B}).plain_prompt is None
+
+
+def test_an_answer_may_be_a_dialogue_or_json():
+    dialogue = "Human: Hi\n\nAssistant: Hello"
+    assert read_preference({"prompt": "Write one.", "chosen": dialogue, "rejected": B}).right == (dialogue,)
+    for answer in ('{"from": "Paris", "to": "Rome"}', '{"role": "admin"}', "[1, 2]"):
+        assert read_preference({"prompt": "As JSON?", "chosen": answer, "rejected": B}).right == (answer,)
+
+
+def test_cells_of_tables_are_texts():
+    assert read_preference({"prompt": Q, "response_0": B, "response_1": A, "better_response_id": "1"}).right == (A,)
+    assert read_preference({"prompt": Q, "responses": [B, A], "scores": ["3", "10.5"]}).right == (A,)
+    columns = {"role": ["user", "assistant"], "content": [Q, A]}
+    assert read_preference({"chosen": columns, "rejected": said(Q, B)}).right == (A,)
 
 
 def test_several_responses():
@@ -153,6 +173,28 @@ ASIDE = {
         "context: looks like context, and is not read beside chosen, prompt",
     ),
     "documents": ({**BASE, "documents": ["x"]}, "documents: looks like context"),
+    "a transcript's last turn is the user's": (
+        {"chosen": f"{HH} {A}", "rejected": f"{HH} {B}\n\nHuman: Why?"},
+        "rejected: the last message is the user's",
+    ),
+    "a transcript without an answer": ({"chosen": f"{HH} {A}", "rejected": HH}, "rejected: expected a text, got ''"),
+    "a transcript with an empty turn": (
+        {"chosen": f"\n\nHuman:{HH} {A}", "rejected": f"\n\nHuman:{HH} {B}"},
+        "chosen: an empty turn in",
+    ),
+    "history that is a text": (
+        {"instruction": Q, "history": "User: hi", "chosen": A, "rejected": B},
+        "history: expected pairs or messages",
+    ),
+    "arguments of the template": (
+        {**BASE, "chat_template_kwargs": {"x": 1}},
+        "chat_template_kwargs: looks like context",
+    ),
+    "a role that is no text": (
+        {**BASE, "prompt": [{"role": ["user"], "content": Q}]},
+        r"expected a role .* got \['user'\]",
+    ),
+    "all alike": ({"prompt": Q, "responses": [A, B], "scores": [3, 3]}, "scores: all are rated 3"),
     "pictures": ({**BASE, "images": ["x.png"]}, "images: looks like context"),
     "a picture": (
         {**BASE, "prompt": [{**said(Q)[0], "image": "x.png"}]},

@@ -52,7 +52,7 @@ def whole(tokenizer, context, response):
 def test_trained_tokens_are_the_templates_own(name):
     tokenizer = family(name)
     prompts, trained = Prompts(tokenizer), 0
-    aside = ASIDE.get(name, {}) | ({} if name in RENDERS_CALLS else {"call": "leaves out a tool"})
+    aside = ASIDE.get(name, {}) | ({} if name in RENDERS_CALLS else {"call": "leaves out a call: 'heat'"})
     for kind, (context, response) in CONVERSATIONS.items():
         if kind in aside:
             with pytest.raises(UnusableRow, match=aside[kind]):
@@ -133,11 +133,62 @@ def test_a_template_may_end_some_turns_otherwise():
 )
 def test_a_text_in_the_chat_format_is_not_wrapped_again(tokenizer, prompt):
     prompts = Prompts(tokenizer)
-    prompt_ids, (response,) = prompts.encode(prompt, ["So."])
-    bos = "" if prompt.startswith("<bos>") or not prompts.frame.has_bos else "<bos>"
-    assert tokenizer.decode(prompt_ids) == bos + prompt
-    assert response == [*tokenizer("So.", add_special_tokens=False).input_ids, prompts.end_token]
-    assert tokenizer.decode(Prompts(tokenizer).encode_prompt("How?")) != "How?", "a plain text is"
+    assert prompts.encode(prompt, ["So."]) == prompts.encode("How?", ["So."])
+
+
+@pytest.mark.parametrize("words", ["What does %s mean?", "%s is what?", "Is it %s"])
+def test_a_text_about_the_chat_format_is_wrapped(words):
+    for name, mark in (("chatml", "<|im_start|>"), ("mistral-v3", "[INST]"), ("vicuna", "USER:")):
+        prompts = Prompts(family(name))
+        head = prompts.tokenizer.decode(prompts.encode_prompt("How?")).partition("How?")[0]
+        assert prompts.tokenizer.decode(prompts.encode_prompt(words % mark)).startswith(head + words % mark), name
+
+
+def test_a_begun_answer_in_the_chat_format():
+    prompts = Prompts(chatml())
+    begun = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\nIt is"
+    assert prompts.tokenizer.decode(prompts.encode_prompt(begun)) == begun
+
+
+def test_what_does_not_go_with_a_text_in_the_chat_format():
+    prompts, text = Prompts(chatml()), "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(UnusableRow, match="tools do not go with"):
+        prompts.encode(text, ["So."], [{"name": "heat"}])
+    with pytest.raises(UnusableRow, match="would be wrapped again"):
+        prompts.encode([SYSTEM, {"role": "user", "content": text}], ["So."])
+
+
+def test_a_response_that_goes_on_behind_its_end():
+    with pytest.raises(UnusableRow, match=r"goes on behind '<\|im_end\|>'"):
+        Prompts(chatml()).encode("How?", ["So.<|im_end|>\n<|im_start|>user\nMore"])
+
+
+def test_turns_end_once_in_templates_that_do_not_end_them():
+    prompts = Prompts(family("glm-4"))
+    (response,) = prompts.encode("[gMASK]<sop><|user|>\nHow?<|assistant|>\n", ["So."])[1]
+    assert prompts.tokenizer.decode(response) == "So.<eos>"
+
+
+def test_the_token_that_ends_a_turn_may_have_any_name():
+    template = turns("<%s>", "<|end_of_response|>(end of response)", "<assistant>")
+    prompts = Prompts(byte_level("<|end_of_response|>", eos="<eos>", template=template))
+    assert prompts.tokenizer.decode(prompts.encode_response("So.")) == "So.<|end_of_response|>"
+
+
+@pytest.mark.parametrize(
+    "said", ["Hm. <think>a</think> So.", "Use <think> and </think> tags.", "<think>a</think>b<think>c</think>d"]
+)
+def test_thoughts_anywhere_in_a_response(said):
+    prompts = Prompts(chatml())
+    assert prompts.tokenizer.decode(prompts.encode_response(said)) == f"{said}<|im_end|>"
+
+
+def test_calls_lose_neither_name_nor_arguments():
+    asked = [{"role": "user", "content": "Please heat it."}]
+    with pytest.raises(UnusableRow, match="leaves out a call: 'heat'"):
+        Prompts(chatml()).encode(asked, [CALL])
+    with pytest.raises(UnusableRow, match="leaves out a call"):
+        Prompts(chatml()).encode([*asked, CALL, {"role": "tool", "content": "230"}], ["So."])
 
 
 def test_a_response_in_the_chat_format_is_not_wrapped_again():
@@ -148,7 +199,7 @@ def test_a_response_in_the_chat_format_is_not_wrapped_again():
 def test_special_tokens_in_texts_are_not_doubled():
     prompts = Prompts(family("llama3"))
     assert prompts.encode_prompt("<bos>How?") == prompts.encode_prompt("How?")
-    assert prompts.encode_prompt("How?<|eot_id|>") != prompts.encode_prompt("How?"), "that is the chat format"
+    assert prompts.encode_prompt("How?<|eot_id|>") == prompts.encode_prompt("How?")
     plain = Prompts(metaspace(), template="{}")
     assert plain.encode_prompt("<s>How?</s>") == plain.encode_prompt("How?")
     assert plain.encode_prompt("How?").count(plain.tokenizer.bos_token_id) == 1
@@ -178,8 +229,8 @@ def test_what_meets_within_a_token_is_set_aside():
 
 def test_transcripts_on_base_models_are_what_they_were():
     tokenizer = byte_level(eos="<eos>")
-    prompt, (response,) = Prompts(tokenizer, template="{}").encode("\n\nHuman: How?\n\nAssistant:", ["So."])
-    assert tokenizer.decode(prompt + response) == "\n\nHuman: How?\n\nAssistant: So.<eos>"
+    prompt, responses = Prompts(tokenizer, template="{}").encode("\n\nHuman: How?\n\nAssistant:", ["So.", " So."])
+    assert [tokenizer.decode(prompt + ids) for ids in responses] == ["\n\nHuman: How?\n\nAssistant: So.<eos>"] * 2
 
 
 def test_what_a_template_or_tokenizer_raises_concerns_its_row_alone():
@@ -249,10 +300,7 @@ def test_mistakes():
     broken = byte_level(eos="<eos>", template=turns("", "", "", content="m.text.x"))
     with pytest.raises(UserError, match="a question and its answer: the chat template refuses it"):
         Prompts(broken)
-    unclosed = byte_level(
-        "<end>",
-        eos="<eos>",
-        template="{% for m in messages %}{{ m.content }}{% if m.content == 'response' %}<end>{% endif %}{% endfor %}",
-    )
+    closes_some = "{% for m in messages %}{{ m.content }}{{ '' if m.content == 'b' else '<end>' }}{% endfor %}"
+    unclosed = byte_level("<end>", eos="<eos>", template=closes_some)
     with pytest.raises(UnusableRow, match="does not end the response: ...'b'"):
         Prompts(unclosed).encode("a", ["b"])

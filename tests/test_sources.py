@@ -25,7 +25,11 @@ def written(folder, name):
         lines = ["\t,"[suffix == "csv"].join(ROWS[0]), *("\t,"[suffix == "csv"].join(row.values()) for row in ROWS)]
         text = "\n".join(lines)
     else:
-        text = {"jsonl": "\n".join(map(json.dumps, ROWS)), "json": json.dumps(ROWS, indent=1)}[suffix]
+        text = {
+            "jsonl": (by_line := "\n".join(map(json.dumps, ROWS))),
+            "ndjson": by_line,
+            "json": json.dumps(ROWS, indent=1),
+        }[suffix]
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return path
 
@@ -95,6 +99,22 @@ def test_broken_files_are_said(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_problems(str(tmp_path / name), "preference")
+
+
+def test_slices_and_splits_that_are_not(tmp_path):
+    path = written(tmp_path, "rows.jsonl")
+    for wrong in ("[-2:]", "[::2]", "[:50%]"):
+        with pytest.raises(UserError, match="a slice is"):
+            read_rows(f"{path}{wrong}")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    with pytest.raises(UserError, match="a single data set, without splits like 'test'"):
+        list(read_rows(f"{tmp_path / 'one'}:test"))
+
+
+def test_names_in_capitals_and_nested_lines(tmp_path):
+    (tmp_path / "rows.JSONL").write_text("[" * 100_000 + "\n" + "{}\n")
+    with pytest.raises(UserError, match="no usable row; .*rows.JSONL:1', 'reason': 'not JSON"):
+        read_problems(str(tmp_path / "rows.JSONL"), "preference")
 
 
 def test_lines_that_are_no_objects_are_set_aside(tmp_path):

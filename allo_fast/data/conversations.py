@@ -53,7 +53,7 @@ def as_messages(value: object, name: str) -> Messages | None:
             parsed = json.loads(value)
         except ValueError:
             return None
-        is_messages = isinstance(parsed, dict | list) and all(_looks_like(m) for m in _listed(parsed))
+        is_messages = isinstance(parsed, dict | list) and all(map(_is_written, _listed(parsed)))
         value = parsed if parsed and is_messages else value
     if isinstance(value, str):
         return None
@@ -63,6 +63,9 @@ def as_messages(value: object, name: str) -> Messages | None:
 
 
 def _listed(value: dict | list) -> list:
+    """Messages one after another; a table may hold them as one object of lists."""
+    if isinstance(value, dict) and isinstance(value.get("role"), list):
+        return [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
     return value if isinstance(value, list) else [value]
 
 
@@ -70,11 +73,17 @@ def _looks_like(message: object) -> bool:
     return isinstance(message, dict) and ("role" in message or "from" in message)
 
 
+def _is_written(message: object) -> bool:
+    """Whether JSON in a text is a message, and not an answer in JSON."""
+    said = _looks_like(message) and message.get("role", message.get("from"))
+    return isinstance(said, str) and said in ROLES and bool({"content", "value", "tool_calls"} & message.keys())
+
+
 def _message(message: object, name: str) -> dict:
     if not _looks_like(message):
         raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
     said, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if said not in ROLES:
+    if not isinstance(said, str) or said not in ROLES:
         raise UnusableRow(f"{name}: expected a role out of {', '.join(ROLES)}, got {said!r}")
     role = ROLES[said]
     calls = role == "assistant" and bool(message.get("tool_calls"))
@@ -89,23 +98,16 @@ def _message(message: object, name: str) -> dict:
     return {**others, "role": role, "content": content or ""}
 
 
-def parse_transcript(value: str) -> tuple[Messages, str]:
-    """ "\\n\\nHuman: a\\n\\nAssistant: b" -> the messages before the last `Assistant:`, and what follows it.
+def parse_transcript(value: str, name: str) -> Messages:
+    """Of a text "Human: a", "Assistant: b" in paragraphs its messages, the last perhaps empty; none of another text.
 
-    No messages where the text is no such transcript.
+    Raises UnusableRow for an empty message before the last.
     """
     turns = list(_TURN.finditer(value))
-    if not turns or turns[0].start() != 0 and value[: turns[0].start()].strip() or turns[-1][1] != "Assistant":
-        return [], value
-    ends = [turn.start() for turn in turns[1:]]
-    messages = [
-        {"role": ROLES[turn[1].lower()], "content": value[turn.end() : end].strip()}
-        for turn, end in zip(turns, ends, strict=False)
-    ]
-    return messages, value[turns[-1].end() :].strip()
-
-
-def as_transcript(messages: Messages) -> str:
-    """The same messages as a text that a base model continues with " " and a response."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages) + "\n\nAssistant:"
+    if not turns or value[: turns[0].start()].strip() or not {"Human", "Assistant"} <= {turn[1] for turn in turns}:
+        return []
+    ends = [*(turn.start() for turn in turns[1:]), len(value)]
+    said = [(turn[1].lower(), value[turn.end() : end].strip()) for turn, end in zip(turns, ends, strict=True)]
+    if not all(content for _, content in said[:-1]):
+        raise UnusableRow(f"{name}: an empty turn in {value!r:.120}")
+    return [{"role": ROLES[role], "content": content} for role, content in said]

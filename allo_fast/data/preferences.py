@@ -9,22 +9,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from allo_fast.data.conversations import MEDIA, Messages, as_messages, as_transcript, parse_transcript, text
+from allo_fast.data.conversations import MEDIA, Messages, as_messages, parse_transcript, text
 from allo_fast.data.sources import UnusableRow
 
 Turn = str | dict  # an assistant's message: its text, or the whole message where it has more than text
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations", "messages", "context", "history")
 SYSTEMS = ("system", "system_prompt", "system_message")
-CONTEXT = (
-    *PROMPTS,
-    *SYSTEMS,
-    "tools",
-    "functions",
-    "documents",
-    "preamble",
-    *MEDIA,
-)  # is read, or the row is set aside
+CONTEXT = (  # is read, or the row is set aside
+    *(*PROMPTS, *SYSTEMS, *MEDIA, "tools", "functions", "documents", "document", "passage", "knowledge", "preamble"),
+    *("chat_history", "system_instruction", "sys_prompt", "chat_template_kwargs"),
+)
+_BETTER = {"chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output"}
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
 _RATINGS = {"score": 1, "scores": 1, "overall_score": 1, "rating": 1, "ratings": 1, "rank": -1, "ranks": -1}
@@ -39,7 +35,7 @@ _PAIRED = {  # two responses, and which values of a third field say that the fir
 
 @dataclass(frozen=True)
 class Preference:
-    """prompt: a text as it stands, or messages. transcript: the messages were a text, which base models get back.
+    """prompt: a text as it stands, or messages. plain_prompt: the text that a model without a chat template continues.
 
     right, wrong: one of them may be empty where the row is a single judged completion.
     """
@@ -48,12 +44,7 @@ class Preference:
     right: tuple[Turn, ...]
     wrong: tuple[Turn, ...]
     tools: list[dict] | None = None
-    transcript: bool = False
-
-    @property
-    def plain_prompt(self) -> str | None:
-        """What a model without a chat template continues; None where there is no such text."""
-        return as_transcript(self.prompt) if self.transcript else self.prompt if isinstance(self.prompt, str) else None
+    plain_prompt: str | None = None
 
 
 def read_preference(row: dict) -> Preference:
@@ -66,11 +57,13 @@ def read_preference(row: dict) -> Preference:
     history of earlier turns and tools; without any, it is what chosen and rejected begin with.
     """
     right, wrong, used = _sides(row)
-    prompt, tools, transcript = _prompt(row, used)
+    prompt, tools, plain = _prompt(row, used)
     left = [key for key in CONTEXT if key not in used and row.get(key) and row[key] not in (*right, *wrong, prompt)]
     if left:
         raise UnusableRow(f"{left[0]}: looks like context, and is not read beside {', '.join(sorted(used))}")
-    read = [_response(value, "chosen") for value in right] + [_response(value, "rejected") for value in wrong]
+    parsed = prompt is None or plain is not None  # else a dialogue is an answer like any other
+    read = [_response(value, "chosen", parsed) for value in right]
+    read += [_response(value, "rejected", parsed) for value in wrong]
     if prompt is None and right and wrong and all(isinstance(r.turn, str) and not r.context for r in read):
         prompt = _common_beginning([response.turn for response in read])
         read = [replace(response, turn=response.turn[len(prompt) :]) for response in read]
@@ -80,8 +73,11 @@ def read_preference(row: dict) -> Preference:
     if any(context != contexts[0] for context in contexts):
         raise UnusableRow("chosen and rejected answer different contexts")
     turns = [response.turn for response in read]
+    if plain is not None and contexts[0][-1]["role"] != "assistant":
+        turns = [turn.lstrip() if isinstance(turn, str) else turn for turn in turns]
     right, wrong = _disjoint(turns[: len(right)], turns[len(right) :])
-    return Preference(contexts[0], right, wrong, tools, transcript or any(r.transcript for r in read))
+    plain = contexts[0] if isinstance(contexts[0], str) else plain or read[0].plain_prompt
+    return Preference(contexts[0], right, wrong, tools, plain)
 
 
 @dataclass(frozen=True)
@@ -89,13 +85,13 @@ class _Response:
     context: Messages
     turn: Turn
     name: str
-    transcript: bool = False
+    plain_prompt: str | None = None  # of a transcript, what stands before the turn
 
 
 def _sides(row: dict) -> tuple[list, list, set[str]]:
     """Raw better and worse responses, and the fields that they were read from."""
-    for better, worse in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
-        if better in row or worse in row:
+    for better, worse in _BETTER.items():
+        if better in row or (worse in row and "messages" not in row):
             return _listed(row, better), _listed(row, worse), {better, worse}
     if "rejected_response" in row and "messages" in row:
         return [row["messages"]], _listed(row, "rejected_response"), {"messages", "rejected_response"}
@@ -103,10 +99,11 @@ def _sides(row: dict) -> tuple[list, list, set[str]]:
         return [row["response_j"]], [row["response_k"]], {"response_j", "response_k"}
     for (first, second, verdict), (better, worse) in _PAIRED.items():
         if {first, second, verdict} <= row.keys():
-            if row[verdict] not in (*better, *worse):
+            said = _number(row[verdict])
+            if said not in (*better, *worse):
                 raise UnusableRow(f"{verdict}: expected one of {(*better, *worse)}, got {row[verdict]!r}")
             pair = [row[first]], [row[second]]
-            return *(pair if row[verdict] in better else reversed(pair)), {first, second, verdict}
+            return *(pair if said in better else reversed(pair)), {first, second, verdict}
     if "completion" in row and "label" in row:
         label = _label(row["label"])
         return [row["completion"]] * label, [row["completion"]] * (not label), {"completion", "label"}
@@ -123,6 +120,11 @@ def _listed(row: dict, name: str) -> list:
     value = row[name]
     several = isinstance(value, list) and value and not any(isinstance(item, dict) for item in value)
     return value if several else [value]
+
+
+def _number(value: object) -> object:
+    """Of a table's cell, which may be a text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value) else value
 
 
 def _label(value: object) -> bool:
@@ -144,39 +146,36 @@ def _ranked(row: dict, name: str) -> tuple[list, list, set[str]]:
         texts, ratings, used = items, row.get(key), {name, key}
     if key is None or len(texts) != len(ratings):
         raise UnusableRow(f"{name}: expected a rating of each, as one of {', '.join(_RATINGS)}")
+    ratings = [_number(rating) for rating in ratings]
     if not all(isinstance(rating, int | float) and rating == rating for rating in ratings):
         raise UnusableRow(f"{key}: expected numbers, got {ratings!r}")
+    if len(set(ratings)) == 1:
+        raise UnusableRow(f"{key}: all are rated {ratings[0]}")
     values = [_RATINGS[key] * rating for rating in ratings]
     best = max(values, default=0)
     sides = ([t for t, v in zip(texts, values, strict=True) if (v == best) == better] for better in (True, False))
     return *sides, used
 
 
-def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict] | None, bool]:
-    """The prompt, the tools, and whether the prompt was a transcript; adds to `used` what they were read from."""
+def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict] | None, str | None]:
+    """The prompt, the tools, and of a prompt that is a transcript its text; adds to `used` what they were read from."""
     name = next((name for name in PROMPTS if name not in used and row.get(name) not in (None, "", [])), None)
-    value = row.get(name)
+    value, plain, messages = row.get(name), None, None
     if name == "input" and isinstance(value, dict) and "messages" in value:  # the request of a chat interface
         value, row = value["messages"], {**row, "tools": value.get("tools")}
     if name == "instruction" and row.get("input"):
         value = f"{text(value, name)}\n{text(row['input'], 'input')}"
         used.add("input")
-    used.update([name] if name else [])
-    messages, transcript = None, False
     if name:
+        used.add(name)
         messages = as_messages(value, name)
-        if messages is None and (parsed := parse_transcript(text(value, name)))[0]:
-            messages, transcript = (
-                parsed[0] + ([{"role": "assistant", "content": parsed[1]}] if parsed[1] else []),
-                True,
-            )
+        if messages is None and (messages := parse_transcript(text(value, name), name)):
+            plain, messages = value, messages if messages[-1]["content"] else messages[:-1]
     earlier = _system(row, used) + _history(row, used)
     if earlier:
-        messages = messages or ([{"role": "user", "content": value}] if name else [])
-        if messages and earlier[0] == messages[0]:
-            earlier = earlier[1:]
-        messages = earlier + messages
-    return messages or value, _tools(row, used), transcript
+        messages, plain = messages or ([{"role": "user", "content": value}] if name else []), None
+        messages = [message for message in earlier if message not in messages[:1]] + messages
+    return messages or value, _tools(row, used), plain
 
 
 def _system(row: dict, used: set[str]) -> Messages:
@@ -193,7 +192,10 @@ def _history(row: dict, used: set[str]) -> Messages:
     used.add("history")
     pairs = value if isinstance(value, list) and all(isinstance(item, list) for item in value) else None
     if pairs is None or not all(len(pair) == 2 for pair in pairs):
-        return as_messages(value, "history") or []
+        messages = as_messages(value, "history")
+        if messages is None:
+            raise UnusableRow(f"history: expected pairs or messages, got {value!r:.80}")
+        return messages
     said = [text(part, "history") for pair in pairs for part in pair]
     return [{"role": ("user", "assistant")[place % 2], "content": part} for place, part in enumerate(said)]
 
@@ -220,15 +222,19 @@ def _common_beginning(texts: list[str]) -> str:
     return common
 
 
-def _response(value: object, name: str) -> _Response:
-    messages = as_messages(value, name) if isinstance(value, dict | list | str) else None
+def _response(value: object, name: str, parsed: bool) -> _Response:
+    """parsed: a text may be a transcript, whose last turn is the response."""
+    messages, plain = as_messages(value, name) if isinstance(value, dict | list | str) else None, None
     if messages is None:
-        context, turn = parse_transcript(text(value, name))
-        return _Response(context, turn if context else value, name, bool(context))
+        if not parsed or not (messages := parse_transcript(text(value, name), name)):
+            return _Response([], text(value, name), name)
+        plain = value[: value.rstrip().rfind("\n\nAssistant:")] + "\n\nAssistant:"
     if messages[-1]["role"] != "assistant":
         raise UnusableRow(f"{name}: the last message is the {messages[-1]['role']}'s, not the assistant's")
     last = messages[-1]
-    return _Response(messages[:-1], last["content"] if last.keys() == {"role", "content"} else last, name)
+    if plain is not None:
+        text(last["content"], name)
+    return _Response(messages[:-1], last["content"] if last.keys() == {"role", "content"} else last, name, plain)
 
 
 def _joined(prompt: str | Messages | None, response: _Response) -> str | Messages:
@@ -242,6 +248,9 @@ def _joined(prompt: str | Messages | None, response: _Response) -> str | Message
         return own
     if asked[-len(own) :] == own:
         return asked
+    system = ("system", "developer")
+    if all(message["role"] in system for message in asked) and own[0]["role"] not in system:
+        return [*asked, *own]
     if own[0]["role"] in ("assistant", "tool"):
         return [*asked, *own]
     raise UnusableRow(f"{response.name}: its conversation is not the prompt's")

@@ -74,12 +74,22 @@ def _multiple_choice(row_id: str, row: dict) -> Problem:
         question, solution = "\n".join([stem, "Options:", *texts]), None
     else:
         question, answer, solution = _field(row, "problem"), _field(row, "answer"), row.get("solution")
-        texts = [line.strip() for line in question.rpartition("\nOptions:\n")[2].splitlines()]
+        texts = _listed_options(question)
+        solution = solution if solution is None else text(solution, "solution")
     gold = [option for option in texts if option.casefold() == answer.strip().casefold()]
     if len(gold) != 1 or len(set(texts)) != len(texts) or len(texts) < 2:
         raise UnusableRow(f"answer: expected exactly one of the options {texts}, got {answer!r}")
     right, *wrong = (f"The answer is {option}" for option in [gold[0], *(o for o in texts if o != gold[0])])
     return Problem(row_id, question, solution or right, gold[0], (right,), tuple(wrong))
+
+
+def _listed_options(question: str) -> list[str]:
+    """The lines behind the last line `Options:`."""
+    *_, behind = re.split(r"^Options:[ \t]*\r?$", question, flags=re.MULTILINE)
+    options = [line.strip() for line in behind.strip().splitlines()]
+    if behind == question or not all(options):
+        raise UnusableRow("problem: expected a line 'Options:', and behind it one option a line and nothing else")
+    return options
 
 
 def _texts(choices: object, name: str) -> list[str]:

@@ -12,9 +12,10 @@ from os.path import commonprefix
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
-from allo_fast.data.conversations import THOUGHTS, Messages
+from allo_fast.data.conversations import Messages
 from allo_fast.data.preferences import Turn
 from allo_fast.data.sources import UnusableRow
+from allo_fast.data.templates import Frame, check_complete
 
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -56,7 +57,7 @@ class Prompts:
         self.chat = bool(tokenizer.chat_template) and chat is not False
         self.template = template or ("{}" if self.chat else INSTRUCTION)
         self.rewrite = rewrite or REWRITE
-        self.frame = _Frame.of(self) if self.chat else None
+        self.frame = Frame(tokenizer, self.render) if self.chat else None
         self.end_token = self.frame.end_token if self.chat else tokenizer.eos_token_id
         self.end_tokens = {self.end_token, tokenizer.eos_token_id}
         ends = "|".join(re.escape(tokenizer.convert_ids_to_tokens(token)) for token in self.end_tokens)
@@ -103,7 +104,9 @@ class Prompts:
             return self.template.replace("{}", self._plain(prompt, tools), 1)
         messages = self._messages(prompt)
         if messages is None:
-            return self.frame.bos_of(prompt) + prompt
+            if tools:
+                raise UnusableRow("tools do not go with a prompt that is already in the chat format")
+            return self.frame.completed(prompt)
         if messages[-1]["role"] == "assistant":
             return self.render(messages, tools, continue_final_message=True)
         return self.render(messages, tools, opened=True)
@@ -111,7 +114,7 @@ class Prompts:
     def _whole(self, prompt: str | Messages, turn: Turn, tools: list[dict] | None) -> str:
         """Prompt and response as one text."""
         if isinstance(turn, str):
-            turn = self._trimmed(turn)
+            turn = self._response_text(turn)
         elif not self.chat:
             raise UnusableRow("a response with more than text needs a tokenizer with a chat template")
         messages = self._messages(prompt) if self.chat else None
@@ -119,8 +122,9 @@ class Prompts:
             if not isinstance(turn, str):
                 raise UnusableRow("a response with more than text does not go with a prompt that is a text")
             before = self._prompt_text(prompt, tools)
-            gap = " " if before.endswith("\n\nAssistant:") else ""
-            return before + gap + turn + (self.frame.end_text if self.chat else "")
+            gap = self.frame.gap if self.chat else " " * before.endswith("\n\nAssistant:")
+            end = self.frame.end_text if self.chat and self.frame.closes else ""
+            return before + gap * (not turn[:1].isspace()) + turn + end
         turn = (
             {"role": "assistant", "content": turn.removeprefix(self.frame.opening)} if isinstance(turn, str) else turn
         )
@@ -128,7 +132,8 @@ class Prompts:
             *messages, begun = messages
             turn = {**begun, **turn, "content": begun["content"] + turn["content"]}
         text = self.render([*messages, turn], tools)
-        _check_complete(text, messages, turn, tools)
+        before = len(self.render(messages, tools)) if turn.get("tool_calls") else 0
+        check_complete(text, text[before:], messages, turn, tools)
         return text
 
     def _after(self, before: str, prompt_ids: list[int], text: str) -> list[int]:
@@ -166,6 +171,8 @@ class Prompts:
             if self.frame and self.frame.contains(prompt):
                 return None
             prompt = [_user(self.template.replace("{}", prompt, 1))]
+        elif any(self.frame.contains(message["content"]) for message in prompt):
+            raise UnusableRow("a message is already in the chat format, and would be wrapped again")
         bos = self.tokenizer.bos_token or "\0"
         return [{**message, "content": self._trimmed(message["content"]).removeprefix(bos)} for message in prompt]
 
@@ -175,65 +182,17 @@ class Prompts:
         adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         return self._trimmed(prompt).removeprefix(self.tokenizer.bos_token if adds_bos else "")
 
+    def _response_text(self, turn: str) -> str:
+        """Without what the template writes around it. Raises UnusableRow for a text that goes on behind its end."""
+        text = self._trimmed(turn).removeprefix(self.frame.opening if self.chat else "")
+        end = self.tokenizer.convert_ids_to_tokens(self.end_token)
+        if end in text:
+            raise UnusableRow(f"the response goes on behind {end!r}: ...{text.partition(end)[2][:40]!r}")
+        return text
+
     def _trimmed(self, text: str) -> str:
         """Without end tokens that the text itself brings along."""
         return self._ending.sub("", text)
-
-
-class _Frame:
-    """What a chat template writes around a question and its answer, found by rendering one."""
-
-    @classmethod
-    def of(cls, prompts: Prompts) -> "_Frame":
-        question, answer = _user("question"), {"role": "assistant", "content": "response"}
-        try:
-            return cls(
-                prompts.tokenizer,
-                prompts.render([question]),
-                prompts.render([question], opened=True),
-                prompts.render([question, answer]),
-            )
-        except UnusableRow as error:
-            raise UserError(f"{prompts.tokenizer.name_or_path}: a question and its answer: {error}") from None
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, asked: str, opened: str, whole: str):
-        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-        closing = tokenizer(whole.rpartition("response")[2], add_special_tokens=False).input_ids
-        self.added, self.bos = added.keys(), tokenizer.bos_token
-        ends = [token for token in closing if token in added]
-        self.closes = bool(ends)
-        self.end_token = ends[0] if ends else tokenizer.eos_token_id
-        self.end_text = tokenizer.convert_ids_to_tokens(self.end_token)
-        self.opening = opened.removeprefix(asked) if opened.startswith(asked) else ""
-        head, _, tail = opened.rpartition("question")
-        self.has_bos = bool(self.bos) and opened.startswith(self.bos)
-        self.head, self.tail = (part.removeprefix(self.bos or "\0").strip() for part in (head, tail))
-        others = {self.bos, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-        self.marks = [text for text in added.values() if text in opened and text not in others]
-
-    def contains(self, text: str) -> bool:
-        """Is this text already in the chat format?"""
-        return (
-            any(mark in text for mark in self.marks)
-            or bool(self.tail and text.rstrip().endswith(self.tail))
-            or bool(self.head and text.removeprefix(self.bos or "\0").lstrip().startswith(self.head))
-        )
-
-    def bos_of(self, text: str) -> str:
-        return self.bos if self.has_bos and not text.startswith(self.bos) else ""
-
-    def closed(self, response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """A response up to the token that ends the turn, which is added where the template ends turns with none."""
-        end = len(response)
-        while end and (response[end - 1] in self.added or not tokenizer.decode([response[end - 1]]).strip()):
-            end -= 1
-        ends = [i for i in range(end, len(response)) if response[i] in self.added]
-        own = [i for i in ends if response[i] == self.end_token]
-        if not self.closes:
-            return [*response, self.end_token]
-        if not ends:
-            raise UnusableRow(f"the chat template does not end the response: ...{tokenizer.decode(response[-20:])!r}")
-        return response[: (own[0] if own else ends[-1]) + 1]
 
 
 def as_text(prompt: str | Messages) -> str:
@@ -255,20 +214,3 @@ def turn_text(turn: Turn) -> str:
 
 def _user(text: str) -> dict:
     return {"role": "user", "content": text}
-
-
-def _check_complete(text: str, messages: Messages, turn: dict, tools: list[dict] | None) -> None:
-    """Raises UnusableRow for a part of the conversation that the template left out.
-
-    What earlier turns of the assistant thought may be: templates drop it on purpose.
-    """
-    parts = [(f"the {m['role']}'s message", m["content"]) for m in messages if m["role"] != "assistant"]
-    thought, _, said = turn["content"].rpartition("</think>")
-    parts += [("the response", said), ("the response's thoughts", thought.replace("<think>", ""))]
-    parts += [(f"the response's {key}", turn[key]) for key in THOUGHTS if isinstance(turn.get(key), str)]
-    called = [call.get("function", call) for call in turn.get("tool_calls") or []]
-    described = [tool.get("function", tool) for tool in tools or []]
-    parts += [("a tool", item["name"]) for item in (*called, *described) if isinstance(item.get("name"), str)]
-    for name, part in parts:
-        if part.strip() not in text and json.dumps(part.strip(), ensure_ascii=False)[1:-1] not in text:
-            raise UnusableRow(f"the chat template leaves out {name}: {part.strip()[:80]!r}")

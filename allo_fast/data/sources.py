@@ -25,13 +25,16 @@ def read_rows(source: str) -> Iterator[Row]:
     arithmetic:train; each with an optional slice [i:j]. Raises UserError when it cannot be read.
     """
     name, start, stop = split_slice(source)
+    if re.search(r"\[[^\[\]/]*\]$", name):
+        raise UserError(f"{source}: a slice is [i:j], of whole numbers that are not negative")
     if name in ("arithmetic:train", "arithmetic:test"):
         if stop is None:
             raise UserError(f"{source}: the generator is endless; name a slice like {name}[:500]")
         return ((f"{name}:{i}", lambda i=i: arithmetic_row(name.split(":")[1], i)) for i in range(start, stop))
     folder, _, split = name.partition(":")
-    if Path(name).suffix in (*_READERS, ".gz") or Path(name).is_file():
-        rows = _file_rows(Path(name))
+    path = Path(name).expanduser()
+    if path.suffix.lower() in (*_READERS, ".gz") or path.is_file():
+        rows = _file_rows(path)
     elif Path(folder).is_dir():
         rows = _saved_rows(folder, split)
     else:
@@ -50,7 +53,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
     if suffix not in _READERS:
         raise UserError(f"{path}: no format that is read; expected one of {', '.join(_READERS)}")
     try:
@@ -82,14 +85,14 @@ def _array(data: bytes) -> list | None:
     """None where it is not one array: then each line is judged for itself."""
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _parse(line: bytes) -> object:
     try:
         return json.loads(line)
-    except ValueError as error:  # malformed JSON or not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, or nested without end
         raise UnusableRow(f"not JSON: {error}") from None
 
 
@@ -148,6 +151,8 @@ def _saved_rows(folder: str, split: str) -> Iterator[Row]:
         if split not in rows:
             raise UserError(f"{folder}: which split? One of {', '.join(f'{folder}:{name}' for name in rows)}")
         rows = rows[split]
+    elif split:
+        raise UserError(f"{folder}: a single data set, without splits like {split!r}")
     for number, row in _numbered(rows):
         yield f"{Path(folder).name}:{number}", row
 
@@ -171,6 +176,7 @@ def _hub_rows(name: str) -> Iterator[Row]:
 
 _READERS = {
     ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".tsv": _csv_rows,

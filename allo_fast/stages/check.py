@@ -1,5 +1,6 @@
 """What would end a run later, asked before any stage starts and listed at once. `allo-fast check CONFIG`"""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.problems import read_problems
+from allo_fast.data.problems import Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
@@ -103,13 +104,22 @@ def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts |
     if read is None:
         return
     rows, aside = read
-    first = f"; {aside[0].id}: {aside[0].reason}" if aside else ""
+    reasons = "; ".join(_reasons(aside))
     if not rows:
-        findings.problems.append(f"data.{key}: {source}: no usable row{first}")
+        findings.problems.append(f"data.{key}: {source}: no usable row; {reasons}")
         return
-    findings.notes.append(f"data.{key}: {len(rows)} rows, {len(aside)} set aside{first}")
+    findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
     if key == "train":
         findings.first_row = first_row(rows, prompts)
+
+
+def _reasons(aside: list[Quarantined]) -> list[str]:
+    """Each kind of reason once, with the first row that has it and how many have; at most five."""
+    kinds: dict[str, list[Quarantined]] = {}
+    for row in aside:
+        kinds.setdefault(re.sub(r"'.*'|\".*\"|\d+", "", row.reason), []).append(row)
+    largest = sorted(kinds.values(), key=len, reverse=True)[:5]
+    return [f"{rows[0].id}: {rows[0].reason}" + f" ({len(rows)} rows)" * (len(rows) > 1) for rows in largest]
 
 
 def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) -> None:
