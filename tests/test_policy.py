@@ -230,3 +230,13 @@ def test_a_model_whose_attention_leaks_falls_back(monkeypatch):
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda attention_mask, position_ids=None, **given: forward(**given))
     assert not ResponseLogps(model).share_prompts
+
+
+def test_a_delta_brings_the_stops_of_the_model_that_it_was_trained_for(tmp_path):
+    model = tiny_llama()
+    policy = SparsePolicy(model, random_selection(model))
+    model.generation_config.eos_token_id = [2, 5]
+    policy.save_delta(tmp_path / "delta.safetensors")
+    merged = tiny_llama()
+    Delta.load(tmp_path / "delta.safetensors").merge_into(merged)
+    assert merged.generation_config.eos_token_id == [2, 5]

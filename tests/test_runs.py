@@ -252,6 +252,14 @@ def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
         assert f"{again}: complete" not in said
 
 
+def test_a_setting_that_is_gone_is_a_change(copied, capsys):
+    config, folder = copied
+    saved = folder / "config.yaml"
+    saved.write_text(saved.read_text().replace("chat_template_kwargs: {}", "chat_template_kwargs: {thinking: false}"))
+    assert main(["run", str(config)]) == 2
+    assert "data.chat_template_kwargs.thinking was False, now None" in capsys.readouterr().err
+
+
 def test_changed_input_files_run_the_stage_again(copied, tmp_path):
     config, folder = copied
     data, base = tmp_path / "test.jsonl", tmp_path / "base"
