@@ -38,7 +38,7 @@ class DataConfig(Section):
     format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
-    prompt_template: str | None = None  # "{}" is the problem; null: bare in a chat template or preference data, else T1
+    prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
     scorer: Literal["strict", "release"] = "strict"  # which answers count as right; evaluation counts by both
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
@@ -46,9 +46,9 @@ class DataConfig(Section):
 
 class SampleConfig(Section):
     num_return_sequences: int = Field(10, gt=0)  # responses per problem
-    temperature: float = Field(0.7, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(1024, gt=0)
+    temperature: float = Field(0.7, gt=0)  # of sampling
+    top_p: float = Field(0.95, gt=0, le=1)  # probability that sampling draws from
+    max_new_tokens: int = Field(1024, gt=0)  # of a response; with its prompt within the model's positions
     batch_size: int = Field(8, gt=0)  # problems per generate call
     stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # a response is cut at the first of these
 
@@ -59,17 +59,17 @@ class PairsConfig(Section):
 
 
 class TrainConfig(Section):
-    learning_rate: float = Field(gt=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    learning_rate: float = Field(gt=0)  # the highest of the schedule
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # transformers'
     warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
-    num_train_epochs: int = Field(1, gt=0)
+    num_train_epochs: int = Field(1, gt=0)  # passes over the examples
     per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
     gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
-    max_grad_norm: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)  # gradients are scaled down to it
+    weight_decay: float = Field(0.0, ge=0)  # of the weights that train, times the learning rate
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of the gradients' mean
+    adam_beta2: float = Field(0.999, ge=0, lt=1)  # of their squares' mean
+    adam_epsilon: float = Field(1e-8, gt=0)  # added to the root of it
     save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
 
 
@@ -90,7 +90,7 @@ class PreferenceTrainConfig(TrainConfig):
 
 class WarmupConfig(PreferenceTrainConfig):
     learning_rate: float = Field(1e-6, gt=0)
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
 
 
 class LocateConfig(Section):
@@ -124,20 +124,20 @@ class ForgetConfig(SparseTrainConfig):
     learning_rate: float = Field(5e-7, gt=0)
     warmup_steps: float = Field(0.03, ge=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0)  # of NPO
     threshold: float = Field(0.5, ge=0, le=1)  # tokens whose reward is below it are forgotten (protocol: paper)
 
 
 class LearnConfig(SparseTrainConfig):
     learning_rate: float = Field(5e-6, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
     epsilon: float = Field(0.1, gt=0, le=1)  # fraction of each rejected response's tokens that are key tokens
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
 
 
 class EvaluateConfig(Section):
-    max_new_tokens: int = Field(512, gt=0)
+    max_new_tokens: int = Field(512, gt=0)  # of a greedy answer
     batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
 
 
