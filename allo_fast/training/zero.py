@@ -86,16 +86,16 @@ class Zero:
 def read_zero(path: str, config: Config) -> Zero:
     """Raises UserError for a file that does not parse, unknown or unsupported keys, and what contradicts `config`."""
     try:
-        held = json.loads(Path(path).read_text())
+        settings = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"deepspeed: {path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"deepspeed: {path}: not JSON: {error}") from None
-    if not isinstance(held, dict) or not isinstance(held.get("zero_optimization"), dict):
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise UserError(f'deepspeed: {path}: expected an object with "zero_optimization"')
-    _check_top(path, held, config)
-    _check_names(f"{path}: zero_optimization", held["zero_optimization"], _OPTIONS)
-    zero = held["zero_optimization"]
+    _check_top(path, settings, config)
+    _check_names(f"{path}: zero_optimization", settings["zero_optimization"], _OPTIONS)
+    zero = settings["zero_optimization"]
     options = {key: value for key, value in zero.items() if value != "auto" and key not in _UNUSED}
     stage = zero.get("stage")
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
@@ -109,26 +109,26 @@ def read_zero(path: str, config: Config) -> Zero:
         )
     if device == "cpu" and stage == 0:
         raise UserError(f"deepspeed: {path}: offload_optimizer needs stage 1, 2 or 3")
-    others = {key: kind(held[key]) for key, kind in _PASSED_ON.items() if held.get(key, "auto") != "auto"}
+    others = {key: kind(settings[key]) for key, kind in _PASSED_ON.items() if settings.get(key, "auto") != "auto"}
     return Zero(stage, device == "cpu", options, others)
 
 
-def _check_top(path: str, held: dict, config: Config) -> None:
-    _check_names(path, held, (*_OURS, *_PASSED_ON, *_BATCH, "zero_optimization", "gradient_clipping", "bf16", "fp16"))
-    for key, value in held.items():
+def _check_top(path: str, top: dict, config: Config) -> None:
+    _check_names(path, top, (*_OURS, *_PASSED_ON, *_BATCH, "zero_optimization", "gradient_clipping", "bf16", "fp16"))
+    for key, value in top.items():
         if key in _OURS:
             raise UserError(f"deepspeed: {path}: {key}: remove it; the run's configuration has {_OURS[key]}")
         if key in _BATCH and value != "auto":
             raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
-        wanted = _PASSED_ON.get(key)
-        if wanted and value != "auto" and not _is(value, wanted):
-            raise UserError(f"deepspeed: {path}: {key}: expected {wanted.__name__}, got {value!r}")
+        kind = _PASSED_ON.get(key)
+        if kind and value != "auto" and not _is(value, kind):
+            raise UserError(f"deepspeed: {path}: {key}: expected {kind.__name__}, got {value!r}")
         if key == "gradient_clipping" and value != "auto":
             _check_clipping(path, value, config)
-    if _enabled(path, held, "fp16"):
+    if _enabled(path, top, "fp16"):
         raise UserError(f"deepspeed: {path}: fp16: not supported; model.dtype is float32 or bfloat16")
-    if (wanted := _enabled(path, held, "bf16")) not in (None, config.model.dtype == "bfloat16"):
-        raise UserError(f"deepspeed: {path}: bf16.enabled is {wanted}, but model.dtype is {config.model.dtype}")
+    if (bf16 := _enabled(path, top, "bf16")) not in (None, config.model.dtype == "bfloat16"):
+        raise UserError(f"deepspeed: {path}: bf16.enabled is {bf16}, but model.dtype is {config.model.dtype}")
 
 
 def _check_clipping(path: str, value: object, config: Config) -> None:
@@ -140,10 +140,10 @@ def _check_clipping(path: str, value: object, config: Config) -> None:
             )
 
 
-def _check_names(where: str, held: dict, known: tuple[str, ...]) -> None:
+def _check_names(where: str, section: dict, known: tuple[str, ...]) -> None:
     """Says all that is refused at once."""
     refused = []
-    for key in held:
+    for key in section:
         if key in _UNUSED:
             logger.warning("deepspeed: %s: %s is not used: %s", where, key, _UNUSED[key])
         elif key not in known:
@@ -172,9 +172,9 @@ def _is(value: object, kind: type) -> bool:
     return type(value) is kind or (kind is int and type(value) is float and value.is_integer())
 
 
-def _enabled(path: str, held: dict, section: str) -> bool | None:
+def _enabled(path: str, settings: dict, section: str) -> bool | None:
     """None where the user leaves it to us."""
-    value = held.get(section) or {}
+    value = settings.get(section) or {}
     value = value.get("enabled", "auto") if isinstance(value, dict) else value
     if value not in ("auto", True, False):
         raise UserError(f'deepspeed: {path}: {section}.enabled: expected true, false or "auto", got {value!r}')
