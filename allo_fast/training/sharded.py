@@ -81,9 +81,9 @@ class ShardedPolicy(SparsePolicy):
         self.parameters = sum(map(size_of, weights.values()))
         self.weights = {name: weights[name] for name in selection.names}
         self.entries = {name: Entries.of(weight, selection.positions(name)) for name, weight in self.weights.items()}
-        self.values = {name: held.values for name, held in self.entries.items()}
+        self.values = {name: entries.values for name, entries in self.entries.items()}
         self.dense_gradients = {}
-        self._by_weight = {id(held.weight): held for held in self.entries.values()}
+        self._by_weight = {id(entries.weight): entries for entries in self.entries.values()}
         self.release: Callable[[], None] = lambda: None  # frees what is gathered; DeepSpeedBackend sets it
         say_what_is_not_trained(model)
         self._in_reference = True  # while a model that is still whole is tried, as it is
@@ -96,7 +96,7 @@ class ShardedPolicy(SparsePolicy):
 
     @property
     def selected(self) -> int:
-        return sum(held.count for held in self.entries.values())
+        return sum(entries.count for entries in self.entries.values())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -116,14 +116,14 @@ class ShardedPolicy(SparsePolicy):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind."""
-        entries = self.entries.values()
+        all_entries = self.entries.values()
         kinds = {
             "base": self.every_weight.values(),
-            "positions": [held.low for held in entries],
+            "positions": [entries.low for entries in all_entries],
             "values": self.values.values(),
         }
         shares = {kind: sum(held_here(weight).nbytes for weight in kinds[kind]) for kind in kinds}
-        return {**shares, "positions": shares["positions"] + sum(held.starts.nbytes for held in entries)}
+        return {**shares, "positions": shares["positions"] + sum(entries.starts.nbytes for entries in all_entries)}
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight of the policy, whole, one at a time; every rank iterates together."""
@@ -134,10 +134,10 @@ class ShardedPolicy(SparsePolicy):
     def changed(self) -> int:
         """How many selected entries differ from the base's, in its dtype."""
         count = 0
-        for held in self.entries.values():
-            with whole(held.weight, held.values, held.low):
-                before = gather(held.weight.data, held.positions())
-                count += int((held.values.to(before.dtype) != before).sum())
+        for entries in self.entries.values():
+            with whole(entries.weight, entries.values, entries.low):
+                before = gather(entries.weight.data, entries.positions())
+                count += int((entries.values.to(before.dtype) != before).sum())
         return count
 
     def located(self, name: str) -> Positions:
@@ -147,79 +147,79 @@ class ShardedPolicy(SparsePolicy):
 
     def _policy_weight(self, name: str) -> Tensor:
         """A copy: what was gathered may be in use elsewhere."""
-        held = self.entries[name]
-        weight = held.weight.data.clone()
-        with whole(held.values, held.low):
-            scatter_(weight, held.positions(), held.values.data)
+        entries = self.entries[name]
+        weight = entries.weight.data.clone()
+        with whole(entries.values, entries.low):
+            scatter_(weight, entries.positions(), entries.values.data)
         return weight
 
     def _install(self, module: nn.Module) -> None:
         """Gives a module the entries of its weights; linear layers set them themselves, other readers get an alias."""
-        mine = {name: held for name, w in module._parameters.items() if (held := self._by_weight.get(id(w)))}
-        for name, held in mine.items():
-            module.register_parameter(f"{name}_values", held.values)
-            module.register_parameter(f"{name}_positions", held.low)
+        by_name = {name: entries for name, w in module._parameters.items() if (entries := self._by_weight.get(id(w)))}
+        for name, entries in by_name.items():
+            module.register_parameter(f"{name}_values", entries.values)
+            module.register_parameter(f"{name}_positions", entries.low)
         methods = {}
-        if "weight" in mine and type(module).forward is nn.Linear.forward:
-            held = mine["weight"]
-            methods["forward"] = lambda module, hidden: self._linear(module, hidden, held)
+        if "weight" in by_name and type(module).forward is nn.Linear.forward:
+            entries = by_name["weight"]
+            methods["forward"] = lambda module, hidden: self._linear(module, hidden, entries)
 
         def read(weight: nn.Parameter) -> Tensor:
             # Who reads a weight outside its module, as Mamba does, makes DeepSpeed gather it by looking it up, and so
             # what belongs to it.
-            for name in mine:
+            for name in by_name:
                 _ = module._parameters[f"{name}_values"], module._parameters[f"{name}_positions"]
             return self._read(weight)
 
-        install_reads(module, mine, read, methods)
+        install_reads(module, by_name, read, methods)
 
-    def _linear(self, module: nn.Linear, hidden: Tensor, held: Entries) -> Tensor:
+    def _linear(self, module: nn.Linear, hidden: Tensor, entries: Entries) -> Tensor:
         if self._in_reference:
-            return linear(hidden, held.weight, module.bias)
-        return _SetLinear.apply(hidden, held.values, module.bias, held)
+            return linear(hidden, entries.weight, module.bias)
+        return _SetLinear.apply(hidden, entries.values, module.bias, entries)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or weight.numel() != size_of(weight):  # not gathered: a question, not a computation
             return weight
-        held = self._by_weight[id(weight)]
-        return Alias.apply(held.values, held.set(), held.gather, None)
+        entries = self._by_weight[id(weight)]
+        return Alias.apply(entries.values, entries.set(), entries.gather, None)
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
-        held = self._by_weight.get(id(weight))
-        if held is None or self._in_reference:
+        entries = self._by_weight.get(id(weight))
+        if entries is None or self._in_reference:
             return None
-        return held.set(), held.values, held.positions()  # `_SetAgain` sees to what backward gathers anew
+        return entries.set(), entries.values, entries.positions()  # `_SetAgain` sees to what backward gathers anew
 
 
 class _SetLinear(torch.autograd.Function):
     """hidden @ weight.T + bias with the values set, in forward and backward; keeps the gathered weight in neither."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, values: Tensor, bias: Tensor | None, held: Entries) -> Tensor:
+    def forward(ctx, hidden: Tensor, values: Tensor, bias: Tensor | None, entries: Entries) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.held = held
-        return linear(hidden, held.set(), bias)
+        ctx.entries = entries
+        return linear(hidden, entries.set(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (hidden,) = ctx.saved_tensors
-        d_hidden = upstream @ ctx.held.set() if ctx.needs_input_grad[0] else None
+        d_hidden = upstream @ ctx.entries.set() if ctx.needs_input_grad[0] else None
         d_weight = upstream.flatten(0, -2).T @ hidden.flatten(0, -2)
         d_bias = upstream.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return d_hidden, ctx.held.gather(d_weight), d_bias, None
+        return d_hidden, ctx.entries.gather(d_weight), d_bias, None
 
 
 class _SetAgain(torch.autograd.Function):
     """Passes through; before what precedes it runs backward, sets the values into the weight gathered anew."""
 
     @staticmethod
-    def forward(ctx, logps: Tensor, held: Entries) -> Tensor:
-        ctx.held = held
+    def forward(ctx, logps: Tensor, entries: Entries) -> Tensor:
+        ctx.entries = entries
         return logps.view_as(logps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        ctx.held.set()
+        ctx.entries.set()
         return upstream, None
