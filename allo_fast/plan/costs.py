@@ -22,12 +22,12 @@ def states(
     share = {0: count, 1: flat, 2: flat, 3: part}[stage]
     base_bytes = 4 if ratio is None else BYTES[dtype]
     base_share = sum(math.ceil(size / shared) for size in shape.sizes) if stage == 3 else shape.parameters
-    found = {"base": base_bytes * base_share}
+    memory = {"base": base_bytes * base_share}
     if ratio is not None:
         low = sum(math.ceil(2 * size / shared) for size in trained) if stage == 3 else 2 * count
-        found["positions"] = low + 8 * sum(blocks_of(size) + 1 for size in shape.sizes)
-        found["originals"] = 0 if stage == 3 else base_bytes * count
-        found["values"] = 4 * (part if stage == 3 else flat * shared if stage else count)
+        memory["positions"] = low + 8 * sum(blocks_of(size) + 1 for size in shape.sizes)
+        memory["originals"] = 0 if stage == 3 else base_bytes * count
+        memory["values"] = 4 * (part if stage == 3 else flat * shared if stage else count)
     optimizer = {"master": 4 * share if stage else 0, "moments": 8 * share}
     # ZeRO-1 keeps all until the last micro-batch; ZeRO-3 keeps its share, and copies it for the optimizer.
     gradients = {0: 4 * count, 1: 4 * (count if micros > 1 else share), 2: 4 * share, 3: 8 * share}[stage]
@@ -36,13 +36,13 @@ def states(
         values = room + 4 * share  # and their copy of the values
         summed = 4 * share if micros > 1 else 0  # where ZeRO-2 adds up micro-batches
         beside = {1: values, 2: values + summed, 3: 4 * share}[stage]
-        found["host"] = sum(optimizer.values()) + 4 * share + beside
+        memory["host"] = sum(optimizer.values()) + 4 * share + beside
         gradients = {1: room + (4 * count if micros > 1 else 0), 2: room, 3: 0}[stage]
     else:
-        found |= optimizer
-    found["gradients"] = gradients
-    found["buckets"] = 4 * zero.bucket_size(count) if stage == 3 else 0
-    return found
+        memory |= optimizer
+    memory["gradients"] = gradients
+    memory["buckets"] = 4 * zero.bucket_size(count) if stage == 3 else 0
+    return memory
 
 
 def traffic(

@@ -118,24 +118,24 @@ def choose(config: Config, shape: Shape, gpus: int, gpu_bytes: float) -> dict[st
 
     Fewer bytes travel the earlier one stops. The last is returned where nothing fits.
     """
-    chosen, stages = {}, (Zero(0), Zero(1), Zero(2), Zero(3))
+    zeros, stages = {}, (Zero(0), Zero(1), Zero(2), Zero(3))
     for kind, candidates in {"dense": (*stages, Zero(3, offload=True)), "sparse": stages}.items():
         for zero in candidates:
             phases = _phases(config, shape, kind, zero, gpus)
-            chosen[kind] = zero
+            zeros[kind] = zero
             if all(phase.device_bytes <= USABLE * gpu_bytes for phase in phases):
                 break
-    return chosen
+    return zeros
 
 
 def _phases(config: Config, shape: Shape, kind: str, zero: Zero | None, gpus: int) -> list[Phase]:
     """The stages that train densely, with the locating that follows; or those that train what it selected."""
-    found = [
+    phases = [
         _phase(config, shape, name, train, zero, gpus)
         for name, train in training_sections(config).items()
         if isinstance(train, SparseTrainConfig) == (kind == "sparse") and name != "pretrain"
     ]
-    return found + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method == "allo" else [])
+    return phases + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method == "allo" else [])
 
 
 def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase:
@@ -176,13 +176,13 @@ def _transient(config: Config, shape: Shape, ratio: float | None, zero: Zero | N
     """What lives only within a step."""
     width = BYTES[config.model.dtype]
     layers, inputs = shape.layers * shape.layer_bytes, shape.layers * shape.hidden * width
-    kept = inputs + shape.layer_bytes if config.model.gradient_checkpointing else layers
+    saved_bytes = inputs + shape.layer_bytes if config.model.gradient_checkpointing else layers
     sharded = zero is not None and zero.sharded
     weight_bytes = 4 if ratio is None else width
     trained = int((ratio or 1) * shape.parameters)
     buckets = 2 if zero and zero.options.get("overlap_comm") else 1  # one is filled while the other travels
     return {
-        "activations": tokens * (kept + shape.others_bytes),
+        "activations": tokens * (saved_bytes + shape.others_bytes),
         "transient dW": weight_bytes * max(shape.sizes),
         # Of whole float32 weights autocast keeps a copy each for backward; sharded ones are cast at every use.
         "bfloat16 copies": 2 * shape.parameters if ratio is None and width == 2 and not sharded else 0,
@@ -226,24 +226,24 @@ def disk_bytes(config: Config, parameters: int) -> int:
 
 def _advice(plan: Plan, config: Config) -> list[str]:
     """What to change, for each stage that does not fit."""
-    found = []
+    advice = []
     for phase in plan.phases:
         missing = phase.device_bytes - USABLE * plan.gpu_bytes
         if missing <= 0:
             continue
         activations = phase.memory.get("activations", 0)
         if activations > missing and not config.model.gradient_checkpointing:
-            say = "set model.gradient_checkpointing=true"
+            fix = "set model.gradient_checkpointing=true"
         elif activations > missing:
-            say = f"lower {phase.stage}.per_device_train_batch_size or data.max_response_tokens"
+            fix = f"lower {phase.stage}.per_device_train_batch_size or data.max_response_tokens"
         elif phase.zero_stage != 3 and plan.gpus > 1:
-            say = "set deepspeed=configs/zero3.json"
+            fix = "set deepspeed=configs/zero3.json"
         elif phase.zero_stage == 3 and not phase.host_bytes and phase.placement == "dense":
-            say = "set deepspeed=configs/zero3_offload.json"
+            fix = "set deepspeed=configs/zero3_offload.json"
         else:
-            say = f"take more devices: {math.ceil(plan.gpus * phase.device_bytes / (USABLE * plan.gpu_bytes))} or more"
-        found.append(f"{phase.stage}: {missing / 1e9:.1f} GB too much; {say}")
-    return found
+            fix = f"take more devices: {math.ceil(plan.gpus * phase.device_bytes / (USABLE * plan.gpu_bytes))} or more"
+        advice.append(f"{phase.stage}: {missing / 1e9:.1f} GB too much; {fix}")
+    return advice
 
 
 def table(plan: Plan) -> str:

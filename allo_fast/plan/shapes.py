@@ -47,26 +47,26 @@ def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
         return llama_config(config.pretrain)
     check_there(path := path or config.model.name_or_path)
     try:
-        found = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _on_meta(found, config.model.dtype)
+        pretrained = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _on_meta(pretrained, config.model.dtype)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         why = first_line(error.__cause__ or error)
         raise UserError(f"{path}: no model configuration that can be read: {why}") from None
-    return found
+    return pretrained
 
 
 def weights_of(config: PretrainedConfig, dtype: str) -> Weights:
     """Without a single one being allocated."""
     model = _on_meta(config, dtype)
-    again = set()
+    recomputed = set()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             weights = list(layer.parameters())
             # Recomputation stops before the last matrix, and leaves it gathered for backward.
             last = [weight for weight in weights if weight.ndim > 1][-1]
-            again |= {id(weight) for weight in weights if weight is not last}
+            recomputed |= {id(weight) for weight in weights if weight is not last}
     weights = list(model.parameters())
-    return Weights(tuple(w.numel() for w in weights), tuple(id(w) in again for w in weights))
+    return Weights(tuple(w.numel() for w in weights), tuple(id(w) in recomputed for w in weights))
 
 
 def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
@@ -102,7 +102,7 @@ def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    model, total, seen = _on_meta(config, dtype), 0, set()
+    model, total, counted = _on_meta(config, dtype), 0, set()
     weights = {id(weight) for weight in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,13 +110,13 @@ def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
         owner = tensor if tensor._base is None else tensor._base
         # Attention scores exist only where the meta device has no fused attention; weights are there anyway.
         scores = tensor.shape[-2:] == (_PROBE_TOKENS, _PROBE_TOKENS)
-        if id(owner) not in weights and id(owner) not in seen and not scores:
-            seen.add(id(owner))
-            held.append(owner)  # alive, so that no other takes its id
+        if id(owner) not in weights and id(owner) not in counted and not scores:
+            counted.add(id(owner))
+            owners.append(owner)  # alive, so that no other takes its id
             total += tensor.nbytes
         return tensor
 
-    held: list[torch.Tensor] = []
+    owners: list[torch.Tensor] = []
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
     mask = torch.ones(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=torch.bool, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
