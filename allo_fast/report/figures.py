@@ -49,9 +49,9 @@ def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
     """Share selected per layer (rows) and matrix (columns); counts: tensor -> [selected, size]."""
     cells, outside = {}, {}
     for name, (selected, size) in counts.items():
-        found = _LAYER.search(name)
-        key = (int(found[1]), _short(found[2])) if found else None
-        if found:
+        match = _LAYER.search(name)
+        key = (int(match[1]), _short(match[2])) if match else None
+        if match:
             cells[key] = selected / size
         else:
             outside[_short(name)] = selected / size
@@ -82,5 +82,5 @@ def _svg(figure: Figure, label: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
-    drawn = text.getvalue()
-    return drawn[drawn.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

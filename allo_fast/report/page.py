@@ -34,9 +34,9 @@ def write_report(run: Run, summary: dict) -> None:
 
 def _header(run: Run, summary: dict) -> str:
     differences = "".join(
-        f"<li><b>{html.escape(name)}</b> {percent(held['points'], '+')} <span>95 % interval "
-        f"{percent(held['ci95'][0], '+')} .. {percent(held['ci95'][1], '+')}, paired by problem</span></li>"
-        for name, held in summary["differences"].items()
+        f"<li><b>{html.escape(name)}</b> {percent(difference['points'], '+')} <span>95 % interval "
+        f"{percent(difference['ci95'][0], '+')} .. {percent(difference['ci95'][1], '+')}, paired by problem</span></li>"
+        for name, difference in summary["differences"].items()
     )
     return (
         f"<header><h1>{html.escape(run.config.name)}</h1><p>protocol {summary['protocol']}, "
@@ -50,21 +50,21 @@ def _accuracies(summary: dict) -> str:
     return _section(
         "Accuracy",
         f"On {count} held-out problems; bars are means over seeds, dots single seeds, whiskers 95 % intervals.",
-        figures.accuracy_bars({name: {"mean": held["accuracy"], **held} for name, held in summary["models"].items()}),
+        figures.accuracy_bars({key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}),
     )
 
 
 def _preferences(summary: dict) -> str:
     models = summary["models"]
     rows = "".join(
-        f"<tr><td>{html.escape(model)}</td><td>{name}</td><td>{shown(name, metric['mean'])}</td>"
+        f"<tr><td>{html.escape(label)}</td><td>{name}</td><td>{shown(name, metric['mean'])}</td>"
         f"<td>{shown_interval(name, metric['ci95'])}</td><td>{metric.get('ties', '')}</td></tr>"
-        for model, held in models.items()
-        for name, metric in held["metrics"].items()
+        for label, model in models.items()
+        for name, metric in model["metrics"].items()
     )
     head = "".join(f"<th>{name}</th>" for name in ("model", "metric", "mean", "95 % interval", "ties"))
     bars = "".join(
-        figures.accuracy_bars({m: held["metrics"][name] for m, held in models.items() if name in held["metrics"]}, name)
+        figures.accuracy_bars({m: row["metrics"][name] for m, row in models.items() if name in row["metrics"]}, name)
         for name in ("rewards/accuracies", "logps/accuracies", "logps/accuracies_per_token")
     )
     first = next(iter(models.values()))
@@ -89,11 +89,11 @@ def _first_row(summary: dict) -> str:
 
 def _costs(summary: dict) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{held['seconds']:.1f} s</td>"
-        f"<td>{held['peak_bytes'] / 2**20:,.0f} MiB</td>"
-        f"<td>{_number(held.get('tokens_per_second'))}</td><td>{_share(held)}</td>"
-        f"<td>{_number(held.get('state_bytes_per_parameter'), 2)}</td></tr>"
-        for name, held in summary["stages"].items()
+        f"<tr><td>{html.escape(name)}</td><td>{stage['seconds']:.1f} s</td>"
+        f"<td>{stage['peak_bytes'] / 2**20:,.0f} MiB</td>"
+        f"<td>{_number(stage.get('tokens_per_second'))}</td><td>{_share(stage)}</td>"
+        f"<td>{_number(stage.get('state_bytes_per_parameter'), 2)}</td></tr>"
+        for name, stage in summary["stages"].items()
     )
     head = "".join(
         f"<th>{name}</th>"
@@ -104,19 +104,19 @@ def _costs(summary: dict) -> str:
 
 
 def _curves(run: Run) -> str:
-    drawn = []
+    plots = []
     for stage in ("warmup", "forget", "learn"):
         if stage in stages_of(run.config):
             seeds = {u.key: read_jsonl(u.folder / "metrics.jsonl") for u in run.units([stage])}
-            drawn.append(figures.training_curves(stage, seeds))
-    return _section("Training", "Loss and rewards per optimizer step; one line a seed.", "".join(drawn))
+            plots.append(figures.training_curves(stage, seeds))
+    return _section("Training", "Loss and rewards per optimizer step; one line a seed.", "".join(plots))
 
 
 def _selection(run: Run) -> str:
     unit = run.units(["locate"])[0]
     counts = json.loads((unit.folder / "counts.json").read_text())
-    drawn = "".join(figures.selection_map(stage, held) for stage, held in counts.items())
-    return _section("Selected weights", f"Share of each matrix that trains ({html.escape(unit.key)}).", drawn)
+    maps = "".join(figures.selection_map(stage, tensors) for stage, tensors in counts.items())
+    return _section("Selected weights", f"Share of each matrix that trains ({html.escape(unit.key)}).", maps)
 
 
 def _responses(run: Run) -> str:
@@ -150,7 +150,7 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def _share(held: dict) -> str:
-    if "selected" not in held:
+def _share(stage: dict) -> str:
+    if "selected" not in stage:
         return ""
-    return f"{held['selected'] / held['parameters']:.2%}, {held['changed'] / held['selected']:.1%} moved"
+    return f"{stage['selected'] / stage['parameters']:.2%}, {stage['changed'] / stage['selected']:.1%} moved"

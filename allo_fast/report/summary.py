@@ -48,10 +48,10 @@ def summarize(run: Run) -> dict:
 
 def _predictions(run: Run) -> dict[str, list[list[dict]]]:
     """model -> per seed -> predictions, in the order of the test problems."""
-    found: dict[str, list[list[dict]]] = {}
+    predictions: dict[str, list[list[dict]]] = {}
     for unit in run.units(["evaluate"]):
-        found.setdefault(unit.key.partition("-")[0], []).append(read_jsonl(unit.folder / PREDICTIONS))
-    return found
+        predictions.setdefault(unit.key.partition("-")[0], []).append(read_jsonl(unit.folder / PREDICTIONS))
+    return predictions
 
 
 def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
@@ -65,7 +65,7 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
             "n": len(seeds[0]),
             "ci95": interval,
             "seeds": [sum(row[scorer] for row in rows) / len(rows) for rows in seeds],
-            "scorers": {name: found[0] for name, found in by_scorer.items()},
+            "scorers": {name: scores[0] for name, scores in by_scorer.items()},
         }
         if "tie" in seeds[0][0]:
             models[model]["ties"] = sum(row["tie"] for rows in seeds for row in rows)
@@ -169,14 +169,14 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
     if config.data.format == "preference":
         beta = config.learn.beta if config.method == "allo" else config.warmup.beta
         metrics = preference_metrics(*preference_values([rows], beta), facts["pairs"])
-        said = [f"{name} {shown(name, m['mean'])} ({shown_interval(name, m['ci95'])})" for name, m in metrics.items()]
+        parts = [f"{name} {shown(name, m['mean'])} ({shown_interval(name, m['ci95'])})" for name, m in metrics.items()]
         counted = f"{facts['pairs']} pairs of {facts['problems']} problems"
         ties = [ties_line(name, metric["ties"]) for name, metric in metrics.items() if metric.get("ties")]
     else:
-        said = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS]
+        parts = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS]
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
-    return "; ".join([", ".join(said), f"{counted}, {facts['quarantined']} rows set aside", *ties])
+    return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties])
 
 
 def ties_line(name: str, count: int) -> str:
