@@ -100,13 +100,13 @@ class Unit:
         }
         upstream = {f"{unit.name}/{unit.key}": unit.contents() for unit in self.upstream()}
         files = {str(path): sha256(path) for path in self.stage.files(self.config)}
-        held = json.dumps([settings, upstream, files, self.seed], sort_keys=True)
-        return hashlib.sha256(held.encode()).hexdigest()
+        content = json.dumps([settings, upstream, files, self.seed], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def contents(self) -> dict[str, str]:
         """SHA-256 of the outputs that another unit may read; the log of wall times is not one."""
         outputs = self.manifest()["outputs"].items()
-        return {name: held["sha256"] for name, held in outputs if name != "metrics.jsonl"}
+        return {name: entry["sha256"] for name, entry in outputs if name != "metrics.jsonl"}
 
     def manifest(self) -> dict:
         """Raises UserError when the unit is not complete."""
@@ -125,7 +125,7 @@ class Unit:
             return False
         manifest = self.manifest()
         outputs = manifest["outputs"].items()
-        return manifest["digest"] == self.digest() and all(_is(self.folder / name, held) for name, held in outputs)
+        return manifest["digest"] == self.digest() and all(_is(self.folder / name, entry) for name, entry in outputs)
 
     def execute(self) -> Iterator[Progress]:
         """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
@@ -187,9 +187,9 @@ class Run:
 
     def _claim(self, rerun: bool) -> None:
         config = self.config
-        saved = self.folder / "config.yaml"
-        if saved.is_file():
-            if (changed := _differences(load_config(saved), config)) and not rerun:
+        path = self.folder / "config.yaml"
+        if path.is_file():
+            if (changed := _differences(load_config(path), config)) and not rerun:
                 raise UserError(
                     f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), or add "
                     "--rerun to run again what the change affects"
@@ -197,7 +197,7 @@ class Run:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no config.yaml)")
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
+        save_config(config, path)
 
     def units(self, names: Iterable[str]) -> list[Unit]:
         return [Unit(self, name, key) for name in names for key in self.stages[name].keys(self.config)]
@@ -209,14 +209,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     Raises UserError where one does already.
     """
-    with ExitStack() as held:
-        ranks.on_main(lambda: _lock(folder, held))
+    with ExitStack() as stack:
+        ranks.on_main(lambda: _lock(folder, stack))
         yield
 
 
-def _lock(folder: Path, held: ExitStack) -> None:
+def _lock(folder: Path, stack: ExitStack) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context(folder.with_name(f".{folder.name}.lock").open("a+"))
+    file = stack.enter_context(folder.with_name(f".{folder.name}.lock").open("a+"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -255,8 +255,8 @@ def _identity(path: Path) -> dict:
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def _is(path: Path, held: dict) -> bool:
-    return path.is_file() and path.stat().st_size == held["bytes"] and sha256(path) == held["sha256"]
+def _is(path: Path, entry: dict) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
 
 _ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "model": {"device"}}  # where a run is continued, not what it is
