@@ -78,9 +78,9 @@ class Selection:
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
-        kept = {name: scores[name] for name in competing(scores, exclude)}
+        pool = {name: scores[name] for name in competing(scores, exclude)}
         rule = _release_positions if protocol == "release" else _exact_positions
-        selection = cls(dict(rule(kept, ratio, skip)) if kept else {}, sum(s.numel() for s in kept.values()), base)
+        selection = cls(dict(rule(pool, ratio, skip)) if pool else {}, sum(s.numel() for s in pool.values()), base)
         if not selection.selected:
             raise UserError(f"nothing is selected: ratio {ratio} of {selection.parameters} weights")
         return selection
@@ -110,8 +110,8 @@ class Selection:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        mine = {name: self._positions[name] for name in self.names}
-        save_positions(path, mine, {"base": self.base, "parameters": self.parameters}, {})
+        positions = {name: self._positions[name] for name in self.names}
+        save_positions(path, positions, {"base": self.base, "parameters": self.parameters}, {})
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
@@ -131,8 +131,8 @@ class Selection:
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError when it was made for another model."""
-        if (found := fingerprint(model)) != self.base:
-            raise UserError(f"{self.where}: made for the model {self.base[:12]}, got the model {found[:12]}")
+        if (base := fingerprint(model)) != self.base:
+            raise UserError(f"{self.where}: made for the model {self.base[:12]}, got the model {base[:12]}")
         weights = named_weights(model)
         for name in self.names:
             if name not in weights or size_of(weights[name]) != self._positions[name].sizes[0]:
@@ -188,15 +188,15 @@ def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tup
     first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
     for (name, score), top, passed in zip(scores.items(), _top(scores, last), _top(scores, first), strict=True):
         begin, _ = ranks.share(score.before if isinstance(score, _Change) else score)
-        found = ranks.concatenate((top & ~passed).nonzero().squeeze(1) + begin)
-        yield name, Positions.pack(found, score.numel()).to("cpu")
+        positions = ranks.concatenate((top & ~passed).nonzero().squeeze(1) + begin)
+        yield name, Positions.pack(positions, score.numel()).to("cpu")
 
 
 def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
     """Per tensor, which of its scores are among the k highest; ties go to the lower (name, index)."""
     magnitudes = _Magnitudes(scores)
     value, above, _ = topk_threshold(magnitudes, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
-    threshold, wanted = float(value), k - above
+    threshold, tie_count = float(value), k - above
     if k and threshold == 0:
         logger.warning("only %d weights changed; unchanged ones fill the selection of %d", above, k)
     # In the order of (name, index), how many ties come before those of this rank's share of a tensor.
@@ -205,7 +205,7 @@ def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
     earlier = (by_share.cumsum(0) - by_share).view(len(scores), -1)[:, ranks.rank() if len(counts) > 1 else 0]
     for part, passed in zip(magnitudes, earlier.tolist(), strict=True):
         ties = part == threshold
-        ties &= ties.cumsum(0) <= wanted - passed
+        ties &= ties.cumsum(0) <= tie_count - passed
         yield ties | (part > threshold)
 
 
@@ -218,8 +218,8 @@ def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[t
     high = ranked[int(total * skip) - 1] if skip else torch.inf
     for name, score in scores.items():
         magnitudes = score.abs().view(-1)
-        chosen = (magnitudes >= low) & (magnitudes < high)
-        yield name, Positions.pack(chosen.nonzero().squeeze(1), score.numel())
+        selected = (magnitudes >= low) & (magnitudes < high)
+        yield name, Positions.pack(selected.nonzero().squeeze(1), score.numel())
 
 
 def _shape(weight: Tensor) -> torch.Size:
