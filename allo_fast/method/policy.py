@@ -45,8 +45,8 @@ class Group:
 
     @classmethod
     def of(cls, weights: dict[str, nn.Parameter], positions: list[Positions]) -> "Group":
-        found = [gather(weight.data, at) for weight, at in zip(weights.values(), positions, strict=True)]
-        originals = torch.cat(found)
+        parts = [gather(weight.data, at) for weight, at in zip(weights.values(), positions, strict=True)]
+        originals = torch.cat(parts)
         return cls(weights, Positions.cat(positions), originals.to(torch.float32, copy=True), originals)
 
     @property
@@ -84,8 +84,8 @@ class SparsePolicy:
         for module in model.modules():
             self._install(module)
         say_what_is_not_trained(model)
-        self._shown = ValueParameters(self.values, self.weights, self.positions, self._loaded)
-        self._shown.attach(model)
+        self._value_parameters = ValueParameters(self.values, self.weights, self.positions, self._loaded)
+        self._value_parameters.attach(model)
         self.logps = ResponseLogps(model, self._head_entries)
 
     @property
@@ -119,7 +119,7 @@ class SparsePolicy:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
         for name, value in self.values.items():
             scatter_(self.weights[name].detach(), self.positions[name], value.detach())
-        self._shown.mark_written()
+        self._value_parameters.mark_written()
 
     @cached_property
     def identity(self) -> str:
@@ -172,8 +172,8 @@ class SparsePolicy:
             Delta(delta.base, positions, values, tuple(sorted(stop_tokens(self.model)))).save(path)
 
     def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
-        mine = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
-        return Group.of(mine, [selection.positions(name).to(self.model.device) for name in mine])
+        weights = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
+        return Group.of(weights, [selection.positions(name).to(self.model.device) for name in weights])
 
     def _swap(self) -> None:
         for group in self.groups:
@@ -191,8 +191,8 @@ class SparsePolicy:
             )
 
     def _install(self, module: nn.Module) -> None:
-        mine = [name for name, weight in module._parameters.items() if id(weight) in self._names]
-        install_reads(module, mine, self._read)
+        names = [name for name, weight in module._parameters.items() if id(weight) in self._names]
+        install_reads(module, names, self._read)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():
@@ -200,7 +200,7 @@ class SparsePolicy:
         if (name := self._names.get(id(weight))) is None:
             refuse_weight()
         if name in self.values:
-            self._shown.check_written(name)
+            self._value_parameters.check_written(name)
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
         at = self.positions.get(name)
@@ -248,8 +248,8 @@ def say_what_is_not_trained(model: PreTrainedModel) -> None:
     """Warns, once a process, where the model's configuration has a loss that balances experts: objectives have none."""
     settings = model.config.get_text_config().to_dict()
     nested = [value for value in settings.values() if isinstance(value, dict)]
-    named = [(str(name), value) for held in (settings, *nested) for name, value in held.items()]
-    if any(isinstance(value, float) and value and ("aux_loss" in name or "moe_loss" in name) for name, value in named):
+    items = [(str(name), value) for section in (settings, *nested) for name, value in section.items()]
+    if any(isinstance(value, float) and value and ("aux_loss" in name or "moe_loss" in name) for name, value in items):
         _say_once(f"{type(model).__name__}: its router's auxiliary loss is not trained")
 
 
