@@ -156,8 +156,8 @@ class SparseAdamW(Optimizer):
     def state_dict(self) -> dict:
         """torch's, with `values` by name and `identity`, which says of which base and selection they are."""
         values = {name: value.detach() for name, value in self.policy.values.items()}
-        own = {"values": values, "identity": self.policy.identity, "loaded_alone": self.policy.loaded_alone}
-        return {**super().state_dict(), **own}
+        extra = {"values": values, "identity": self.policy.identity, "loaded_alone": self.policy.loaded_alone}
+        return {**super().state_dict(), **extra}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
