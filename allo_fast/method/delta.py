@@ -45,9 +45,9 @@ class Delta:
 
     def merge_into(self, model: PreTrainedModel) -> None:
         """Sets values and stops into the base they were trained on. Raises UserError for any other model."""
-        if (found := fingerprint(model)) != self.base:
+        if (base := fingerprint(model)) != self.base:
             raise UserError(
-                f"delta: made for the model {self.base[:12]}, got the model {found[:12]}; it goes with its run's base"
+                f"delta: made for the model {self.base[:12]}, got the model {base[:12]}; it goes with its run's base"
             )
         weights = named_weights(model)
         for name, at in self.positions.items():
@@ -60,7 +60,7 @@ class Delta:
 def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:
     """A safetensors file of positions per tensor, of `others`, and of `about`, which goes into its metadata."""
     parts = {name: {"low": at.low, "starts": at.starts} for name, at in positions.items()}
-    tensors = {f"{name}.{key}": part.cpu().contiguous() for name, found in parts.items() for key, part in found.items()}
+    tensors = {f"{name}.{key}": part.cpu().contiguous() for name, pair in parts.items() for key, part in pair.items()}
     about = {**about, "sizes": {name: at.sizes[0] for name, at in positions.items()}}
     # One entry: safetensors writes several in an order that differs from file to file.
     save_file(tensors | others, path, {"about": json.dumps(about)})
@@ -74,5 +74,5 @@ def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[s
     if not isinstance(about, dict) or not isinstance(about["sizes"], dict):
         raise ValueError(f"metadata: expected an object with sizes, got {about!r:.80}")
     sizes = sorted(about["sizes"].items())
-    found = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
-    return found, about, tensors
+    positions = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
+    return positions, about, tensors
