@@ -107,13 +107,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(held: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """What every rank holds, in the order of ranks."""
     if world_size() == 1:
-        return [held]
-    found = [None] * world_size()
-    dist.all_gather_object(found, held)
-    return found
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -148,9 +148,9 @@ def concatenate(part: Tensor) -> Tensor:
     lengths = gather(len(part))
     padded = torch.zeros(max(lengths), dtype=part.dtype, device=_wire())
     padded[: len(part)] = part
-    found = [torch.empty_like(padded) for _ in lengths]
-    _carrier().all_gather(found, padded)
-    return torch.cat([piece[:length] for piece, length in zip(found, lengths, strict=True)]).to(part.device)
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    _carrier().all_gather(pieces, padded)
+    return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)]).to(part.device)
 
 
 def share(weight: Tensor) -> tuple[int, Tensor]:
@@ -163,17 +163,17 @@ def share(weight: Tensor) -> tuple[int, Tensor]:
     return begin, weight.detach().reshape(-1)[begin:end]
 
 
-def agree(held: dict[str, str]) -> None:
+def agree(facts: dict[str, str]) -> None:
     """Raises UserError on every rank, naming the keys, where a rank holds other values than rank 0."""
-    for number, theirs in enumerate(found := gather(held)):
-        if different := sorted(key for key in found[0].keys() | theirs.keys() if found[0].get(key) != theirs.get(key)):
+    for number, other in enumerate(every := gather(facts)):
+        if different := sorted(key for key in every[0].keys() | other.keys() if every[0].get(key) != other.get(key)):
             raise UserError(f"rank {number} has another {', another '.join(different)} than rank 0")
 
 
-def agree_on(name: str, held: object) -> None:
-    """Raises UserError on every rank where one holds something else than rank 0. held: what `repr` shows in full."""
+def agree_on(name: str, value: object) -> None:
+    """Raises UserError on every rank where one holds something else than rank 0. value: what `repr` shows in full."""
     if world_size() > 1:
-        agree({name: hashlib.sha256(repr(held).encode()).hexdigest()})
+        agree({name: hashlib.sha256(repr(value).encode()).hexdigest()})
 
 
 def _carrier() -> ModuleType:
@@ -201,19 +201,19 @@ class Traffic:
         comm.cdb = self
 
     def __getattr__(self, name: str):
-        found = getattr(self._backend, name)
-        if not name.startswith(("all_", "reduce", "broadcast", "gather", "scatter")) or not callable(found):
-            return found
+        attribute = getattr(self._backend, name)
+        if not name.startswith(("all_", "reduce", "broadcast", "gather", "scatter")) or not callable(attribute):
+            return attribute
 
-        def counted(*arguments, **named):
+        def counted(*arguments, **keywords):
             if world_size() > 1:
-                self.bytes[name] += max((_nbytes(held) for held in (*arguments, *named.values())), default=0)
-            return found(*arguments, **named)
+                self.bytes[name] += max((_nbytes(argument) for argument in (*arguments, *keywords.values())), default=0)
+            return attribute(*arguments, **keywords)
 
         return counted
 
 
-def _nbytes(held: object) -> int:
-    if isinstance(held, Tensor):
-        return held.nbytes
-    return sum(map(_nbytes, held)) if isinstance(held, list | tuple) else 0
+def _nbytes(argument: object) -> int:
+    if isinstance(argument, Tensor):
+        return argument.nbytes
+    return sum(map(_nbytes, argument)) if isinstance(argument, list | tuple) else 0
