@@ -48,9 +48,9 @@ class ResponseLogps(nn.Module):
 
     def examine(self) -> None:
         """Finds by trial how the model is computed; a sharded one must be run by DeepSpeed, on all ranks together."""
-        self.findings = found = examine(self.model, self._in_one_pass, self.head)
-        self.head.settings = {"softcap": found.softcap, "temperature": found.temperature}
-        for note in found.notes:
+        self.findings = findings = examine(self.model, self._in_one_pass, self.head)
+        self.head.settings = {"softcap": findings.softcap, "temperature": findings.temperature}
+        for note in findings.notes:
             logger.warning(note)
 
     def forward(self, batch: Batch | None = None) -> Tensor | None:
@@ -58,8 +58,8 @@ class ResponseLogps(nn.Module):
         if batch is None:
             return self.examine()
         hidden = self.hidden(batch)
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
-        return batch.layout(self.head(picked, batch.targets))
+        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
+        return batch.layout(self.head(states, batch.targets))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D]."""
@@ -69,8 +69,8 @@ class ResponseLogps(nn.Module):
         width = batch.input_ids.shape[1]
         passes = [batch] if width < together else _rows(batch)
         # A sharded model needs all ranks in every pass; the results of what is added are cut off again.
-        most = max(ranks.gather(len(passes))) if is_sharded(self.model) else len(passes)
-        states = [self._in_one_pass(part)[:, :width] for part in passes + passes[:1] * (most - len(passes))]
+        pass_count = max(ranks.gather(len(passes))) if is_sharded(self.model) else len(passes)
+        states = [self._in_one_pass(part)[:, :width] for part in passes + passes[:1] * (pass_count - len(passes))]
         return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in states])[: len(batch.input_ids)]
 
     def _in_one_pass(self, batch: Batch) -> Tensor:
@@ -100,12 +100,12 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         (source,) = self._read
-        found = self.entries(source._parameters.get("weight"))
-        weight, values, positions = found or (source.weight, None, None)
+        entries = self.entries(source._parameters.get("weight"))
+        weight, values, positions = entries or (source.weight, None, None)
         bias, device = source.bias, hidden.device.type
         if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
             dtype = torch.get_autocast_dtype(device)
-            weight, bias = (None if given is None else given.to(dtype) for given in (weight, bias))
+            weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
         hidden = hidden.to(weight.dtype)  # models that add residuals up in float32 cast there too
         return token_logps(hidden, weight, targets, bias=bias, values=values, positions=positions, **self.settings)
 

@@ -60,25 +60,25 @@ def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Cal
         alone = [hidden(row) for row in trial.rows]
     except Exception as error:  # a model may raise anything
         raise UserError(f"{name}: it cannot compute a row of tokens: {_first_line(error)}") from error
-    row, own = trial.rows[1], alone[1]
+    row, states = trial.rows[1], alone[1]
     if weights != [weight._version for weight in model.parameters()]:
         raise UserError(f"{name}: it changes its own weights while it computes")
-    if not own.isfinite().all():
+    if not states.isfinite().all():
         raise UserError(f"{name}: what it computes from a row of tokens is not finite")
-    if not torch.equal(own, hidden(row)):
+    if not torch.equal(states, hidden(row)):
         raise UserError(f"{name}: the same tokens give other results each time; model.eval() switches noise off")
-    later = torch.arange(own.shape[1], device=own.device)[None] >= own.shape[1] - 3
-    if trial.reaches(row, own, later, ~later):
+    later = torch.arange(states.shape[1], device=states.device)[None] >= states.shape[1] - 3
+    if trial.reaches(row, states, later, ~later):
         raise UserError(f"{name}: it is not causal, a later token changes the probabilities of earlier ones")
     single = _why_single(trial, alone)
-    softcap, temperature = _shape_of_head(model, row, own, head)
+    softcap, temperature = _shape_of_head(model, row, states, head)
     limit = None if single is None else 0
     if single is None and (limit := longest_row(model)):
         single = f"its rotary embedding changes with the longest row beyond {limit} tokens"
-    apart = single or _why_apart(model, trial, alone)
+    why_apart = single or _why_apart(model, trial, alone)
     notes = [f"{name}: rows run one at a time: {single}"] if single else []
-    notes += [f"{name}: one response per row, prompts repeated: {apart}"] if apart and not single else []
-    return Findings(limit, apart is None, tuple(notes), softcap, temperature)
+    notes += [f"{name}: one response per row, prompts repeated: {why_apart}"] if why_apart and not single else []
+    return Findings(limit, why_apart is None, tuple(notes), softcap, temperature)
 
 
 class _Trial:
@@ -135,9 +135,9 @@ def _why_single(trial: _Trial, alone: list[Tensor]) -> str | None:
         together = trial.hidden(trial.batch)
     except Exception as error:  # a model may raise anything
         return f"it cannot compute padded rows: {_first_line(error)}"
-    for row, own, batch in zip(together, alone, trial.rows, strict=True):
+    for row, states, batch in zip(together, alone, trial.rows, strict=True):
         response = batch.segment_ids[0] == 1
-        if not _near(row[: own.shape[1]][response], own[0, response], trial.tolerance):
+        if not _near(row[: states.shape[1]][response], states[0, response], trial.tolerance):
             return "padding or other rows change its results"
     return None
 
@@ -163,8 +163,8 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
         return "responses in one row can change each other"
     if torch.equal(before[second], elsewhere[second]):
         return "it ignores position_ids"
-    own = [states[batch.segment_ids == 1] for states, batch in zip(alone, trial.rows, strict=True)]
-    if not _near(torch.cat([before[first], before[second]]), torch.cat(own), trial.tolerance):
+    responses = [states[batch.segment_ids == 1] for states, batch in zip(alone, trial.rows, strict=True)]
+    if not _near(torch.cat([before[first], before[second]]), torch.cat(responses), trial.tolerance):
         return "its position_ids are not the positions of a row of its own"
     return None
 
@@ -172,28 +172,28 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
 def _shape_of_head(model: PreTrainedModel, row: Batch, decoded: Tensor, head: Callable) -> tuple[float | None, float]:
     """Its soft cap, None without one, and its temperature: read off what follows from known outputs of its linear
     layer, because configurations name them differently, or name what the model does not compute."""
-    source, seen = model.get_output_embeddings(), []
+    source, io = model.get_output_embeddings(), []
 
     def know(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        seen[:] = inputs[0], output
+        io[:] = inputs[0], output
         return _known_logits(output)
 
-    refused = UserError(f"{type(model).__name__}: its head is not linear, at most soft-capped and scaled")
+    refusal = UserError(f"{type(model).__name__}: its head is not linear, at most soft-capped and scaled")
     if not isinstance(source, nn.Module):
-        raise refused
+        raise refusal
     with source.register_forward_hook(know):
         logits = model(input_ids=row.input_ids, use_cache=False).logits
-    if not seen or seen[0].shape != decoded.shape or logits.shape != seen[1].shape:
-        raise refused
+    if not io or io[0].shape != decoded.shape or logits.shape != io[1].shape:
+        raise refusal
     softcap, temperature = _cap_and_scale(logits.float())
     known, tolerance = _known_logits(logits), _tolerance(model)
     expected = (softcap * torch.tanh(known / softcap) if softcap else known) / temperature
     as_known = torch.allclose(logits.float(), expected, rtol=max(1e-5, 4 * torch.finfo(logits.dtype).eps))
     linear = head(decoded.flatten(0, 1)[row.sources], row.targets)
-    by_model = seen[1].float().log_softmax(-1).flatten(0, 1)[row.sources, row.targets]
-    off = (linear - by_model).abs().max() > tolerance * seen[1].float().abs().max().clamp(min=1)
-    if not temperature > 0 or not as_known or off or not _near(decoded, seen[0], tolerance):
-        raise refused
+    by_model = io[1].float().log_softmax(-1).flatten(0, 1)[row.sources, row.targets]
+    differs = (linear - by_model).abs().max() > tolerance * io[1].float().abs().max().clamp(min=1)
+    if not temperature > 0 or not as_known or differs or not _near(decoded, io[0], tolerance):
+        raise refusal
     return softcap, temperature
 
 
@@ -206,10 +206,10 @@ def _known_logits(like: Tensor) -> Tensor:
 
 def _cap_and_scale(logits: Tensor) -> tuple[float | None, float]:
     """Of what a head made of known logits."""
-    known, made = _known_logits(logits)[0, 0], logits[0, 0]
-    temperature = float(known[0] / made[0])
-    cap = float(made[-1].abs()) * temperature
-    return (cap if cap < 0.99 * float(known[-1].abs()) else None), temperature
+    inputs, outputs = _known_logits(logits)[0, 0], logits[0, 0]
+    temperature = float(inputs[0] / outputs[0])
+    cap = float(outputs[-1].abs()) * temperature
+    return (cap if cap < 0.99 * float(inputs[-1].abs()) else None), temperature
 
 
 def longest_row(model: nn.Module) -> int | None:
@@ -253,10 +253,10 @@ def _tolerance(model: PreTrainedModel) -> float:
     return torch.finfo(model.dtype).eps ** 0.5
 
 
-def _near(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+def _near(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Of hidden states [..., D], at most places: rounding can send a token to another expert, at few."""
-    apart = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1)
-    return bool(apart.median() <= tolerance)
+    distances = (actual.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return bool(distances.median() <= tolerance)
 
 
 def _first_line(error: Exception) -> str:
