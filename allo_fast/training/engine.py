@@ -45,9 +45,9 @@ class StepMetrics:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        held = dict(vars(self))
-        metrics = held.pop("metrics")
-        return json.dumps({**held, **metrics})
+        row = dict(vars(self))
+        metrics = row.pop("metrics")
+        return json.dumps({**row, **metrics})
 
 
 class Trainer:
@@ -99,38 +99,38 @@ class Trainer:
         if ranks.on_main(path.exists):
             self.reference = load_file(path)
             return
-        found: dict[str, Tensor] = {}
-        own = nullcontext(self.backend.response_logps)
-        with self.open_reference(self.policy.logps.share_prompts) if self.open_reference else own as compute:
-            yield from self._compute(compute, found)
+        reference: dict[str, Tensor] = {}
+        policy = nullcontext(self.backend.response_logps)
+        with self.open_reference(self.policy.logps.share_prompts) if self.open_reference else policy as compute:
+            yield from self._compute(compute, reference)
         if ranks.is_main():
             partial = path.with_suffix(".partial")
-            save_file(found, partial)
+            save_file(reference, partial)
             os.rename(partial, path)
-        self.reference = found
+        self.reference = reference
 
-    def _compute(self, compute: Callable[[Batch], Tensor], found: dict[str, Tensor]) -> Iterator[tuple[int, int]]:
-        """Of every micro-batch, into `found`; each rank computes its share."""
+    def _compute(self, compute: Callable[[Batch], Tensor], reference: dict[str, Tensor]) -> Iterator[tuple[int, int]]:
+        """Of every micro-batch, into `reference`; each rank computes its share."""
         for first in range(0, len(self.micro_batches), ranks.world_size()):
             # Where fewer are left than there are ranks, some compute the first one too: a sharded model needs them all.
-            mine = first + ranks.rank() if first + ranks.rank() < len(self.micro_batches) else first
+            micro = first + ranks.rank() if first + ranks.rank() < len(self.micro_batches) else first
             with torch.no_grad():
-                logps = compute(self._collate(mine)).cpu()
-            for part in ranks.gather({str(mine): logps}):
-                found |= part
-            yield len(found), len(self.micro_batches)
+                logps = compute(self._collate(micro)).cpu()
+            for part in ranks.gather({str(micro): logps}):
+                reference |= part
+            yield len(reference), len(self.micro_batches)
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
         if not self.reference:
             deque(self.prepare(), maxlen=0)
-        done = self.backend.load(self.folder / CHECKPOINT)
+        steps_done = self.backend.load(self.folder / CHECKPOINT)
         log = self.folder / "metrics.jsonl"
         if ranks.is_main():
-            kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
-            log.write_text("".join(kept))
+            log_lines = log.read_text().splitlines(keepends=True)[:steps_done] if log.exists() else []
+            log.write_text("".join(log_lines))
         with log.open("a") if ranks.is_main() else nullcontext() as lines:
-            for number in range(done, len(self.steps)):
+            for number in range(steps_done, len(self.steps)):
                 metrics = self._step(number)
                 if lines:
                     lines.write(metrics.to_json() + "\n")
@@ -145,17 +145,17 @@ class Trainer:
 
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
-        sent = self.traffic.bytes.copy() if self.traffic else None
-        mine = [(micro, weight, self._collate(micro, "cpu")) for micro, weight in self._share(self.steps[number])]
-        counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in mine]
+        bytes_before = self.traffic.bytes.copy() if self.traffic else None
+        batches = [(micro, weight, self._collate(micro, "cpu")) for micro, weight in self._share(self.steps[number])]
+        counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in batches]
         count, tokens = ranks.add_up(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
         totals: dict[str, Tensor] = {}
-        for place, (micro, _, batch) in enumerate(mine):
+        for place, (micro, _, batch) in enumerate(batches):
             batch = batch.to(self.policy.model.device)
             logps = self.backend.response_logps(batch)
             loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
             share = counts[place][0] / max(1, count)
-            self.backend.backward(loss * share, last=place == len(mine) - 1)
+            self.backend.backward(loss * share, last=place == len(batches) - 1)
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
         norm = float(self.backend.step())
@@ -164,7 +164,7 @@ class Trainer:
         if not (torch.tensor([norm, values["loss"]]).isfinite().all()):
             raise TrainingError(f"step {number + 1}: loss {values['loss']}, gradient norm {norm}")
         if self.traffic:
-            self.traffic_by_operation = dict(self.traffic.bytes - sent)
+            self.traffic_by_operation = dict(self.traffic.bytes - bytes_before)
             values["traffic_bytes"] = sum(self.traffic_by_operation.values())
         return StepMetrics(
             step=number + 1,
@@ -181,15 +181,15 @@ class Trainer:
     def _share(self, micros: list[int]) -> list[tuple[int, float]]:
         """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
         world, rank = ranks.world_size(), ranks.rank()
-        mine = [(micro, 1.0) for micro in micros[rank::world]]
-        return mine + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(mine))
+        local_micro_batches = [(micro, 1.0) for micro in micros[rank::world]]
+        return local_micro_batches + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(local_micro_batches))
 
     def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
-        own = self.open_reference is None and not self.backend.updated
-        return logps.detach() if own else self.reference[str(micro)].to(logps.device)
+        policy_is_reference = self.open_reference is None and not self.backend.updated
+        return logps.detach() if policy_is_reference else self.reference[str(micro)].to(logps.device)
 
     def _collate(self, micro: int, device: torch.device | str | None = None) -> Batch:
         share = self.policy.logps.share_prompts
