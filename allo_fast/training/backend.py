@@ -101,8 +101,8 @@ class LocalBackend:
         read, step, self.updated = load_progress(path, self.policy.model.device, self.scheduler)
         for name, value in self.parameters.items():
             value.copy_(read(f"values.{name}"))
-            for key, held in self.optimizer.state[value].items():
-                held.copy_(read(f"{key}.{name}"))
+            for key, tensor in self.optimizer.state[value].items():
+                tensor.copy_(read(f"{key}.{name}"))
         if isinstance(self.policy, SparsePolicy):
             self.policy.write_back()
         return step
@@ -126,9 +126,9 @@ def make_scheduler(optimizer: Optimizer, config: TrainConfig, total_steps: int) 
 def save_progress(path: Path, tensors: dict[str, Tensor], step: int, scheduler: LRScheduler, updated: bool) -> None:
     """Appears under `path` at once or not at all."""
     tensors = {**tensors, "rng": torch.get_rng_state()}
-    found = {"step": step, "scheduler": scheduler.state_dict(), "updated": updated}
+    progress = {"step": step, "scheduler": scheduler.state_dict(), "updated": updated}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"progress": json.dumps(found)})
+    save_file(tensors, partial, {"progress": json.dumps(progress)})
     os.replace(partial, path)
 
 
@@ -140,9 +140,9 @@ def load_progress(
     The scheduler and torch's generator go on from there.
     """
     file = safe_open(path, "pt", device=str(device))
-    found = json.loads(file.metadata()["progress"])
-    scheduler.load_state_dict(found["scheduler"])
+    progress = json.loads(file.metadata()["progress"])
+    scheduler.load_state_dict(progress["scheduler"])
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     torch.set_rng_state(file.get_tensor("rng").cpu())
-    return file.get_tensor, found["step"], found["updated"]
+    return file.get_tensor, progress["step"], progress["updated"]
