@@ -37,19 +37,19 @@ from allo_kernels import memory
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    given, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(given, "overrides")):
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides after --rerun
-        given.overrides += rest
+        options.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("allo_fast").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     ranks.name_accelerator()
     try:
-        if "LOCAL_RANK" in os.environ and ranks.launched_world_size() > 1 and given.command not in (_run, _stage):
+        if "LOCAL_RANK" in os.environ and ranks.launched_world_size() > 1 and options.command not in (_run, _stage):
             raise UserError(f"{ranks.launched_world_size()} processes were started for what one does")
-        return given.command(given) or 0
+        return options.command(options) or 0
     except (UserError, TrainingError) as error:
         _complain(error)
         return 2
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
     command.add_argument("gguf", type=Path)
     command.add_argument("out", type=Path)
-    command.set_defaults(command=lambda given: convert_gguf(given.gguf, given.out))
+    command.set_defaults(command=lambda options: convert_gguf(options.gguf, options.out))
     command = commands.add_parser("kernels", help="check, compile ahead of time, or measure the kernels")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="check | aot | bench [--json FILE] | --help")
     command.set_defaults(command=_kernels)
@@ -111,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(given: argparse.Namespace) -> None:
-    with _opened(given) as run:
+def _run(options: argparse.Namespace) -> None:
+    with _opened(options) as run:
         for unit in run.units(stages_of(run.config)):
-            if given.name == "run":
+            if options.name == "run":
                 _complete(unit)
             elif not unit.is_complete():
                 raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast run CONFIG` first")
@@ -129,17 +129,17 @@ def _report(run: Run) -> None:
     print(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
 
 
-def _stage(given: argparse.Namespace) -> None:
-    with _opened(given) as run:
-        for unit in run.units([given.name]):
+def _stage(options: argparse.Namespace) -> None:
+    with _opened(options) as run:
+        for unit in run.units([options.name]):
             _complete(unit)
     ranks.stop()
 
 
 @contextmanager
-def _opened(given: argparse.Namespace) -> Iterator[Run]:
+def _opened(options: argparse.Namespace) -> Iterator[Run]:
     """The run of this command, alone in its folder; several processes all come here, and with the same inputs."""
-    config = load_config(given.config, given.overrides)
+    config = load_config(options.config, options.overrides)
     if config.deepspeed is None:
         if ranks.launched_world_size() > 1:
             raise UserError(
@@ -153,11 +153,11 @@ def _opened(given: argparse.Namespace) -> Iterator[Run]:
         _check_ranks(config, ranks.world_size())
         zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
     folder = Path(config.output_dir) / config.name
-    if given.name == "run" and (given.rerun or not was_checked(folder)):
+    if options.name == "run" and (options.rerun or not was_checked(folder)):
         for note in ranks.on_main(lambda: require(config)):
             _say(note)
     with alone_in(folder):
-        yield Run(config, STAGES, given.rerun, zeros)
+        yield Run(config, STAGES, options.rerun, zeros)
 
 
 def _check_ranks(config: Config, world: int) -> None:
@@ -166,8 +166,8 @@ def _check_ranks(config: Config, world: int) -> None:
         check_divides(train, world, name)
 
 
-def _check(given: argparse.Namespace) -> int:
-    findings = check(load_config(given.config, given.overrides))
+def _check(options: argparse.Namespace) -> int:
+    findings = check(load_config(options.config, options.overrides))
     print(
         "\n".join(
             [*findings.notes, *_shown(findings.first_row), *(f"problem: {problem}" for problem in findings.problems)]
@@ -185,24 +185,24 @@ def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None
     return {"dense": zero, "sparse": zero}
 
 
-def _plan(given: argparse.Namespace) -> int:
-    config = load_config(given.config, given.overrides)
-    if given.gpus < 1 or not 0 < given.gpu_memory < 1e6:
+def _plan(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if options.gpus < 1 or not 0 < options.gpu_memory < 1e6:
         raise UserError(
-            f"--gpus, --gpu-memory: expected devices, and GB of each; got {given.gpus}, {given.gpu_memory:g}"
+            f"--gpus, --gpu-memory: expected devices, and GB of each; got {options.gpus}, {options.gpu_memory:g}"
         )
-    if given.gpus > 1 and config.deepspeed is None:
+    if options.gpus > 1 and config.deepspeed is None:
         raise UserError(
-            f"--gpus {given.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
+            f"--gpus {options.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
         )
-    _check_ranks(config, given.gpus)
-    shape = shape_of(model_config(config, given.model_config), config.model.dtype)
-    gpu_bytes = given.gpu_memory * 1e9
-    zeros = _zeros(config, given.gpus, gpu_bytes, given.model_config)
-    device = plan.DEVICES[given.device]
-    found = plan.make_plan(config, shape, zeros, gpus=given.gpus, gpu_bytes=gpu_bytes, device=device)
-    print(json.dumps(found.to_dict(), indent=1) if given.json else plan.table(found))
-    return 0 if found.fits else 1
+    _check_ranks(config, options.gpus)
+    shape = shape_of(model_config(config, options.model_config), config.model.dtype)
+    gpu_bytes = options.gpu_memory * 1e9
+    zeros = _zeros(config, options.gpus, gpu_bytes, options.model_config)
+    device = plan.DEVICES[options.device]
+    job_plan = plan.make_plan(config, shape, zeros, gpus=options.gpus, gpu_bytes=gpu_bytes, device=device)
+    print(json.dumps(job_plan.to_dict(), indent=1) if options.json else plan.table(job_plan))
+    return 0 if job_plan.fits else 1
 
 
 def _complete(unit: Unit) -> None:
@@ -241,30 +241,30 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
             bar.update(progress.done - bar.n)
 
 
-def _eval(given: argparse.Namespace) -> None:
-    config = load_config(given.config, given.overrides).model_copy(update={"deepspeed": None})
-    check_model(given.model)
+def _eval(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides).model_copy(update={"deepspeed": None})
+    check_model(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
-        facts, rows = _show("eval", evaluate_alone(run, given.model))
-    print(f"{given.model}: {evaluation_line(config, facts, rows)}")
+        facts, rows = _show("eval", evaluate_alone(run, options.model))
+    print(f"{options.model}: {evaluation_line(config, facts, rows)}")
 
 
-def _merge(given: argparse.Namespace) -> None:
-    check_new(given.out)
-    delta = Delta.load(given.delta)
-    model = load_model(given.base, ModelConfig(device="cpu"), dtype=str(delta.dtype).removeprefix("torch."))
+def _merge(options: argparse.Namespace) -> None:
+    check_new(options.out)
+    delta = Delta.load(options.delta)
+    model = load_model(options.base, ModelConfig(device="cpu"), dtype=str(delta.dtype).removeprefix("torch."))
     delta.merge_into(model)
-    save_model(model, load_tokenizer(given.base), given.out)
-    print(given.out)
+    save_model(model, load_tokenizer(options.base), options.out)
+    print(options.out)
 
 
-def _kernels(given: argparse.Namespace) -> int:
+def _kernels(options: argparse.Namespace) -> int:
     """In a process of its own: whether Triton compiles or interprets is settled when it is first imported."""
-    return subprocess.call([sys.executable, "-m", "allo_kernels", *given.arguments])
+    return subprocess.call([sys.executable, "-m", "allo_kernels", *options.arguments])
 
 
-def _env(given: argparse.Namespace) -> None:
+def _env(options: argparse.Namespace) -> None:
     import torch
 
     print("\n".join(f"{name} {number}" for name, number in versions().items()))
