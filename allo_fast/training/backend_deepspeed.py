@@ -90,7 +90,7 @@ class DeepSpeedBackend:
     def state_bytes(self) -> dict[str, int]:
         """Bytes beyond the policy's own on this rank, by kind; `master` is DeepSpeed's second copy of what trains."""
         state = self.optimizer.state
-        moments = sum(held[key].nbytes for held in state.values() for key in MOMENTS)
+        moments = sum(entry[key].nbytes for entry in state.values() for key in MOMENTS)
         return {"moments": moments, "master": sum(share.nbytes for share in state) if self.zero.stage else 0}
 
     def save(self, path: Path, step: int) -> None:
@@ -160,12 +160,12 @@ class DeepSpeedBackend:
             part = value.ds_tensor.ds_numel
             padded = full.new_zeros(part * ranks.world_size())  # the last rank's share may be longer than the tensor
             padded[: full.numel()] = full.view(-1)
-            mine = padded.narrow(0, part * ranks.rank(), part)
+            share = padded.narrow(0, part * ranks.rank(), part)
             if key == "values":
-                safe_set_local_fp32_param(value, mine)
-                value.ds_tensor.copy_(mine)
+                safe_set_local_fp32_param(value, share)
+                value.ds_tensor.copy_(share)
             else:
-                safe_set_local_optimizer_state(value, mine, key)
+                safe_set_local_optimizer_state(value, share, key)
         elif key == "values":
             safe_set_full_fp32_param(value, full)
             value.data.copy_(full)
@@ -192,8 +192,8 @@ def frozen_engine(module: nn.Module) -> Iterator[nn.Module]:
 def close_engine(engine: nn.Module) -> None:
     """Lets go of an engine's memory, which DeepSpeed otherwise keeps for as long as the process lives."""
     engine.destroy()
-    ours = set(engine.module.modules())  # activation checkpointing leaves more than the engine's own there
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in ours]
+    modules = set(engine.module.modules())  # activation checkpointing leaves more than the engine's own there
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in modules]
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):  # a cache of all its instances' results, and so of them
