@@ -102,8 +102,8 @@ def read_config(path: str | Path) -> PreTrainedConfig:
             raise UserError(f"{path}: no config.json, or an empty one")
         _check_dense_and_known(path, raw)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if kind := _other_kind(config, _named(raw)):
-            raise UserError(f"{path}: {_named(raw)}: {kind}; allo-fast trains causal language models")
+        if kind := _other_kind(config, _class_name(raw)):
+            raise UserError(f"{path}: {_class_name(raw)}: {kind}; allo-fast trains causal language models")
         return config
     except UserError:
         raise
@@ -123,9 +123,9 @@ def _check_dense_and_known(path: str | Path, raw: dict) -> None:
             f"{path}: quantized ({method}); allo-fast trains dense weights: name the model that it was quantized "
             "from, or a folder with its weights dequantized"
         )
-    if raw.get("auto_map") and not hasattr(transformers, _named(raw)):
+    if raw.get("auto_map") and not hasattr(transformers, _class_name(raw)):
         raise UserError(
-            f"{path}: {_named(raw)}: needs code of its own (auto_map in config.json), which allo-fast does not run"
+            f"{path}: {_class_name(raw)}: needs code of its own (auto_map in config.json), which allo-fast does not run"
         )
 
 
@@ -146,7 +146,7 @@ def _other_kind(config: PreTrainedConfig, name: str) -> str | None:
     return None
 
 
-def _named(raw: dict) -> str:
+def _class_name(raw: dict) -> str:
     """The class that a config.json names, else its model type."""
     return str((raw.get("architectures") or [raw.get("model_type") or "config.json without model_type"])[0])
 
@@ -190,11 +190,11 @@ def check_names(path: str | Path, model: PreTrainedModel, info: dict) -> None:
     computed = [name for name, _ in model.named_non_persistent_buffers()]
     unexpected = {key for key in info["unexpected_keys"] if not _OLD_MASK.search(key)}
     unexpected = {key for key in unexpected if not any(_same_name(key, name) for name in computed)}
-    shapes = {f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]}
+    shapes = {f"{name} {tuple(saved)} for {tuple(expected)}" for name, saved, expected in info["mismatched_keys"]}
     faults = {"missing": info["missing_keys"], "unknown to it": unexpected, "of another shape": shapes}
-    said = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
-    if said:
-        raise UserError(f"{path}: its weights are not those of {type(model).__name__}; {'; '.join(said)}")
+    parts = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+    if parts:
+        raise UserError(f"{path}: its weights are not those of {type(model).__name__}; {'; '.join(parts)}")
 
 
 def _same_name(key: str, name: str) -> bool:

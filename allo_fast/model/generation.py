@@ -39,11 +39,11 @@ def generate(
     ids = torch.tensor([[padding_id] * pad + prompt for pad, prompt in rows], device=model.device)
     mask = torch.arange(width, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
     torch.manual_seed(seed)
-    own, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
+    generation, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:
         output = model.generate(ids, attention_mask=mask.long(), generation_config=config, synced_gpus=sharded)
     finally:
-        model.generation_config = own
+        model.generation_config = generation
     texts = [
         _text(tokenizer, prompts[number // num_return_sequences], new, stops)
         for number, new in enumerate(output[:, width:].tolist())

@@ -45,7 +45,7 @@ def check_new(folder: Path) -> None:
 
 def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """On rank 0 under every name that the model knows a weight by, on the CPU; elsewhere its buffers alone."""
-    named = named_weights(model)
+    by_name = named_weights(model)
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
@@ -53,25 +53,25 @@ def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -
     state = {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in parameters}
     for name, weight in weights:
         if ranks.is_main():
-            state |= dict.fromkeys(names[id(named[name])], weight.detach().cpu())
+            state |= dict.fromkeys(names[id(by_name[name])], weight.detach().cpu())
     return state
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, Tensor]) -> None:
-    unfinished = folder.absolute().with_name(f"{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    partial_folder = folder.absolute().with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
     generation = model.generation_config
     try:
-        model.generation_config = _savable(generation, unfinished)
-        model.save_pretrained(unfinished, state_dict=dict(state))
-        tokenizer.save_pretrained(unfinished)
+        model.generation_config = _savable(generation, partial_folder)
+        model.save_pretrained(partial_folder, state_dict=dict(state))
+        tokenizer.save_pretrained(partial_folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{unfinished}: the model cannot be written: {error}") from None
+        raise UserError(f"{partial_folder}: the model cannot be written: {error}") from None
     finally:
         model.generation_config = generation
-    check_saved(model, state, unfinished)
+    check_saved(model, state, partial_folder)
     shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    partial_folder.rename(folder)
 
 
 def _savable(config: GenerationConfig | None, folder: Path) -> GenerationConfig | None:
