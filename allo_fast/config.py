@@ -226,8 +226,8 @@ def _assign(raw: dict, dotted: str, value: object) -> None:
 def _explain(error: dict) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        got = "" if error["type"] == "missing" else f" (got {error['input']!r})"
-        return f"{where}: {error['msg']}{got}" if where else error["msg"].removeprefix("Value error, ")
+        suffix = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+        return f"{where}: {error['msg']}{suffix}" if where else error["msg"].removeprefix("Value error, ")
     known = known_keys(Config)
     siblings = [key for key in known if key.rpartition(".")[0] == where.rpartition(".")[0]]
     near = difflib.get_close_matches(where, siblings, n=1) or difflib.get_close_matches(where, known, n=1, cutoff=0.0)

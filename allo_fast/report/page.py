@@ -124,7 +124,7 @@ def _responses(run: Run) -> str:
     tokenizer = load_tokenizer(base_path(unit))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     threshold = run.config.forget.threshold if run.config.protocol == "paper" else None
-    shown = []
+    responses = []
     for row in rows[:: max(1, len(rows) // _SHOWN_RESPONSES)][:_SHOWN_RESPONSES]:
         tokens = [tokenizer.decode([token]) for token in row["response_ids"]]
         weights = [reward if threshold is None else float(reward < threshold) for reward in row["rewards"]]
@@ -134,11 +134,11 @@ def _responses(run: Run) -> str:
             for token, reward, weight in zip(tokens, row["rewards"], weights, strict=True)
         )
         question = html.escape(as_text(row["prompt"]))
-        shown.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
+        responses.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
     return _section(
         "Wrong responses, by token",
         "Shade: the token's weight in forgetting. Point at a token for its reward, the rewriter's probability of it.",
-        "".join(shown),
+        "".join(responses),
     )
 
 

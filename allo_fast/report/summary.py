@@ -145,10 +145,10 @@ def is_preference(summary: dict) -> bool:
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
     lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
     for name, model in models.items():
-        both = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
+        scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
         seeds = " ".join(map(percent, model["seeds"]))
         interval = shown_interval("accuracy", model["ci95"])
-        lines.append(f"{name:<8}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{both}  {seeds}")
+        lines.append(f"{name:<8}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
     return lines + [ties_line(name, model["ties"]) for name, model in models.items() if model.get("ties")]
 
 

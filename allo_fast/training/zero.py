@@ -201,14 +201,14 @@ def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
     )
     if steps % world == 0:
         return
-    say = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
+    problem = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
     if micro * steps % world:
         larger = -(-steps // world) * world
         raise UserError(
-            f"{say}, nor its {micro * steps} examples; {prefix}gradient_accumulation_steps={larger} would do"
+            f"{problem}, nor its {micro * steps} examples; {prefix}gradient_accumulation_steps={larger} would do"
         )
     fits = max(size for size in range(1, micro + 1) if micro * steps % (size * world) == 0)
     raise UserError(
-        f"{say}; the same step on {world}: {prefix}per_device_train_batch_size={fits} "
+        f"{problem}; the same step on {world}: {prefix}per_device_train_batch_size={fits} "
         f"{prefix}gradient_accumulation_steps={micro * steps // fits}"
     )
