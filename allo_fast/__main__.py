@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    with _opened(options) as run:
+    with _open_run(options) as run:
         for unit in run.units(stages_of(run.config)):
             if options.name == "run":
                 _complete(unit)
@@ -130,14 +130,14 @@ def _report(run: Run) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    with _opened(options) as run:
+    with _open_run(options) as run:
         for unit in run.units([options.name]):
             _complete(unit)
     ranks.stop()
 
 
 @contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[Run]:
+def _open_run(options: argparse.Namespace) -> Iterator[Run]:
     """The run of this command, alone in its folder; several processes all come here, and with the same inputs."""
     config = load_config(options.config, options.overrides)
     if config.deepspeed is None:

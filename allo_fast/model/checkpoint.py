@@ -91,7 +91,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     if Path(path).is_file():
         hint = "; `allo-fast convert` makes a folder of it" if str(path).endswith(".gguf") else ""
         raise UserError(f"{path}: a file, where a model's folder or hub id was expected{hint}")
-    if _has(path, "adapter_config.json"):
+    if _has_file(path, "adapter_config.json"):
         raise UserError(
             f"{path}: an adapter (adapter_config.json), not a model: merge it into its base, and name the folder of "
             "the merged model"
@@ -227,7 +227,7 @@ def read(file: str, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def _has(path: str | Path, name: str) -> bool:
+def _has_file(path: str | Path, name: str) -> bool:
     file = cached_file(
         path,
         name,

@@ -125,7 +125,7 @@ class Unit:
             return False
         manifest = self.manifest()
         outputs = manifest["outputs"].items()
-        return manifest["digest"] == self.digest() and all(_is(self.folder / name, entry) for name, entry in outputs)
+        return manifest["digest"] == self.digest() and all(_fits(self.folder / name, entry) for name, entry in outputs)
 
     def execute(self) -> Iterator[Progress]:
         """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
@@ -255,7 +255,7 @@ def _identity(path: Path) -> dict:
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def _is(path: Path, entry: dict) -> bool:
+def _fits(path: Path, entry: dict) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
 

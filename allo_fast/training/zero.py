@@ -121,7 +121,7 @@ def _check_top(path: str, top: dict, config: Config) -> None:
         if key in _BATCH and value != "auto":
             raise UserError(f'deepspeed: {path}: {key}: set it to "auto"; each stage of the run has its own')
         kind = _PASSED_ON.get(key)
-        if kind and value != "auto" and not _is(value, kind):
+        if kind and value != "auto" and not _is_of_kind(value, kind):
             raise UserError(f"deepspeed: {path}: {key}: expected {kind.__name__}, got {value!r}")
         if key == "gradient_clipping" and value != "auto":
             _check_clipping(path, value, config)
@@ -167,7 +167,7 @@ def _check_values(path: str, options: dict) -> None:
         raise UserError(f"deepspeed: {path}: zero_optimization.{where}: {first['msg']}") from None
 
 
-def _is(value: object, kind: type) -> bool:
+def _is_of_kind(value: object, kind: type) -> bool:
     """1e5 is an integer too, though JSON reads a float."""
     return type(value) is kind or (kind is int and type(value) is float and value.is_integer())
 
