@@ -173,7 +173,7 @@ def _check(options: argparse.Namespace) -> int:
             [*findings.notes, *_shown(findings.first_row), *(f"problem: {problem}" for problem in findings.problems)]
         )
     )
-    print(f"{len(findings.problems)} problems" if findings.problems else "nothing stands against this run")
+    print(f"problems: {len(findings.problems)}" if findings.problems else "nothing stands against this run")
     return 2 if findings.problems else 0
 
 

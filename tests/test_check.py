@@ -93,6 +93,34 @@ def test_each_problem(job, capsys, tmp_path, overrides, problem):
     assert problem.format() in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"max_position_embeddings": 8}, "short reads 8 tokens, a prompt with its response has"),
+        ({"vocab_size": 300}, "short embeds 300 tokens, a row has the token"),
+    ],
+)
+def test_references_that_cannot_read_the_rows(job, capsys, tmp_path, changes, problem):
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
+    save_model(tiny_llama(**{"vocab_size": len(tokenizer)} | changes), tokenizer, tmp_path / "short")
+    assert job("check", f"learn.reference={tmp_path / 'short'}") == 2
+    said = capsys.readouterr().out
+    assert f"problem: learn.reference: {tmp_path}/{problem}" in said and "problems: 1" in said
+
+
+def test_where_nothing_can_be_written(job, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert job("check", f"output_dir={tmp_path / 'file' / 'runs'}") == 2
+    assert "file: not a folder that can be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_tokenizer_that_is_broken(job, capsys, tmp_path, text):
+    (tmp_path / "base" / "tokenizer.json").write_text(text)
+    assert job("check") == 2
+    assert "problem: model.name_or_path: " in capsys.readouterr().out
+
+
 def test_rows_that_are_set_aside_are_counted(job, capsys, tmp_path):
     write(tmp_path / "test.jsonl", ROW, {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": "So."})
     assert job("check") == 0

@@ -19,7 +19,6 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages import forget, models, pairs, rewards
-from allo_fast.stages.check import Findings
 
 
 def test_json_lines_survive_every_line_separator(tmp_path):
@@ -66,17 +65,7 @@ def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
     assert models.frozen_reference(reference_unit, None) is None
 
 
-def test_references_that_cannot_be_compared_with(tmp_path, reference_unit):
-    findings = Findings()
-    config, base = reference_unit.config, character_tokenizer()
-    config.learn.reference, config.warmup.reference = str(tmp_path / "larger"), str(tmp_path / "none")
-    models.check_other_models(config, base, findings.attempt)
-    assert "warmup.reference: " in findings.problems[0] and "no such file" in findings.problems[0]
-    assert "learn.reference: " in findings.problems[1] and "has another vocabulary than " in findings.problems[1]
-    reference_unit.config.learn.reference = str(tmp_path / "other")
-    reference_unit.config.warmup.reference = None
-    models.check_other_models(config, base, findings.attempt)
-    assert len(findings.problems) == 2
+def test_a_reference_that_cannot_keep_responses_apart(tmp_path, reference_unit):
     opened = models.frozen_reference(reference_unit, str(tmp_path / "sliding"))
     with opened(False):
         pass
@@ -200,6 +189,14 @@ def test_responses_end_where_the_model_says_too_and_keep_their_space():
     ((response,),) = generate(model, tokenizer, [prompt], {2}, max_new_tokens=8)
     assert response == tokenizer.decode([*prompt, *said[1 : said.index(300)]]).removeprefix(tokenizer.decode(prompt))
     assert response
+
+
+def test_logits_that_are_not_finite_end_a_generation():
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    model.model.norm.weight.data.fill_(3e38)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="LlamaForCausalLM: its logits are not finite"):
+            respond(model, temperature=temperature)
 
 
 def test_padding_needs_no_token_of_its_own():

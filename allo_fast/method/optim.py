@@ -164,6 +164,7 @@ class SparseAdamW(Optimizer):
         """Sets the state, and the values in the policy and its base. Raises UserError for one of another policy."""
         if state_dict.get("identity") != self.policy.identity:
             raise UserError("state_dict: not of a SparseAdamW with this base and selection")
+        self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         for value, view in self._views.items():
             loaded = self.state[value]
@@ -175,6 +176,15 @@ class SparseAdamW(Optimizer):
             value.copy_(state_dict["values"][name])
         self.policy.write_back()
         self.policy.loaded_alone = state_dict["loaded_alone"]  # accelerate loads what it just took from here
+
+    def _check_shapes(self, state_dict: dict) -> None:
+        """Raises UserError where a value or moment is missing, or has another shape than here."""
+        (group,) = state_dict["param_groups"]
+        for number, (name, value) in zip(group["params"], self.policy.values.items(), strict=True):
+            entries = {**state_dict["state"].get(number, {}), "value": state_dict["values"].get(name)}
+            for key in ("value", "exp_avg", "exp_avg_sq"):
+                if getattr(entries.get(key), "shape", None) != value.shape:
+                    raise UserError(f"state_dict: {key} of {name}: expected shape {tuple(value.shape)}")
 
 
 class _Flat(NamedTuple):

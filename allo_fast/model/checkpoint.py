@@ -31,7 +31,16 @@ from allo_fast.model.weights import same_bits
 
 _SHOWN = 3  # names in a message
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")  # of GPT-J, GPT-Neo, CodeGen
-_DAMAGED_FILE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+_DAMAGED_FILE = (
+    AttributeError,
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 def check_there(path: str | Path) -> None:

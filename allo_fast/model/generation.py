@@ -1,7 +1,12 @@
 """Responses from a model by Hugging Face `generate`, seeded chunk by chunk."""
 
+from collections.abc import Callable
+
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from allo_fast.config import UserError
 
 
 @torch.no_grad()
@@ -25,6 +30,7 @@ def generate(
     last of them is done.
     """
     stops = {*end_tokens, *stop_tokens(model)}
+    finite = LogitsProcessorList([_finite(type(model).__name__)])
     settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -41,7 +47,9 @@ def generate(
     torch.manual_seed(seed)
     generation, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:
-        output = model.generate(ids, attention_mask=mask.long(), generation_config=config, synced_gpus=sharded)
+        output = model.generate(
+            ids, attention_mask=mask.long(), generation_config=config, logits_processor=finite, synced_gpus=sharded
+        )
     finally:
         model.generation_config = generation
     texts = [
@@ -55,6 +63,17 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     """What the model's generation configuration stops at."""
     ids = model.generation_config.eos_token_id
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def _finite(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that changes nothing. Raises UserError where a logit is NaN or positive infinity."""
+
+    def look(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not (scores < torch.inf).all():
+            raise UserError(f"{name}: its logits are not finite")
+        return scores
+
+    return look
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int], stops: set[int]) -> str:

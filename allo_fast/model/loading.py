@@ -89,7 +89,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     check_there(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever it is: transformers computes with the files' values as it reads them
         raise UserError(f"{path}: no tokenizer that can be loaded: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

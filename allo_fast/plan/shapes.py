@@ -91,8 +91,9 @@ def empty_model(config: PretrainedConfig, dtype: str, attention: str | None = No
 
 
 def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None = None) -> nn.Module:
+    settings = {"attn_implementation": attention} if attention else {}  # None would undo the configuration's own
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **settings)
 
 
 def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:

@@ -1,5 +1,6 @@
 """What would end a run later, asked before any stage starts and listed at once. `allo-fast check CONFIG`"""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.run import MANIFEST
-from allo_fast.stages.models import check_other_models, prompts_of
+from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import first_row, limits, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import read_zero
@@ -35,6 +36,8 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first_row: dict[str, str] = field(default_factory=dict)
+    longest: int = 0  # tokens of a prompt with its response, of the usable rows
+    highest: int = 0  # token id
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """What `work` returns; None, and its error among the problems, where it fails."""
@@ -53,13 +56,14 @@ def check(config: Config) -> Findings:
     if config.deepspeed not in (None, "auto"):
         findings.attempt(lambda: read_zero(config.deepspeed, config))
     model = findings.attempt(lambda: _base_config(config))
-    tokenizer = model and findings.attempt(lambda: base_tokenizer(config))
+    tokenizer = findings.attempt(lambda: base_tokenizer(config)) if model else None
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     for key, new_tokens in (("train", config.sample.max_new_tokens), ("test", config.evaluate.max_new_tokens)):
         _check_data(findings, config, key, prompts if model else None, new_tokens)
     if config.method == "allo":
         _check_rewards(findings, config, prompts if model else None)
-    check_other_models(config, tokenizer, findings.attempt)
+    for key, path in other_models(config).items():
+        findings.attempt(lambda key=key, path=path: _check_other(findings, config, key, path, tokenizer))
     if model:
         findings.attempt(lambda: _check_architecture(config, model))
         _check_disk(findings, config, weights_of(model, config.model.dtype).parameters)
@@ -82,7 +86,10 @@ def was_checked(folder: Path) -> bool:
 
 
 def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    return load_tokenizer(config.model.name_or_path) if config.model.name_or_path else character_tokenizer()
+    try:
+        return load_tokenizer(config.model.name_or_path) if config.model.name_or_path else character_tokenizer()
+    except UserError as error:
+        raise UserError(f"model.name_or_path: {error}") from None
 
 
 def _base_config(config: Config) -> PretrainedConfig:
@@ -111,6 +118,17 @@ def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts |
     findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
     if key == "train":
         findings.first_row = first_row(rows, prompts)
+        findings.longest, findings.highest = _extent(rows, new_tokens)
+
+
+def _extent(rows: list[dict], new_tokens: int) -> tuple[int, int]:
+    """The most tokens of a prompt with a response, and the highest token id."""
+    longest = highest = 0
+    for row in rows:
+        responses = [response["ids"] for response in row["responses"]]
+        longest = max(longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
+        highest = max(highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
+    return longest, highest
 
 
 def _reasons(aside: list[Quarantined]) -> list[str]:
@@ -128,7 +146,7 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
     elif prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, settings.model))):
-        shortest = len(findings.attempt(lambda: prompts.encode_rewrite("", "", "")) or [])
+        shortest = len(findings.attempt(lambda: prompts.encode_rewrite("x", "x", "x")) or [])
         if shortest >= limit.positions:
             findings.problems.append(
                 f"rewards.template: the rewriting prompt alone has {shortest} tokens, "
@@ -145,9 +163,34 @@ def _check_architecture(config: Config, model: PretrainedConfig) -> None:
             check_ratio(sizes, ratio, tuple(config.locate.exclude))
 
 
+def _check_other(
+    findings: Findings, config: Config, key: str, path: str, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """A model that is named beside the base can be loaded, has the base's vocabulary, and reads what the base reads.
+
+    tokenizer: the base's; None where it cannot be had.
+    """
+    try:
+        check_model(path)
+        vocabulary, limit = load_tokenizer(path).get_vocab(), limits(config, 0, path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if tokenizer and vocabulary != tokenizer.get_vocab():
+        raise UserError(f"{key}: {path} has another vocabulary than {config.model.name_or_path or 'the base model'}")
+    if key != "rewards.model" and findings.longest > limit.positions:
+        raise UserError(
+            f"{key}: {path} reads {limit.positions} tokens, a prompt with its response has {findings.longest}"
+        )
+    if findings.highest >= limit.vocabulary:
+        raise UserError(f"{key}: {path} embeds {limit.vocabulary} tokens, a row has the token {findings.highest}")
+
+
 def _check_disk(findings: Findings, config: Config, parameters: int) -> None:
     folder = Path(config.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        findings.problems.append(f"output_dir: {existing}: not a folder that can be written")
+        return
     free, needed = shutil.disk_usage(existing).free, disk_bytes(config, parameters)
     if needed > free:
         findings.problems.append(

@@ -14,9 +14,8 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
-from allo_fast.model.checkpoint import check_model
 from allo_fast.model.generation import stop_tokens
-from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
@@ -117,30 +116,13 @@ def _bytes(unit: Unit, path: str | Path) -> int:
     return BYTES[dtype] * weights_of(model_config(unit.config, str(path)), dtype).parameters
 
 
-def check_other_models(
-    config: Config, tokenizer: PreTrainedTokenizerBase | None, attempt: Callable[[Callable[[], None]], None]
-) -> None:
-    """Models that are named beside the base can be loaded and have its vocabulary; `attempt` gets the UserErrors.
-
-    tokenizer: the base's; None where it cannot be had, and only the others' existence is asked.
-    """
-    sections = training_sections(config).items()
-    named = {f"{name}.reference": getattr(train, "reference", None) for name, train in sections}
+def other_models(config: Config) -> dict[str, str]:
+    """The models that are named beside the base, by key."""
+    named = {
+        f"{name}.reference": getattr(train, "reference", None) for name, train in training_sections(config).items()
+    }
     named["rewards.model"] = config.rewards.model if config.method == "allo" else None
-    base = config.model.name_or_path or "the base model"
-    for key, path in named.items():
-        if path:
-            attempt(lambda key=key, path=path: _check_other(key, path, tokenizer, base))
-
-
-def _check_other(key: str, path: str, tokenizer: PreTrainedTokenizerBase | None, base: str) -> None:
-    try:
-        check_model(path)
-        vocabulary = load_tokenizer(path).get_vocab()
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    if tokenizer and vocabulary != tokenizer.get_vocab():
-        raise UserError(f"{key}: {path} has another vocabulary than {base}")
+    return {key: path for key, path in named.items() if path}
 
 
 def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:
