@@ -277,6 +277,14 @@ def test_one_score_that_is_not_finite_is_enough(place):
         _scored(unit, "model", row, [-1.0, -math.inf], {})
 
 
+def test_rows_that_the_model_cannot_read_are_set_aside(place, capsys):
+    write_jsonl(place / "rows.jsonl", [{"prompt": "1", "chosen": "2", "rejected": "3" * n} for n in (1, 60)])
+    short = tiny_llama(vocab_size=len(character_tokenizer()), max_position_embeddings=16)
+    save_model(short, character_tokenizer(), place / "short")
+    assert main(["eval", str(place / "short"), str(place / "config.yaml")]) == 0
+    assert "1 pairs of 1 problems, 1 rows set aside" in capsys.readouterr().out
+
+
 def test_without_a_base_there_are_no_implicit_rewards(place, capsys, caplog):
     other, config = model(place / "other", seed=5), str(place / "config.yaml")
     assert main(["eval", other, config, "model.name_or_path=/nowhere"]) == 0

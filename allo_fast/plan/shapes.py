@@ -85,7 +85,7 @@ def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
 def empty_model(config: PretrainedConfig, dtype: str, attention: str | None = None) -> nn.Module:
     """The model on the meta device. Raises UserError for an implementation of attention that it does not have."""
     try:
-        return _on_meta(config, dtype, attention)
+        return _on_meta(copy.deepcopy(config), dtype, attention)  # which writes the attention into it
     except (ValueError, ImportError) as error:
         raise UserError(f"model.attn_implementation: {attention}: {first_line(error)}") from None
 

@@ -145,7 +145,9 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
     settings = config.rewards
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
-    elif prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, settings.model))):
+        return
+    models = [settings.model] if settings.model else []
+    if prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, *models))):
         shortest = len(findings.attempt(lambda: prompts.encode_rewrite("x", "x", "x")) or [])
         if shortest >= limit.positions:
             findings.problems.append(

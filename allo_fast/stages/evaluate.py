@@ -76,7 +76,7 @@ def evaluate(
     the one at `path`. Raises UserError for scores that are not finite.
     """
     prompts = prompts_of(unit.config, load_tokenizer(reader or path))
-    problems, quarantined = _problems(unit, path, prompts, against)
+    problems, quarantined = _problems(unit, prompts, against, path, reader or path)
     ref_logps = _logps_of(against) if against else {}
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, scoring=scoring) as frozen:
@@ -92,11 +92,11 @@ def evaluate(
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
 
-def _problems(unit: Unit, path: str | Path, prompts: Prompts, against: Path | None) -> tuple[list[dict], int]:
-    """The test rows, and how many were set aside; against the base, those that it was evaluated on."""
+def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[list[dict], int]:
+    """The test rows that the models at `paths` can read, and how many were set aside; or those of the base."""
     if against:
         return read_jsonl(against / "problems.jsonl"), len(read_jsonl(against / "quarantine.jsonl"))
-    return unit_problems(unit, unit.config.data.test, prompts, unit.config.evaluate.max_new_tokens, path)
+    return unit_problems(unit, unit.config.data.test, prompts, unit.config.evaluate.max_new_tokens, *paths)
 
 
 def _logps_of(folder: Path) -> dict[str, list[float]]:

@@ -12,16 +12,16 @@ from allo_fast.runs.run import Unit
 
 
 def unit_problems(
-    unit: Unit, source: str, prompts: Prompts, new_tokens: int, path: str | Path | None = None
+    unit: Unit, source: str, prompts: Prompts, new_tokens: int, *paths: str | Path
 ) -> tuple[list[dict], int]:
     """Rows of `encode_problems`, and how many were set aside; problems.jsonl and quarantine.jsonl of the unit.
 
-    path: the model that reads them; None: the base. A continued unit reads what it rendered, so that a chat template
+    paths: the models that read them; none: the base. A continued unit reads what it rendered, so that a chat template
     with today's date changes nothing. Raises UserError where no row is usable.
     """
 
     def render() -> list[dict]:
-        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens, path)
+        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens, *paths)
         write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
         if not rows:
             raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
@@ -32,10 +32,10 @@ def unit_problems(
 
 
 def usable_problems(
-    config: Config, source: str, prompts: Prompts, new_tokens: int, path: str | Path | None = None
+    config: Config, source: str, prompts: Prompts, new_tokens: int, *paths: str | Path
 ) -> tuple[list[dict], list[Quarantined]]:
     problems, quarantined = read_problems(source, config.data.format)
-    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens, path))
+    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens, *paths))
     return rows, quarantined + refused
 
 
@@ -46,11 +46,12 @@ def first_row(rows: list[dict], prompts: Prompts) -> dict[str, str]:
     return {name: prompts.tokenizer.decode(ids) for name, ids in parts}
 
 
-def limits(config: Config, new_tokens: int, path: str | Path | None = None) -> Limits:
-    """Of the configuration and of the model at `path`, or of the base; infinite where the model names none."""
-    model = model_config(config, path and str(path)).get_text_config()
-    data = config.data
-    return Limits(data.max_prompt_tokens, data.max_response_tokens, new_tokens, max_positions(model), model.vocab_size)
+def limits(config: Config, new_tokens: int, *paths: str | Path) -> Limits:
+    """Of the configuration and of all models at `paths`, or of the base; infinite where the models name none."""
+    models = [model_config(config, str(path)).get_text_config() for path in paths]
+    models = models or [model_config(config).get_text_config()]
+    positions, vocabulary = min(map(max_positions, models)), min(model.vocab_size for model in models)
+    return Limits(config.data.max_prompt_tokens, config.data.max_response_tokens, new_tokens, positions, vocabulary)
 
 
 def max_positions(model) -> float:
