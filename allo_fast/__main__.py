@@ -17,7 +17,8 @@ import transformers
 from tqdm import tqdm
 
 from allo_fast import ranks
-from allo_fast.config import Config, ModelConfig, UserError, load_config
+from allo_fast.config import Config, ModelConfig, UserError
+from allo_fast.config_file import load_config
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer

@@ -1,14 +1,15 @@
-"""The configuration: small typed classes, YAML, dotted overrides, strict.
+"""Every key of the configuration, in small typed classes; config_file.py reads them from YAML.
 
 Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are the paper's.
 """
 
-import difflib
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
+Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
+RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
 
 
 class UserError(ValueError):
@@ -30,6 +31,7 @@ class ModelConfig(Section):
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # of the values that train, into a bfloat16 base
 
 
 class DataConfig(Section):
@@ -94,8 +96,16 @@ class WarmupConfig(PreferenceTrainConfig):
 
 
 class LocateConfig(Section):
+    score: Score | None = None  # what ranks the weights; null: linear, with protocol: release delta
+    after: str | None = None  # folder or hub id: rank by what changed from the base to this model instead
+    pairs: int | None = Field(None, gt=0)  # that gradients are taken of, drawn at random; null: all
+    clip: bool = True  # linear: scale each step's gradient down to warmup.max_grad_norm, as training would
+    windows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # passes over the pairs, each for some weights
+    accumulators: Literal["device", "host"] = "device"  # where sums of gradients lie
+    scope: Literal["global", "per_tensor"] = "global"  # all weights compete, or those of each tensor among themselves
     exclude: list[str] = []  # tensors never selected, as shell patterns: "*embed_tokens*"
-    skip: float = Field(0.0, ge=0, lt=1)  # fraction of the largest changes passed over first (the band of the ablation)
+    skip: float = Field(0.0, ge=0, lt=1)  # fraction of the highest passed over first (the band of the ablation)
+    last: bool = False  # the lowest instead of the highest (the ablation)
 
 
 class RewriterConfig(TrainConfig):
@@ -105,14 +115,21 @@ class RewriterConfig(TrainConfig):
     gradient_accumulation_steps: int = Field(32, gt=0)
 
 
+class ImplicitConfig(TrainConfig):
+    learning_rate: float = Field(5e-6, gt=0)
+    beta: float = Field(0.1, gt=0)  # of its implicit rewards, which are the tokens' rewards
+
+
 class RewardsConfig(Section):
-    source: Literal["rewriter", "file"] = "rewriter"
+    source: RewardSource | None = None  # null: rewriter, for preference data confidence
     path: str | None = None  # source: file: JSON lines {prompt, response, rewards: one number per token}
-    model: str | None = None  # what the rewriter starts from; null: the base model
+    model: str | None = None  # what rewrites or is confident; null: the base model
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that a rewriter or implicit's DPO trains; 1: dense
     template: str | None = None  # three "{}": problem, solution, response; null: the paper's
     batch_size: int = Field(8, gt=0)  # responses per forward pass when scoring
     max_examples: int | None = Field(None, gt=0)  # corrections to train on, drawn at random; null: all
-    train: RewriterConfig = RewriterConfig()
+    train: RewriterConfig = RewriterConfig()  # of source: rewriter
+    dpo: ImplicitConfig = ImplicitConfig()  # of source: implicit
 
 
 class SparseTrainConfig(PreferenceTrainConfig):
@@ -125,14 +142,16 @@ class ForgetConfig(SparseTrainConfig):
     warmup_steps: float = Field(0.03, ge=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
     beta: float = Field(0.1, gt=0)  # of NPO
-    threshold: float = Field(0.5, ge=0, le=1)  # tokens whose reward is below it are forgotten (protocol: paper)
+    # Tokens whose reward is below it are forgotten (protocol: paper); mean: below the mean of their own response.
+    threshold: Literal["mean"] | Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class LearnConfig(SparseTrainConfig):
     learning_rate: float = Field(5e-6, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
     beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
-    epsilon: float = Field(0.1, gt=0, le=1)  # fraction of each rejected response's tokens that are key tokens
+    # Fraction of each rejected response's tokens that are key tokens; null: 0.1, with method: sparse-dpo 1 (plain DPO).
+    epsilon: float | None = Field(None, gt=0, le=1)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
 
 
@@ -148,7 +167,10 @@ class Config(Section):
     ddp_timeout: float = Field(1800, gt=0)  # seconds that a rank waits for the others
     seeds: list[int] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
-    method: Literal["allo", "dpo"] = "allo"  # dpo ends with the dense warm-up as its result
+    # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
+    method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
+    rivals: list[Literal["dpo"]] = []  # trained and evaluated beside the method
+    save_models: Literal["final", "all", "none"] = "final"  # of which stages whole models are kept, beside their deltas
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
     data: DataConfig
@@ -177,68 +199,29 @@ class Config(Section):
             raise ValueError(f"model.device: {self.model.device}; with deepspeed each rank has its own: leave it auto")
         if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
             raise ValueError("locate.skip plus a stage's ratio is more than 1")
+        if self.locate.after and self.locate.score:
+            raise ValueError("locate.after takes the place of locate.score: set one of them")
+        if self.protocol == "release" and self.located_by not in ("delta", "after"):
+            raise ValueError(f"locate.score: protocol: release has delta alone, got {self.locate.score}")
         return self
 
+    @property
+    def located_by(self) -> str:
+        """What ranks the weights: a score, or `after` for another model's change."""
+        if self.locate.after:
+            return "after"
+        return self.locate.score or ("delta" if self.protocol == "release" else "linear")
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """The configuration in a YAML file, with `key.subkey=value` overrides (values are YAML) on top.
+    @property
+    def warms_up(self) -> bool:
+        """Whether the dense warm-up runs: as the result, as a rival, or for what it changes."""
+        return "dpo" in (self.method, *self.rivals) or self.located_by == "delta"
 
-    Raises UserError for a missing file, YAML that does not parse, unknown keys (naming the nearest known one) and
-    values that do not fit.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    raw = _parse(path.read_text(), str(path))
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected keys and values, got {type(raw).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"{override}: expected key.subkey=value")
-        _assign(raw, key, _parse(value, override))
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    @property
+    def reward_source(self) -> str:
+        return self.rewards.source or ("confidence" if self.data.format == "preference" else "rewriter")
 
-
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {error}") from None
-
-
-def _assign(raw: dict, dotted: str, value: object) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise UserError(f"{dotted}: {parent} has no keys of its own")
-    raw[last] = value
-
-
-def _explain(error: dict) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
-        suffix = "" if error["type"] == "missing" else f" (got {error['input']!r})"
-        return f"{where}: {error['msg']}{suffix}" if where else error["msg"].removeprefix("Value error, ")
-    known = known_keys(Config)
-    siblings = [key for key in known if key.rpartition(".")[0] == where.rpartition(".")[0]]
-    near = difflib.get_close_matches(where, siblings, n=1) or difflib.get_close_matches(where, known, n=1, cutoff=0.0)
-    return f"{where}: unknown key; did you mean {near[0]}?"
-
-
-def known_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Every dotted key of the configuration."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+    @property
+    def epsilon(self) -> float:
+        """Of learning: the fraction of each rejected response's tokens that are key tokens."""
+        return self.learn.epsilon or (1.0 if self.method == "sparse-dpo" else 0.1)

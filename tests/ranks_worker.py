@@ -32,7 +32,8 @@ from transformers import (
 
 from allo_fast import ranks
 from allo_fast.__main__ import main
-from allo_fast.config import ModelConfig, TrainConfig, UserError, load_config
+from allo_fast.config import ModelConfig, TrainConfig, UserError
+from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.method.objectives import Dpo

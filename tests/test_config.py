@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allo_fast.config import Config, UserError, load_config, save_config
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import load_config, save_config
 
 MINIMAL = "name: x\nmodel: {name_or_path: m}\ndata: {train: a.jsonl, test: b.jsonl}\n"
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))

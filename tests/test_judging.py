@@ -11,7 +11,8 @@ import torch
 from conftest import tiny_llama
 
 from allo_fast.__main__ import main
-from allo_fast.config import UserError, load_config
+from allo_fast.config import UserError
+from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import ALPHABET, character_tokenizer
 from allo_fast.data.scoring import (
     accuracy_interval,

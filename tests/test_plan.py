@@ -7,7 +7,8 @@ from conftest import tiny_llama
 from transformers import AutoConfig, LlamaConfig
 
 from allo_fast.__main__ import main
-from allo_fast.config import Config, UserError, load_config
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import load_config
 from allo_fast.data.batch import Corpus, attention_mask, collate
 from allo_fast.plan.costs import states, traffic
 from allo_fast.plan.job import DEVICES, USABLE, choose, make_plan, table

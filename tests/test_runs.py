@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
-from allo_fast.config import Config, UserError, load_config
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import load_config
 from allo_fast.model.weights import named_weights
 from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of

@@ -5,7 +5,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from allo_fast.config import Config, LearnConfig, UserError, load_config
+from allo_fast.config import Config, LearnConfig, UserError
+from allo_fast.config_file import load_config
 from allo_fast.training.zero import PERSISTENT, Zero, check_divides, read_zero
 
 CONFIGS = Path(__file__).parents[1] / "configs"

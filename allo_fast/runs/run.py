@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from allo_fast import ranks
-from allo_fast.config import Config, UserError, load_config, save_config
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import load_config, save_config
 from allo_fast.model.loading import pick_device
 from allo_fast.training.engine import CHECKPOINT
 from allo_fast.training.zero import Zero
