@@ -153,11 +153,15 @@ def concatenate(part: Tensor) -> Tensor:
     return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)]).to(part.device)
 
 
-def share(weight: Tensor) -> tuple[int, Tensor]:
-    """This rank's part of a weight, flat, and where in the weight it begins; parts are as ZeRO-3 cuts them."""
-    size = getattr(weight, "ds_numel", weight.numel())
+def bounds(size: int) -> tuple[int, int]:
+    """Where in a weight of `size` entries this rank's part begins and ends; parts are as ZeRO-3 cuts them."""
     part = -(-size // world_size())
-    begin, end = min(size, part * rank()), min(size, part * (rank() + 1))
+    return min(size, part * rank()), min(size, part * (rank() + 1))
+
+
+def share(weight: Tensor) -> tuple[int, Tensor]:
+    """This rank's part of a weight, flat, and where in the weight it begins."""
+    begin, end = bounds(getattr(weight, "ds_numel", weight.numel()))
     if hasattr(weight, "ds_tensor"):
         return begin, weight.ds_tensor.detach().view(-1)[: end - begin]
     return begin, weight.detach().reshape(-1)[begin:end]

@@ -119,7 +119,7 @@ def test_a_selection_of_nothing_is_refused():
 
 def test_unchanged_weights_fill_up_and_it_is_said(caplog):
     selection = from_scores({"a": torch.tensor([0.0, 1.0, 0.0, 0.0])}, 0.75)
-    assert selection.positions("a").unpack().tolist() == [0, 1, 2] and "only 1 weights changed" in caplog.text
+    assert selection.positions("a").unpack().tolist() == [0, 1, 2] and "only 1 weights have a score" in caplog.text
 
 
 def test_nan_scores_are_refused():

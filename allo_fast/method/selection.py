@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.method.delta import load_positions, save_positions
+from allo_fast.method.scores import Change, Given, Score
 from allo_fast.model.weights import as_bytes, fingerprint, named_weights, size_of
 from allo_kernels import Positions, topk_threshold
 
 logger = logging.getLogger(__name__)
+
+_LOOK = 1 << 22  # scores that are looked at at once: a tensor's may be half a billion, and each takes several copies
 
 
 @dataclass(frozen=True)
@@ -40,47 +44,38 @@ class Selection:
     where: str = "selection"
 
     @classmethod
-    def from_delta(
-        cls,
-        before: nn.Module,
-        after: nn.Module,
-        ratio: float,
-        *,
-        exclude: tuple[str, ...] = (),
-        skip: float = 0.0,
-        protocol: str = "paper",
-    ) -> "Selection":
+    def from_delta(cls, before: nn.Module, after: nn.Module, ratio: float, **settings) -> "Selection":
         """The weights that training moved most: scores |after - before| in fp32, see `from_scores`."""
-        old, new = named_weights(before), named_weights(after)
-        if different := [name for name in old if name not in new or _shape(new[name]) != _shape(old[name])]:
-            raise ValueError(f"after: not the same model as before; {different[0]} differs")
-        deltas = {name: _Change(old[name], new[name]) for name in old}
-        changed = any(bool(change.magnitudes().any()) for change in deltas.values())
-        if not ranks.add_up(torch.tensor([changed], dtype=torch.int64)):
-            raise UserError("no weight changed between before and after; was the learning rate ever above zero?")
-        return cls.from_scores(deltas, ratio, base=fingerprint(before), exclude=exclude, skip=skip, protocol=protocol)
+        return cls.from_scores(changes(before, after), ratio, base=fingerprint(before), **settings)
 
     @classmethod
     def from_scores(
         cls,
-        scores: "Mapping[str, Tensor | _Change]",
+        scores: Mapping[str, Tensor | Score],
         ratio: float,
         *,
         base: str,
         exclude: tuple[str, ...] = (),
         skip: float = 0.0,
+        last: bool = False,
+        scope: str = "global",
         protocol: str = "paper",
     ) -> "Selection":
-        """The floor(ratio x N) largest |score| after the floor(skip x N) largest are passed over.
+        """The floor(ratio x N) largest |score| after the floor(skip x N) largest are passed over; last: the smallest.
 
-        exclude: shell patterns of tensor names that do not compete. Every rank of a process group calls this together,
-        looks at a share of each tensor and gets all positions. Raises ValueError for a ratio outside 0..1, NaN.
+        exclude: shell patterns of tensor names that do not compete. scope: "global", or "per_tensor", where ratio and
+        skip are of each tensor by itself. Every rank of a process group calls this together, looks at a share of each
+        tensor and gets all positions. Raises ValueError for a ratio outside 0..1, another scope, NaN.
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
-        pool = {name: scores[name] for name in competing(scores, exclude)}
-        rule = _release_positions if protocol == "release" else _exact_positions
-        selection = cls(dict(rule(pool, ratio, skip)) if pool else {}, sum(s.numel() for s in pool.values()), base)
+        if scope not in ("global", "per_tensor"):
+            raise ValueError(f"scope: expected 'global' or 'per_tensor', got {scope!r}")
+        pool = {name: _as_score(scores[name]) for name in competing(scores, exclude)}
+        rule = _release_positions if protocol == "release" else partial(_exact_positions, last=last)
+        pools = [pool] if scope == "global" else [{name: score} for name, score in pool.items()]
+        positions = {name: at for part in pools if part for name, at in rule(part, ratio, skip)}
+        selection = cls(positions, sum(score.numel() for score in pool.values()), base)
         if not selection.selected:
             raise UserError(f"nothing is selected: ratio {ratio} of {selection.parameters} weights")
         return selection
@@ -154,72 +149,90 @@ def check_ratio(sizes: Mapping[str, int], ratio: float, exclude: tuple[str, ...]
         raise UserError(f"nothing is selected: ratio {ratio} of {total} weights")
 
 
+def changes(before: nn.Module, after: nn.Module) -> dict[str, Change]:
+    """What training moved, by tensor. Raises UserError where that is nothing, ValueError for another model."""
+    old, new = named_weights(before), named_weights(after)
+    if different := [name for name in old if name not in new or _shape(new[name]) != _shape(old[name])]:
+        raise ValueError(f"after: not the same model as before; {different[0]} differs")
+    moved = {name: Change(old[name], new[name]) for name in old}
+    changed = any(bool(part.any()) for change in moved.values() for part in _parts(change))
+    if not ranks.add_up(torch.tensor([changed], dtype=torch.int64)):
+        raise UserError("no weight changed between before and after; was the learning rate ever above zero?")
+    return moved
+
+
+def _as_score(score: Tensor | Score) -> Score:
+    return Given(score) if isinstance(score, Tensor) else score
+
+
+def _parts(score: Score) -> Iterator[Tensor]:
+    """|score| of this rank's share of a tensor, a part at a time."""
+    begin, end = ranks.bounds(score.numel())
+    for first in range(begin, end, _LOOK):
+        yield score.part(first, min(first + _LOOK, end))
+
+
 @dataclass
-class _Change:
-    """|after - before| of one tensor, computed when it is looked at and never kept."""
+class _Parts:
+    """Of all tensors; topk_threshold iterates over it several times."""
 
-    before: Tensor
-    after: Tensor
-
-    def numel(self) -> int:
-        return size_of(self.before)
-
-    def abs(self) -> Tensor:
-        return (self.after.detach().float() - self.before.detach().float()).abs_()
-
-    def magnitudes(self) -> Tensor:
-        """Of this rank's share, flat."""
-        return (ranks.share(self.after)[1].float() - ranks.share(self.before)[1].float()).abs_()
-
-
-@dataclass
-class _Magnitudes:
-    """|score| of this rank's share of each tensor, flat; topk_threshold iterates over it several times."""
-
-    scores: "Mapping[str, Tensor | _Change]"
+    scores: Mapping[str, Score]
 
     def __iter__(self) -> Iterator[Tensor]:
         for score in self.scores.values():
-            yield score.magnitudes() if isinstance(score, _Change) else ranks.share(score)[1].abs()
+            yield from _parts(score)
 
 
-def _exact_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
+def _exact_positions(
+    scores: Mapping[str, Score], ratio: float, skip: float, last: bool
+) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
-    first, last = _floor(skip, total), _floor(ratio, total) + _floor(skip, total)
-    for (name, score), top, passed in zip(scores.items(), _top(scores, last), _top(scores, first), strict=True):
-        begin, _ = ranks.share(score.before if isinstance(score, _Change) else score)
-        positions = ranks.concatenate((top & ~passed).nonzero().squeeze(1) + begin)
-        yield name, Positions.pack(positions, score.numel()).to("cpu")
+    skipped, until = _floor(skip, total), _floor(skip, total) + _floor(ratio, total)
+    if last:
+        skipped, until = total - until, total - skipped
+    for (name, score), top, passed in zip(scores.items(), _top(scores, until), _top(scores, skipped), strict=True):
+        begin, _ = ranks.bounds(score.numel())
+        places = [torch.empty(0, dtype=torch.int64)]
+        for number, (kept, over) in enumerate(zip(top, passed, strict=True)):
+            places.append((kept & ~over).nonzero().squeeze(1).cpu() + begin + number * _LOOK)
+        yield name, Positions.pack(ranks.concatenate(torch.cat(places)), score.numel())
 
 
-def _top(scores: Mapping, k: int) -> Iterator[Tensor]:
-    """Per tensor, which of its scores are among the k highest; ties go to the lower (name, index)."""
-    magnitudes = _Magnitudes(scores)
-    value, above, _ = topk_threshold(magnitudes, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
+def _top(scores: Mapping[str, Score], k: int) -> Iterator[Iterator[Tensor]]:
+    """Per tensor and part, which of its scores are among the k highest; ties go to the lower (name, index)."""
+    parts = _Parts(scores)
+    value, above, _ = topk_threshold(parts, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
     threshold, tie_count = float(value), k - above
-    if k and threshold == 0:
-        logger.warning("only %d weights changed; unchanged ones fill the selection of %d", above, k)
+    if 0 < above < k and threshold == 0:
+        logger.warning("only %d weights have a score above 0; others fill the selection of %d", above, k)
     # In the order of (name, index), how many ties come before those of this rank's share of a tensor.
-    counts = ranks.gather([int((part == threshold).sum()) for part in magnitudes])
+    ties_here = [sum(int((part == threshold).sum()) for part in _parts(score)) for score in scores.values()]
+    counts = ranks.gather(ties_here)
     by_share = torch.tensor(counts).T.reshape(-1)
     earlier = (by_share.cumsum(0) - by_share).view(len(scores), -1)[:, ranks.rank() if len(counts) > 1 else 0]
-    for part, passed in zip(magnitudes, earlier.tolist(), strict=True):
+    for score, passed in zip(scores.values(), earlier.tolist(), strict=True):
+        yield _top_parts(score, threshold, tie_count - passed)
+
+
+def _top_parts(score: Score, threshold: float, ties_left: int) -> Iterator[Tensor]:
+    for part in _parts(score):
         ties = part == threshold
-        ties &= ties.cumsum(0) <= tie_count - passed
-        yield ties | (part > threshold)
+        first = ties & (ties.cumsum(0) <= ties_left)
+        ties_left -= int(ties.sum())
+        yield first | (part > threshold)
 
 
-def _release_positions(scores: Mapping, ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
+def _release_positions(scores: Mapping[str, Score], ratio: float, skip: float) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
     share = min(1.0, 2 * (ratio + skip))
-    candidates = [score.abs().view(-1).bfloat16().topk(int(score.numel() * share)).values for score in scores.values()]
+    whole = {name: score.part(0, score.numel()) for name, score in scores.items()}
+    candidates = [score.bfloat16().topk(int(score.numel() * share)).values for score in whole.values()]
     ranked = torch.cat(candidates).sort(descending=True).values.float()
     low = ranked[int(total * (ratio + skip)) - 1]
     high = ranked[int(total * skip) - 1] if skip else torch.inf
-    for name, score in scores.items():
-        magnitudes = score.abs().view(-1)
-        selected = (magnitudes >= low) & (magnitudes < high)
-        yield name, Positions.pack(selected.nonzero().squeeze(1), score.numel())
+    for name, score in whole.items():
+        selected = (score >= low) & (score < high)
+        yield name, Positions.pack(selected.nonzero().squeeze(1).cpu(), score.numel())
 
 
 def _shape(weight: Tensor) -> torch.Size:
