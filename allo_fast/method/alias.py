@@ -28,24 +28,21 @@ def refuse_weight(*_) -> None:
 
 
 class Alias(torch.autograd.Function):
-    """The weight itself, as a function of the values that already lie in it: d/d values = dense gradient gathered.
+    """The weight itself, as a function of the values that already lie in it.
 
-    gathered: from a dense gradient to that of the values, fp32 [K]; None where none are selected.
+    take: gets the dense gradient, in the weight's dtype and only here, and returns that of the values; None where it
+    has put that, or whatever it is after, elsewhere.
     """
 
     @staticmethod
-    def forward(ctx, values, weight, gathered, dense_gradient):
-        ctx.gathered, ctx.dense_gradient = gathered, dense_gradient
+    def forward(ctx, values, weight, take):
+        ctx.take = take
         return weight.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        if ctx.dense_gradient is not None:
-            ctx.dense_gradient += gradient
-        if ctx.gathered is None:
-            return gradient.new_zeros(0, dtype=torch.float32), None, None, None
-        return ctx.gathered(gradient), None, None, None
+        return ctx.take(gradient), None, None
 
 
 def gathered(at: Positions, gradient: Tensor) -> Tensor:

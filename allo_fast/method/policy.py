@@ -81,6 +81,7 @@ class SparsePolicy:
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
+        self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
         for module in model.modules():
             self._install(module)
         say_what_is_not_trained(model)
@@ -203,8 +204,19 @@ class SparsePolicy:
             self._value_parameters.check_written(name)
         # A weight with nothing selected has an alias only for its dense gradient, and needs something differentiable.
         value = self.values[name] if name in self.values else torch.zeros(0, device=weight.device, requires_grad=True)
-        at = self.positions.get(name)
-        return Alias.apply(value, weight, at and partial(gathered, at), self.dense_gradients.get(name))
+        return Alias.apply(value, weight, partial(self._take, name))
+
+    def _take(self, name: str, gradient: Tensor) -> Tensor | None:
+        """The gradient of a weight's values; None where it was added to what they have."""
+        if name in self.dense_gradients:
+            self.dense_gradients[name] += gradient
+        if name not in self.values:
+            return None
+        at, value = self.positions[name], self.values[name]
+        if not self.adds_gradients or value.grad is None:
+            return gathered(at, gradient)
+        gather(gradient.contiguous(), at, out=value.grad, accumulate=True)
+        return None
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""

@@ -32,6 +32,7 @@ class LocalBackend:
         if isinstance(policy, SparsePolicy):
             self.parameters = policy.values
             self.optimizer = SparseAdamW(policy, **adamw_settings(config), hf_eps=protocol == "release")
+            policy.adds_gradients = True  # nothing else waits for them here
         else:
             self.parameters = dict(policy.model.named_parameters())
             self.optimizer = ClippedAdamW(
@@ -121,6 +122,17 @@ def make_scheduler(optimizer: Optimizer, config: TrainConfig, total_steps: int) 
     warmup = math.ceil(total_steps * config.warmup_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
     # A warm-up as long as the stage would leave its only learning rates at or near zero.
     return get_scheduler(config.lr_scheduler_type, optimizer, min(warmup, total_steps - 1), total_steps)
+
+
+def learning_rates(config: TrainConfig, total_steps: int) -> list[float]:
+    """Of each step."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    scheduler, rates = make_scheduler(optimizer, config, total_steps), []
+    for _ in range(total_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
 
 
 def save_progress(path: Path, tensors: dict[str, Tensor], step: int, scheduler: LRScheduler, updated: bool) -> None:

@@ -1,7 +1,6 @@
 """One training loop for every stage. It yields metrics and never prints; it can be killed and continued at any step."""
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allo_fast import ranks
 from allo_fast.config import TrainConfig
-from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
+from allo_fast.data.batch import Batch, Corpus
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backend import LocalBackend
+from allo_fast.training.examples import Examples, reference_logps
 from allo_fast.training.zero import Zero, check_divides
 
 if TYPE_CHECKING:
@@ -75,13 +74,10 @@ class Trainer:
         reference: Callable[[bool], AbstractContextManager[Callable[[Batch], Tensor]]] | None = None,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
-        self.token_weights, self.open_reference = token_weights, reference
-        self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
-        per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
+        self.open_reference = reference
         check_divides(config, ranks.world_size())
-        ranks.agree_on("corpus", (corpus, token_weights))
-        self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
-        self.steps = [step for epoch in self.epochs for step in epoch]
+        self.examples = Examples(corpus, config, seed, token_weights)
+        self.steps = self.examples.steps
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.traffic = ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
@@ -93,32 +89,12 @@ class Trainer:
         Computed once, before the first update, on the very micro-batches that train: there policy and reference agree
         bit for bit, and no second model is needed unless one was given. Kept in a file for a resumed run.
         """
-        path = self.folder / "reference_logps.safetensors"
         if not self.objective.needs_reference:
             return
-        if ranks.on_main(path.exists):
-            self.reference = load_file(path)
-            return
-        reference: dict[str, Tensor] = {}
-        policy = nullcontext(self.backend.response_logps)
-        with self.open_reference(self.policy.logps.share_prompts) if self.open_reference else policy as compute:
-            yield from self._compute(compute, reference)
-        if ranks.is_main():
-            partial = path.with_suffix(".partial")
-            save_file(reference, partial)
-            os.rename(partial, path)
-        self.reference = reference
-
-    def _compute(self, compute: Callable[[Batch], Tensor], reference: dict[str, Tensor]) -> Iterator[tuple[int, int]]:
-        """Of every micro-batch, into `reference`; each rank computes its share."""
-        for first in range(0, len(self.micro_batches), ranks.world_size()):
-            # Where fewer are left than there are ranks, some compute the first one too: a sharded model needs them all.
-            micro = first + ranks.rank() if first + ranks.rank() < len(self.micro_batches) else first
-            with torch.no_grad():
-                logps = compute(self._collate(micro)).cpu()
-            for part in ranks.gather({str(micro): logps}):
-                reference |= part
-            yield len(reference), len(self.micro_batches)
+        path, share = self.folder / "reference_logps.safetensors", self.policy.logps.share_prompts
+        opened = self.open_reference(share) if self.open_reference else nullcontext(self.backend.response_logps)
+        device = self.policy.model.device
+        self.reference = yield from reference_logps(path, self.examples, opened, share, device)
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
@@ -146,7 +122,9 @@ class Trainer:
     def _step(self, number: int) -> StepMetrics:
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
         bytes_before = self.traffic.bytes.copy() if self.traffic else None
-        batches = [(micro, weight, self._collate(micro, "cpu")) for micro, weight in self._share(self.steps[number])]
+        share_prompts = self.policy.logps.share_prompts
+        shares = self.examples.share(number)
+        batches = [(micro, weight, self.examples.collate(micro, share_prompts)) for micro, weight in shares]
         counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in batches]
         count, tokens = ranks.add_up(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
         totals: dict[str, Tensor] = {}
@@ -169,7 +147,7 @@ class Trainer:
         return StepMetrics(
             step=number + 1,
             total_steps=len(self.steps),
-            epoch=(number + 1) / len(self.epochs[0]),
+            epoch=(number + 1) / len(self.examples.epochs[0]),
             loss=values.pop("loss"),
             grad_norm=norm,
             learning_rate=learning_rate,
@@ -178,23 +156,12 @@ class Trainer:
             metrics=values,
         )
 
-    def _share(self, micros: list[int]) -> list[tuple[int, float]]:
-        """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
-        world, rank = ranks.world_size(), ranks.rank()
-        local_micro_batches = [(micro, 1.0) for micro in micros[rank::world]]
-        return local_micro_batches + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(local_micro_batches))
-
     def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
         policy_is_reference = self.open_reference is None and not self.backend.updated
         return logps.detach() if policy_is_reference else self.reference[str(micro)].to(logps.device)
-
-    def _collate(self, micro: int, device: torch.device | str | None = None) -> Batch:
-        share = self.policy.logps.share_prompts
-        batch = collate(self.corpus, self.micro_batches[micro], share_prompts=share, token_weights=self.token_weights)
-        return batch.to(device or self.policy.model.device)
 
 
 def make_backend(

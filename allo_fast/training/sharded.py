@@ -182,7 +182,7 @@ class ShardedPolicy(SparsePolicy):
         if self._in_reference or weight.numel() != size_of(weight):  # not gathered: a question, not a computation
             return weight
         entries = self._by_weight[id(weight)]
-        return Alias.apply(entries.values, entries.set(), entries.gather, None)
+        return Alias.apply(entries.values, entries.set(), entries.gather)
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         entries = self._by_weight.get(id(weight))
