@@ -141,6 +141,17 @@ def add_up(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def reduce_share(tensor: Tensor) -> Tensor:
+    """Of a 1-D tensor's sum over all ranks this rank's part, cut as `bounds` says."""
+    if world_size() == 1:
+        return tensor
+    part = -(-len(tensor) // world_size())
+    padded = torch.nn.functional.pad(tensor.to(_wire()), (0, part * world_size() - len(tensor)))
+    _carrier().reduce_scatter_tensor(total := padded.new_empty(part), padded)
+    begin, end = bounds(len(tensor))
+    return total[: end - begin].to(tensor.device)
+
+
 def concatenate(part: Tensor) -> Tensor:
     """Every rank's 1-D tensor one after another; they may differ in length."""
     if world_size() == 1:
