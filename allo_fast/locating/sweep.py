@@ -64,6 +64,10 @@ class Sweep:
         self.state_bytes = {"base": sum(held_here(w).nbytes for w in named_weights(self.model).values())}
         self.counts = [objective.count(self._collate(micro)) for micro in range(len(examples.micro_batches))]
 
+    @property
+    def passes(self) -> int:
+        return len(self._square_windows()) + len(self.windows)
+
     def run(self) -> Iterator[tuple[int, int]]:
         """Yields (steps done by this rank, all of its steps)."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,14 @@ from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config, save_config
 from allo_fast.model.loading import pick_device
 from allo_fast.training.engine import CHECKPOINT
-from allo_fast.training.zero import Zero
+from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 STARTED = "STARTED.json"
+SCRATCH = "scratch"  # a folder of what a unit needs until it is complete
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Unit:
     @property
     def zero(self) -> Zero | None:
         """How DeepSpeed trains this stage; None: one process without it."""
-        return self.owner.zeros["sparse" if self.name in ("forget", "learn") else "dense"]
+        return self.owner.zeros["dense" if trains_densely(self.config, self.name) else "sparse"]
 
     @property
     def stage(self) -> Stage:
@@ -148,8 +149,9 @@ class Unit:
         return digest
 
     def _finish(self, digest: str, facts: dict, seconds: float, peak: int) -> None:
-        scratch = [self.folder / name for name in (STARTED, CHECKPOINT)]
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in scratch)
+        passing = [self.folder / name for name in (STARTED, CHECKPOINT)]
+        passing += (self.folder / SCRATCH).rglob("*")
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in passing)
         manifest = {
             "stage": self.name,
             "key": self.key,
@@ -163,8 +165,9 @@ class Unit:
             "versions": versions(),
         }
         write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
-        for path in scratch:
+        for path in passing[:2]:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
 
 
 class Run:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from allo_fast.config import Config
+from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import split_slice
 from allo_fast.runs.run import Stage, sha256, versions
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
@@ -48,7 +48,7 @@ def _needs(*names: str):
 
 
 def _evaluated(config: Config) -> list[str]:
-    methods = ["dpo", "allo"] if config.method == "allo" else ["dpo"]
+    methods = ["dpo"] * config.warms_up + ["allo"] * (config.method == "allo")
     return ["base", *(f"{method}-{seed}" for method in methods for seed in _seeds(config))]
 
 
@@ -63,6 +63,9 @@ def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
 _MODEL = ("model.name_or_path", "model.dtype")
 _PROMPTS = (*_MODEL, "data.chat_template", "data.chat_template_kwargs", "data.prompt_template", "data.format")
 _DATA = (*_PROMPTS, "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
+
+# What locating reads, by what ranks the weights.
+_LOCATED_FROM = {"delta": ("warmup",), **dict.fromkeys(GRADIENT_SCORES, ("pairs",))}
 
 STAGES = {
     "pretrain": Stage(
@@ -92,8 +95,8 @@ STAGES = {
     "locate": Stage(
         number=4,
         execute=locate.execute,
-        settings=("locate", "forget.ratio", "learn.ratio", "protocol", *_MODEL),
-        needs=_needs("warmup"),
+        settings=("locate", "warmup", "forget.ratio", "learn.ratio", "method", "protocol", *_MODEL),
+        needs=lambda config, key: _needs(*_LOCATED_FROM.get(config.located_by, ()))(config, key),
         keys=_seeds,
         files=_base_files,
     ),
@@ -160,4 +163,8 @@ def _told_apart(path: Path) -> str:
 def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
     dense = ["pretrain", "sample", "pairs", "warmup", "evaluate"]
-    return [name for name in STAGES if config.method == "allo" or name in dense]
+    return [
+        name
+        for name in STAGES
+        if (config.method == "allo" or name in dense) and (name != "warmup" or config.warms_up)
+    ]

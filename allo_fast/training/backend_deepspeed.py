@@ -4,7 +4,7 @@ Only what trains is given to DeepSpeed to reduce, shard and gather: of a residen
 base. Clipping happens inside the optimizer that DeepSpeed drives, in fp64, so that the number of ranks does not show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +187,18 @@ def frozen_engine(module: nn.Module) -> Iterator[nn.Module]:
         yield engine
     finally:
         close_engine(engine)
+
+
+def differentiable(engine: nn.Module) -> Callable[[Batch], Tensor]:
+    """What a frozen engine computes, with a graph for backward, which its own call refuses without an optimizer."""
+
+    def compute(batch: Batch) -> Tensor:
+        engine._forward_prologue((batch,), {})
+        logps = engine.module(batch)
+        engine._forward_epilogue()
+        return logps
+
+    return compute
 
 
 def close_engine(engine: nn.Module) -> None:

@@ -181,6 +181,15 @@ def _enabled(path: str, settings: dict, section: str) -> bool | None:
     return None if value == "auto" else bool(value)
 
 
+def trains_densely(config: Config, stage: str) -> bool:
+    """Whether every weight trains there, or lies there twice."""
+    if stage == "locate":
+        return config.located_by in ("delta", "after")
+    if stage == "rewards":
+        return config.rewards.ratio == 1
+    return stage in ("pretrain", "warmup")
+
+
 def training_sections(config: Config) -> dict[str, TrainConfig]:
     """The sections of the stages that train, by name, for this method."""
     sections = {"pretrain": config.pretrain} if config.model.name_or_path is None else {}
