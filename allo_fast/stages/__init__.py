@@ -164,7 +164,5 @@ def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
     dense = ["pretrain", "sample", "pairs", "warmup", "evaluate"]
     return [
-        name
-        for name in STAGES
-        if (config.method == "allo" or name in dense) and (name != "warmup" or config.warms_up)
+        name for name in STAGES if (config.method == "allo" or name in dense) and (name != "warmup" or config.warms_up)
     ]

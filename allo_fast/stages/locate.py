@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -99,20 +100,18 @@ def _without_gradients(unit: Unit, path: str | Path) -> tuple[Mapping[str, Score
 def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[dict[str, StoredScore], str, dict]]:
     config, settings = unit.config, unit.config.warmup
     rows = _drawn(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), config, unit.seed)
-    with frozen_base(unit, path) as (logps, compute):
+    with frozen_base(unit, path) as base:
         examples = Examples(corpus_of_pairs(rows), settings, unit.seed)
-        reference = yield from _reference(unit, examples, logps)
+        reference = yield from _reference(unit, examples, base.logps)
         scores, facts = yield from gradient_scores(
-            unit, logps, compute, examples, Dpo(settings.beta), settings, config.located_by, reference
+            unit, base, examples, Dpo(settings.beta), settings, config.located_by, reference
         )
-        base = fingerprint(logps.model)
-    return scores, base, facts
+    return scores, base.fingerprint, facts
 
 
 def gradient_scores(
     unit: Unit,
-    logps: ResponseLogps,
-    compute: Callable[[Batch], Tensor],
+    base: "FrozenBase",
     examples: Examples,
     objective: Sft | Dpo,
     train: TrainConfig,
@@ -120,10 +119,10 @@ def gradient_scores(
     reference: Mapping[str, Tensor] | None = None,
 ) -> Generator[Progress, None, tuple[dict[str, StoredScore], dict]]:
     """Scores of all weights, in files that the unit keeps until it is complete; and what its manifest says of them."""
-    sizes = {name: size_of(weight) for name, weight in named_weights(logps.model).items()}
+    sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
     total = sum(sizes.values())
     sweep = Sweep(
-        logps,
+        base.logps,
         examples,
         objective,
         train,
@@ -132,7 +131,7 @@ def gradient_scores(
         windows=windows(unit.config.locate, score, total, None, ranks.world_size()),
         clip=unit.config.locate.clip,
         host=unit.config.locate.accumulators == "host",
-        compute=compute,
+        compute=base.compute,
         reference=reference,
     )
     for done, steps in sweep.run():
@@ -143,18 +142,28 @@ def gradient_scores(
     return stored_scores(unit.folder / SCRATCH, sizes), facts
 
 
+@dataclass(frozen=True)
+class FrozenBase:
+    """compute: its response log-probabilities, with a graph for backward."""
+
+    logps: ResponseLogps
+    compute: Callable[[Batch], Tensor]
+    fingerprint: str
+
+
 @contextmanager
-def frozen_base(unit: Unit, path: str | Path) -> Iterator[tuple[ResponseLogps, Callable[[Batch], Tensor]]]:
-    """The model at `path` with nothing to train, and what computes its log-probabilities, with a graph for backward."""
+def frozen_base(unit: Unit, path: str | Path) -> Iterator[FrozenBase]:
+    """The model at `path` with nothing to train."""
     sharded = unit.zero is not None and unit.zero.sharded
-    logps = ResponseLogps(load_model(path, unit.config.model, sharded=sharded).requires_grad_(False))
+    model = load_model(path, unit.config.model, sharded=sharded).requires_grad_(False)
+    base, logps = fingerprint(model), ResponseLogps(model)
     if not sharded:
-        yield logps, logps
+        yield FrozenBase(logps, logps, base)
         return
     from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 
     with frozen_engine(logps) as engine:
-        yield logps, differentiable(engine)
+        yield FrozenBase(logps, differentiable(engine), base)
 
 
 def _drawn(pairs: list[dict], config: Config, seed: int) -> list[dict]:
