@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
 DIFFERENTIABLE = {"hidden", "weight", "bias", "chosen_logps", "rejected_logps"}
 WRITTEN = {
-    "gather": ["out", "square_sum"],
+    "gather": ["out"],
     "scatter_": ["dense"],
     "swap_": ["dense", "values"],
     "scatter_ of many": ["dense"],
@@ -48,10 +48,9 @@ def operations() -> dict[str, tuple]:
     head |= {"targets": torch.tensor([0, 6, -100, 2, 3, 1], device=DEVICE), "softcap": 3.0, "temperature": 0.7}
     state = {"values": random(4), "grad": random(4), "exp_avg": random(4), "exp_avg_sq": random(4).abs()}
     settings = {"step": 2, "lr": 0.5, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-    total = {"accumulate": True, "square_sum": torch.zeros((), device=DEVICE)}
     many = {"dense": [random(5, 7), random(5, 7)], "positions": Positions.cat([at, at]), "values": random(8)}
     return {
-        "gather": (gather, {"dense": random(5, 7), "positions": at, "out": random(4), **total}),
+        "gather": (gather, {"dense": random(5, 7), "positions": at, "out": random(4), "accumulate": True}),
         "scatter_": (scatter_, {"dense": random(5, 7), "positions": at, "values": random(4)}),
         "swap_": (swap_, {"dense": random(5, 7), "positions": at, "values": random(4)}),
         "scatter_ of many": (scatter_, many),
@@ -236,8 +235,7 @@ def test_other_weights_for_the_same_positions(impl):
 @IMPLS
 def test_nothing_at_all(impl):
     empty, none = torch.zeros(0, device=DEVICE), positions(size=0)
-    total = torch.full((), torch.nan, device=DEVICE)
-    assert gather(empty, none, square_sum=total, impl=impl).shape == (0,) and total == 0
+    assert gather(empty, none, impl=impl).shape == (0,)
     state = [torch.zeros(0, device=DEVICE) for _ in range(4)]
     masked_adamw_(*state, step=1, lr=0.1, beta1=0.9, beta2=0.9, eps=0.1, weight_decay=0.0, impl=impl)
     assert topk_threshold([empty, torch.ones((), device=DEVICE), empty], 1, impl=impl) == (1, 0, 1)

@@ -17,12 +17,10 @@ def gather(
     *,
     out: Tensor | None = None,
     accumulate: bool = False,
-    square_sum: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`dense.view(-1)[positions]` -> [K], in `out`'s dtype when given, added to it in fp32 when `accumulate`.
 
-    square_sum: 0-d fp32, set to the sum of squares of the result, for a gradient norm without another pass.
     Raises ValueError, naming the argument, for a dtype other than bf16, fp16 or fp32, another device, a shape that
     does not fit, a tensor that is not contiguous, and `accumulate` without `out`. The PyTorch definition waits for the
     host, and raises RuntimeError while a CUDA graph is captured; so does, of the kernels of `scatter_` and `swap_`, the
@@ -36,12 +34,8 @@ def gather(
             raise ValueError("out: expected a tensor to accumulate into")
         out = torch.empty(len(positions), dtype=dense.dtype, device=dense.device)
     check_entries("out", out, positions)
-    if square_sum is not None:
-        check_shape("square_sum", square_sum, ())
-        check_dtype("square_sum", square_sum, torch.float32)
-        check_device("square_sum", square_sum, dense.device)
     run = choose("gather", impl, gather_torch, "compact_triton.gather", dense.device)
-    return run(dense, positions, out, accumulate, square_sum)
+    return run(dense, positions, out, accumulate)
 
 
 @torch.no_grad()
@@ -94,13 +88,11 @@ def check_entries(name: str, tensor: Tensor, positions: Positions) -> None:
     check_contiguous(name, tensor)
 
 
-def gather_torch(dense, positions, out, accumulate=False, square_sum=None, first_block: int = 0) -> Tensor:
+def gather_torch(dense, positions, out, accumulate=False, first_block: int = 0) -> Tensor:
     """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
     for entries, index in positions.chunks(first_block, first_block + blocks_of(dense.numel())):
         picked = torch.take(dense, index)
         out[entries] = out[entries].float() + picked if accumulate else picked.to(out.dtype)
-    if square_sum is not None:
-        square_sum.copy_(out.float().square().sum())
     return out
 
 

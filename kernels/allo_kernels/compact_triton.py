@@ -33,12 +33,9 @@ def block_pointer(dense, block, DTYPE: tl.constexpr, TABLE: tl.constexpr):
 
 # Entries begin anywhere, so aligned pointers would buy nothing and cost a compilation each.
 @triton.jit(do_not_specialize_on_alignment=["low", "starts", "out"])
-def _gather_kernel(
-    dense, low, starts, out, squares, ACCUMULATE: tl.constexpr, SQUARES: tl.constexpr, ENTRIES: tl.constexpr
-):
+def _gather_kernel(dense, low, starts, out, ACCUMULATE: tl.constexpr, ENTRIES: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     last = tl.load(starts + block + 1)
-    total = tl.zeros((ENTRIES,), tl.float32)
     for first in range(tl.load(starts + block), last, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < last
@@ -46,12 +43,7 @@ def _gather_kernel(
         picked = tl.load(dense + at, mask=inside, other=0.0).to(tl.float32)
         if ACCUMULATE:
             picked += tl.load(out + entry, mask=inside, other=0.0).to(tl.float32)
-        rounded = to_nearest(picked, out.dtype.element_ty)
-        tl.store(out + entry, rounded, mask=inside)
-        if SQUARES:
-            total += rounded.to(tl.float32) * rounded.to(tl.float32)
-    if SQUARES:
-        tl.store(squares + block, tl.sum(total))
+        tl.store(out + entry, to_nearest(picked, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["low", "starts", "values"])
@@ -71,25 +63,16 @@ def _scatter_kernel(
         tl.store(at, to_nearest(value, DTYPE), mask=inside)
 
 
-def gather(
-    dense: Tensor, positions: Positions, out: Tensor, accumulate=False, square_sum=None, first_block: int = 0
-) -> Tensor:
+def gather(dense: Tensor, positions: Positions, out: Tensor, accumulate=False, first_block: int = 0) -> Tensor:
     """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
-    blocks = blocks_of(dense.numel())
-    starts = positions.starts[first_block:]
-    # Sums per program, added in their order afterwards: atomics would add them in another order each time.
-    squares = None if square_sum is None else torch.empty(blocks, dtype=torch.float32, device=dense.device)
     launch(
         _gather_kernel,
-        (blocks,),
-        *(dense, positions.low, starts, out, squares),
+        (blocks_of(dense.numel()),),
+        *(dense, positions.low, positions.starts[first_block:], out),
         ACCUMULATE=accumulate,
-        SQUARES=squares is not None,
         ENTRIES=ENTRIES,
         num_warps=WARPS,
     )
-    if square_sum is not None:
-        torch.sum(squares, dim=0, out=square_sum)
     increment_version(out)
     return out
 

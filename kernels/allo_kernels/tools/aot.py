@@ -153,7 +153,7 @@ def _compact(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
     values, held = _meta(entries), _meta(entries, dtype=dtype)
     adam = (values, values, values, values, scalar, 1e-5, 0.9, 0.999, 1e-8, 0.0, scalar)
     yield "one tensor", lambda: compact_triton.gather(dense, at, held)
-    yield "accumulated, squared", lambda: compact_triton.gather(dense, at, values, True, scalar)
+    yield "accumulated", lambda: compact_triton.gather(dense, at, values, True)
     yield "one tensor", lambda: compact_triton.scatter_(dense, at, values)
     yield "many tensors", lambda: compact_triton.scatter_([dense], at, values)
     yield "many tensors, swapped", lambda: compact_triton.swap_([dense], at, held)

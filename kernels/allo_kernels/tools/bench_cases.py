@@ -109,22 +109,16 @@ def _compact(device: torch.device, sizes: Sizes) -> Iterator[Benchmark]:
     index, entries = positions.unpack(), len(positions)
     values, held, itemsize = torch.randn(entries, device=device), dense[index], dense.element_size()
     sectors, shape = _sector_bytes(size, sizes.dtype), f"{size / 1e6:.0f}M weights, {RATIO:.0%}"
-    norm = torch.zeros((), device=device)
     gathers = {
         "allo-fast": lambda: gather(dense, positions, out=values),
         "torch index_select, int64": lambda: dense.index_select(0, index).float(),
     }
     yield Benchmark("gather", shape, gathers, bytes=6 * entries + sectors)
-
-    def accumulate_eagerly():
-        values.add_(dense.index_select(0, index))
-        return values.square().sum()
-
     gathers = {
-        "allo-fast": lambda: gather(dense, positions, out=values, accumulate=True, square_sum=norm),
-        "torch index_select, add, square sum": accumulate_eagerly,
+        "allo-fast": lambda: gather(dense, positions, out=values, accumulate=True),
+        "torch index_select, add": lambda: values.add_(dense.index_select(0, index)),
     }
-    yield Benchmark("gather, accumulated + square sum", shape, gathers, bytes=10 * entries + sectors)
+    yield Benchmark("gather, accumulated", shape, gathers, bytes=10 * entries + sectors)
     scatters = {
         "allo-fast": lambda: scatter_(dense, positions, values),
         "torch index_copy_, int64": lambda: dense.index_copy_(0, index, values.to(dense.dtype)),
