@@ -17,7 +17,6 @@ from allo_kernels import (
     scatter_,
     swap_,
     token_logps,
-    top_fraction_weights,
     topk_threshold,
 )
 from allo_kernels.positions import SPAN
@@ -58,10 +57,6 @@ def operations() -> dict[str, tuple]:
         "token_logps": (token_logps, head),
         "token_logps, compact": (token_logps, {**head, "positions": at, "values": random(4)}),
         "topk_threshold": (topk_threshold, {"score_chunks": [random(10, 7), random(70)], "k": 30}),
-        "top_fraction_weights": (
-            top_fraction_weights,
-            {"scores": random(3, 7), "valid": masks["chosen_valid"], "fraction": 0.5},
-        ),
         "key_token_dpo_loss": (key_token_dpo_loss, {**pair, **masks, "fraction": 0.5, "beta": 0.3}),
     }
 
@@ -180,7 +175,7 @@ def test_what_is_written_has_a_new_version(name, impl):
 @pytest.mark.parametrize("name", operations())
 def test_while_a_graph_is_captured(name, impl, monkeypatch):
     function, given = operations()[name]
-    capturable = name in ("top_fraction_weights", "key_token_dpo_loss") or impl == "triton" and name in WRITTEN
+    capturable = name == "key_token_dpo_loss" or impl == "triton" and name in WRITTEN
     leaf = {"hidden": given["hidden"].requires_grad_()} if "hidden" in given else {}
     backward = [function(**given | leaf, impl=impl)] if leaf else []
     if name == "scatter_ of many" and impl == "triton":
@@ -241,7 +236,6 @@ def test_nothing_at_all(impl):
     assert topk_threshold([empty, torch.ones((), device=DEVICE), empty], 1, impl=impl) == (1, 0, 1)
     for rows, length in ((0, 5), (2, 0)):
         zeros, valid = torch.zeros(rows, length, device=DEVICE), torch.ones(rows, length, device=DEVICE).bool()
-        assert top_fraction_weights(zeros, valid, 0.5, impl=impl).shape == (rows, length)
         leaves = [zeros.clone().requires_grad_() for _ in range(2)]
         found = key_token_dpo_loss(*leaves, zeros, zeros, valid, valid, fraction=0.5, beta=1.0, impl=impl)
         assert torch.allclose(found[0], torch.full((rows,), 2.0, device=DEVICE).log())

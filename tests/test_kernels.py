@@ -117,7 +117,7 @@ def test_the_choice_is_said_once(caplog, monkeypatch):
     dispatch._automatic.cache_clear()
     with caplog.at_level(logging.INFO, "allo_kernels"):
         for _ in range(2):
-            assert dispatch.choose("op", "auto", len, "topk.as_ratio", torch.device("cpu")) is len
+            assert dispatch.choose("op", "auto", len, "pair_loss.as_ratio", torch.device("cpu")) is len
     assert caplog.messages == ["op: torch (the CPU runs PyTorch)"]
 
 
@@ -131,14 +131,14 @@ def test_an_old_gpu_or_no_triton_runs_the_definition(capability, triton, expecte
     dispatch._automatic.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: triton or None)
-    kernel = dispatch.importlib.import_module("allo_kernels.topk").as_ratio
+    kernel = dispatch.importlib.import_module("allo_kernels.pair_loss").as_ratio
     with caplog.at_level(logging.INFO, "allo_kernels"):
-        chosen = dispatch.choose("op", "auto", len, "topk.as_ratio", torch.device("cuda"))
+        chosen = dispatch.choose("op", "auto", len, "pair_loss.as_ratio", torch.device("cuda"))
     assert chosen is (kernel if level == "INFO" else len)
     assert [record.levelname for record in caplog.records] == [level] and expected in caplog.text
     if level == "WARNING":
         with pytest.raises(ValueError, match=f"impl: 'triton' cannot run op here: .*{expected}"):
-            dispatch.choose("op", "triton", len, "topk.as_ratio", torch.device("cuda"))
+            dispatch.choose("op", "triton", len, "pair_loss.as_ratio", torch.device("cuda"))
     dispatch._automatic.cache_clear()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from allo_fast.method.objectives import dpo_loss
-from allo_kernels import key_token_dpo_loss, key_token_weights, top_fraction_weights
+from allo_kernels import key_token_dpo_loss, key_token_weights
 
 
 def pair(seed=0, chosen=5, rejected=8):
@@ -45,6 +45,13 @@ def test_key_tokens():
     assert key_token_weights(ratios, valid, 0.0)[0].tolist() == [0, 0, 0, 1, 0], "never none"
 
 
+def test_a_fraction_is_the_decimal_that_was_written():
+    # 0.1 * 30 is 3.0000000000000004 and 0.29 * 100 is 28.999999999999996.
+    for fraction, length, count in ((0.1, 30, 3), (0.29, 100, 29), (1.0, 7, 7)):
+        weights = key_token_weights(torch.randn(1, length), torch.ones(1, length, dtype=torch.bool), fraction)
+        assert weights.sum() == count
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_bad_arguments(impl):
     names = "chosen_logps rejected_logps ref_chosen_logps ref_rejected_logps chosen_valid rejected_valid".split()
@@ -72,18 +79,18 @@ def test_a_nan_is_never_left_out(impl, nan):
         zeros, ratios, zeros, zeros, valid, valid, fraction=0.5, beta=1.0, impl=impl
     )
     assert losses.isnan().all() and weights.tolist() == [[0, 1, 0, 1]]
-    assert top_fraction_weights(-ratios, valid, 0.5, impl=impl).tolist() == [[0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_what_does_not_count_cannot_spoil_the_loss(impl):
-    """Padding and tokens that are not key may hold anything; a valid -inf comes before padding."""
+    """Padding and tokens that are not key may hold anything; infinity that counts comes before padding."""
     zeros, ratios = torch.zeros(1, 4), torch.tensor([[-torch.inf, torch.inf, -1.0, float("nan")]])
     chosen_valid, valid = torch.tensor([[False, False, True, False]]), torch.tensor([[False, True, True, False]])
     found = key_token_dpo_loss(ratios, ratios, zeros, zeros, chosen_valid, valid, fraction=0.5, beta=1.0, impl=impl)
     assert found[0].item() == pytest.approx(math.log(2)) and found[3].tolist() == [[0, 0, 1, 0]]
-    scores, valid = torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([[False, True, True]])
-    assert top_fraction_weights(scores, valid, 1.0, impl=impl).tolist() == [[0, 1, 1]]
+    valid = torch.tensor([[False, True, True, False]])
+    found = key_token_dpo_loss(zeros, ratios, zeros, zeros, valid, valid, fraction=1.0, beta=1.0, impl=impl)
+    assert found[3].tolist() == [[0, 1, 1, 0]], "the highest that counts comes before what does not"
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

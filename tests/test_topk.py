@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from allo_kernels import top_fraction_weights, topk_threshold
+from allo_kernels import topk_threshold
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,27 +65,3 @@ def test_bad_scores(impl):
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k: expected 1..3, got {k}"):
         topk_threshold([torch.ones(3)], k)
-
-
-def test_top_fraction_per_row():
-    scores = torch.tensor([[3.0, 1, 2, 9], [1, 1, 1, 1], [5, 4, 3, 2]])
-    valid = torch.tensor([[True, True, True, False], [True] * 4, [False] * 4])
-    assert top_fraction_weights(scores, valid, 0.67).tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0] * 4]
-
-
-def test_top_fraction_of_a_decimal():
-    # 0.1 * 30 is 3.0000000000000004 and 0.29 * 100 is 28.999999999999996: the decimal decides.
-    for fraction, length, expected in ((0.1, 30, 3), (0.29, 100, 29), (1.0, 7, 7), (0.0, 7, 0)):
-        kept = top_fraction_weights(torch.randn(1, length), torch.ones(1, length, dtype=torch.bool), fraction)
-        assert kept.sum() == expected
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="valid: expected shape"):
-        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), 0.5)
-    with pytest.raises(ValueError, match="valid: expected torch.bool"):
-        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 3), 0.5)
-    with pytest.raises(ValueError, match=r"scores: expected \[B, T\]"):
-        top_fraction_weights(torch.zeros(3), torch.ones(3, dtype=torch.bool), 0.5)
-    with pytest.raises(ValueError, match="fraction: expected 0..1"):
-        top_fraction_weights(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 1.5)

@@ -5,7 +5,7 @@ from allo_kernels.compact import gather, scatter_, swap_
 from allo_kernels.pair_loss import key_token_dpo_loss, key_token_weights
 from allo_kernels.positions import Positions
 from allo_kernels.token_logps import token_logps
-from allo_kernels.topk import Threshold, top_fraction_weights, topk_threshold
+from allo_kernels.topk import Threshold, topk_threshold
 
 __all__ = [
     "Positions",
@@ -17,6 +17,5 @@ __all__ = [
     "scatter_",
     "swap_",
     "token_logps",
-    "top_fraction_weights",
     "topk_threshold",
 ]

@@ -1,12 +1,13 @@
 """DPO on the key tokens of the rejected responses: their choice, the loss and its gradient in one operation."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from allo_kernels.checks import FLOATS, check_device, check_dtype, check_shape
 from allo_kernels.dispatch import choose
-from allo_kernels.topk import as_ratio, check_fraction, check_mask, first_weights
 
 
 def key_token_dpo_loss(
@@ -48,9 +49,15 @@ def key_token_dpo_loss(
         check_dtype(name, tensor, *FLOATS)
         check_shape(name, tensor, like.shape)
         check_device(name, tensor, chosen_logps.device)
-    check_mask("chosen_valid", chosen_valid, chosen_logps)
-    check_mask("rejected_valid", rejected_valid, rejected_logps)
-    check_fraction(fraction)
+    for name, mask, like in (
+        ("chosen_valid", chosen_valid, chosen_logps),
+        ("rejected_valid", rejected_valid, rejected_logps),
+    ):
+        check_shape(name, mask, like.shape)
+        check_dtype(name, mask, torch.bool)
+        check_device(name, mask, like.device)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: expected 0..1, got {fraction}")
     kernel = "pair_loss_triton.key_token_dpo_loss"
     run = choose("key_token_dpo_loss", impl, _key_token_dpo_loss_torch, kernel, chosen_logps.device)
     ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()
@@ -75,4 +82,18 @@ def key_token_weights(log_ratios: Tensor, valid: Tensor, fraction: float) -> Ten
     count, (numerator, denominator) = valid.sum(dim=1), as_ratio(fraction)
     keep = (count * numerator // denominator).clamp(min=1)
     untouched = ((log_ratios == 0) | ~valid).all(dim=1)
-    return first_weights(-log_ratios, valid, torch.where(untouched, count, keep)) * valid
+    return _first_weights(-log_ratios, valid, torch.where(untouched, count, keep)) * valid
+
+
+def as_ratio(fraction: float) -> tuple[int, int]:
+    """The decimal that was written, as integers: 0.29 of 100 is 29, which it is not in binary."""
+    return Fraction(str(fraction)).limit_denominator(10**9).as_integer_ratio()
+
+
+def _first_weights(scores: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
+    """Per row, 1.0 at the keep[b] largest valid scores."""
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    valid_first = valid.gather(1, by_score).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    ranked = by_score.gather(1, valid_first)
+    weights = (torch.arange(scores.shape[1], device=scores.device) < keep[:, None]).float()
+    return torch.zeros_like(weights).scatter_(1, ranked, weights)

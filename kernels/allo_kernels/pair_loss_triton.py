@@ -1,4 +1,4 @@
-"""The Triton kernels of pair_loss.py and of top_fraction_weights: one program per row, one launch per batch.
+"""The Triton kernel of pair_loss.py: one program per pair, one launch per batch.
 
 A row's k-th lowest number is found by four histograms over the digits of its bits, the same radix search as in topk.py.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from allo_kernels.launch import launch
-from allo_kernels.topk import as_ratio
+from allo_kernels.pair_loss import as_ratio
 
 _LONGEST, _WARPS = 2048, 8  # tokens looked at per turn
 
@@ -29,27 +29,23 @@ def _ordered(number):
 
 
 @triton.jit
-def _keys(scores, reference, valid, at, length, NEGATE: tl.constexpr):
-    """Scores (or score - reference) of a turn, what orders them lowest first, and which count."""
+def _keys(policy, reference, valid, at, length):
+    """Log-ratios of a turn, what orders them lowest first, and which count."""
     inside = at < length
     inside &= tl.load(valid + at, mask=inside, other=0) != 0
-    number = _load(scores, at, inside)
-    if NEGATE:
-        number = -number
-    else:
-        number -= _load(reference, at, inside)
-    return number, _ordered(number), inside
+    ratio = _load(policy, at, inside) - _load(reference, at, inside)
+    return ratio, _ordered(ratio), inside
 
 
 @triton.jit
-def _kth_lowest(scores, reference, valid, length, keep, NEGATE: tl.constexpr, TOKENS: tl.constexpr):
-    """Key of the row's keep-th lowest number, and how many of its equals are kept."""
+def _kth_lowest(policy, reference, valid, length, keep, TOKENS: tl.constexpr):
+    """Key of the row's keep-th lowest log-ratio, and how many of its equals are kept."""
     bins = tl.arange(0, 256)
     prefix = tl.zeros((), tl.int64)
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros((256,), tl.int32)
         for first in range(0, length, TOKENS):
-            _, key, inside = _keys(scores, reference, valid, first + tl.arange(0, TOKENS), length, NEGATE)
+            _, key, inside = _keys(policy, reference, valid, first + tl.arange(0, TOKENS), length)
             matches = inside & ((key >> (shift + 8)) == prefix)
             counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=matches)
         found = tl.sum((tl.cumsum(counts, 0) < keep).to(tl.int32))
@@ -64,25 +60,6 @@ def _kept(key, inside, kth, equals, seen):
     tie = inside & (key == kth)
     rank = seen + tl.cumsum(tie.to(tl.int32), 0)
     return inside & ((key < kth) | (tie & (rank <= equals))), seen + tl.sum(tie.to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["length", "numerator", "denominator"])
-def _top_fraction_kernel(scores, valid, weights, length, numerator, denominator, TOKENS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * length
-    scores += row
-    valid += row
-    count = tl.zeros((), tl.int64)
-    for first in range(0, length, TOKENS):
-        at = first + tl.arange(0, TOKENS)
-        count += tl.sum((tl.load(valid + at, mask=at < length, other=0) != 0).to(tl.int64))
-    keep = (count * numerator // denominator).to(tl.int32)
-    kth, equals = _kth_lowest(scores, scores, valid, length, keep, True, TOKENS)
-    seen = tl.zeros((), tl.int32)
-    for first in range(0, length, TOKENS):
-        at = first + tl.arange(0, TOKENS)
-        _, key, inside = _keys(scores, scores, valid, at, length, True)
-        kept, seen = _kept(key, inside, kth, equals, seen)
-        tl.store(weights + row + at, kept.to(tl.float32), mask=at < length)
 
 
 @triton.jit
@@ -125,7 +102,7 @@ def _key_token_dpo_kernel(
     chosen_sum = tl.zeros((), tl.float32)
     for first in range(0, chosen_length, TOKENS):
         at = chosen_row + first + tl.arange(0, TOKENS)
-        ratio, _, inside = _keys(chosen, ref_chosen, chosen_valid, at, chosen_row + chosen_length, False)
+        ratio, _, inside = _keys(chosen, ref_chosen, chosen_valid, at, chosen_row + chosen_length)
         chosen_sum += tl.sum(tl.where(inside, ratio, 0.0))
     rejected += rejected_row
     ref_rejected += rejected_row
@@ -134,16 +111,16 @@ def _key_token_dpo_kernel(
     moved = tl.zeros((), tl.int64)
     for first in range(0, rejected_length, TOKENS):
         at = first + tl.arange(0, TOKENS)
-        ratio, _, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        ratio, _, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length)
         count += tl.sum(inside.to(tl.int64))
         moved += tl.sum((inside & (ratio != 0.0)).to(tl.int64))
     keep = tl.where(moved == 0, count, tl.maximum(count * numerator // denominator, 1)).to(tl.int32)
-    kth, equals = _kth_lowest(rejected, ref_rejected, rejected_valid, rejected_length, keep, False, TOKENS)
+    kth, equals = _kth_lowest(rejected, ref_rejected, rejected_valid, rejected_length, keep, TOKENS)
     rejected_sum = tl.zeros((), tl.float32)
     seen = tl.zeros((), tl.int32)
     for first in range(0, rejected_length, TOKENS):
         at = first + tl.arange(0, TOKENS)
-        ratio, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        ratio, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length)
         kept, seen = _kept(key, inside, kth, equals, seen)
         rejected_sum += tl.sum(tl.where(kept, ratio, 0.0))
     margin = beta * chosen_sum - beta * rejected_sum
@@ -159,18 +136,10 @@ def _key_token_dpo_kernel(
     seen = tl.zeros((), tl.int32)
     for first in range(0, rejected_length, TOKENS):
         at = first + tl.arange(0, TOKENS)
-        _, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length, False)
+        _, key, inside = _keys(rejected, ref_rejected, rejected_valid, at, rejected_length)
         kept, seen = _kept(key, inside, kth, equals, seen)
         tl.store(weights + rejected_row + at, kept.to(tl.float32), mask=at < rejected_length)
         tl.store(d_rejected + rejected_row + at, tl.where(kept, slope, 0.0), mask=at < rejected_length)
-
-
-def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    rows, length = scores.shape
-    weights = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-    arguments = (scores, valid, weights, length, *as_ratio(fraction))
-    launch(_top_fraction_kernel, (rows,), *arguments, TOKENS=_tokens(length), num_warps=_WARPS)
-    return weights
 
 
 def key_token_dpo_loss(

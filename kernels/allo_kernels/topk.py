@@ -1,13 +1,12 @@
-"""Exact top-k without sorting: over a stream of tensors, and per row of a batch."""
+"""Exact top-k of a stream of tensors, without sorting."""
 
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from allo_kernels.checks import FLOATS, check_device, check_dtype, check_not_capturing, check_shape
+from allo_kernels.checks import FLOATS, check_dtype, check_not_capturing
 from allo_kernels.dispatch import choose
 
 # A non-negative float orders like its bits: its 31 bits in digits of 11, 11 and 9 find the k-th largest exactly.
@@ -63,55 +62,9 @@ def topk_threshold(
     return Threshold(torch.tensor(prefix, dtype=torch.int32).view(torch.float32), above, ties)
 
 
-def top_fraction_weights(scores: Tensor, valid: Tensor, fraction: float, *, impl: str = "auto") -> Tensor:
-    """Per row, 1.0 at the floor(fraction * number of valid) largest valid scores, else 0.0; ties to the lower index.
-
-    scores: bf16, fp16 or fp32 [B, T], no gradient flows through the choice; valid: bool [B, T]; returns fp32 [B, T].
-    Raises ValueError for a wrong shape, dtype or device, and when fraction is outside 0..1.
-    """
-    if scores.ndim != 2:
-        raise ValueError(f"scores: expected [B, T], got shape {tuple(scores.shape)}")
-    check_dtype("scores", scores, *FLOATS)
-    check_mask("valid", valid, scores)
-    check_fraction(fraction)
-    kernel = "pair_loss_triton.top_fraction_weights"
-    run = choose("top_fraction_weights", impl, top_fraction_weights_torch, kernel, scores.device)
-    return run(scores.detach().contiguous(), valid.contiguous(), fraction)
-
-
-def check_mask(name: str, mask: Tensor, like: Tensor) -> None:
-    check_shape(name, mask, like.shape)
-    check_dtype(name, mask, torch.bool)
-    check_device(name, mask, like.device)
-
-
-def check_fraction(fraction: float) -> None:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected 0..1, got {fraction}")
-
-
-def as_ratio(fraction: float) -> tuple[int, int]:
-    """The decimal that was written, as integers: 0.29 of 100 is 29, which it is not in binary."""
-    return Fraction(str(fraction)).limit_denominator(10**9).as_integer_ratio()
-
-
 def _histogram_torch(scores: Tensor, shift: int, width: int, prefix: int) -> Tensor:
     """How often each `width`-bit digit at `shift` follows the bits of `prefix`, then the NaNs: int64 [bins + 1]."""
     bits = scores.float().abs().view(torch.int32)
     nans = (bits > INFINITY_BITS).sum()[None]
     bits = bits[bits >> (shift + width) == prefix]
     return torch.cat([torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width), nans])
-
-
-def top_fraction_weights_torch(scores: Tensor, valid: Tensor, fraction: float) -> Tensor:
-    numerator, denominator = as_ratio(fraction)
-    return first_weights(scores, valid, valid.sum(dim=1) * numerator // denominator)
-
-
-def first_weights(scores: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
-    """Per row, 1.0 at the keep[b] largest valid scores."""
-    by_score = scores.argsort(dim=1, descending=True, stable=True)
-    valid_first = valid.gather(1, by_score).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    ranked = by_score.gather(1, valid_first)
-    weights = (torch.arange(scores.shape[1], device=scores.device) < keep[:, None]).float()
-    return torch.zeros_like(weights).scatter_(1, ranked, weights)

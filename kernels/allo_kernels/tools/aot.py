@@ -140,7 +140,6 @@ def _launchers(width: int, vocabulary: int) -> Iterator[tuple[str, Callable[[], 
         for shift, bits in DIGITS:
             yield f"{name} digit {shift}", lambda s=scores, d=(shift, bits): topk_triton.histogram(s, *d, 0)
     valid, logps = _meta(_PAIRS, 512, dtype=torch.bool), _meta(_PAIRS, 512)
-    yield "fp32", lambda: pair_loss_triton.top_fraction_weights(logps, valid, 0.1)
     pair = (logps, logps, logps, logps, valid, valid)
     yield "fp32", lambda: pair_loss_triton.key_token_dpo_loss(*pair, 0.1, 0.1, 0.0)
 

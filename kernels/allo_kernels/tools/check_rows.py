@@ -1,4 +1,4 @@
-"""Cases of what works row by row or over a stream: thresholds, top fractions, the loss on key tokens."""
+"""Cases of what works row by row or over a stream: thresholds, the loss on key tokens."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from allo_kernels import key_token_dpo_loss, key_token_weights, top_fraction_weights, topk_threshold
+from allo_kernels import key_token_dpo_loss, key_token_weights, topk_threshold
 from allo_kernels.tools.check import BF16, FP16, FP32, NAMES, Case, Exact, drawing
 
 
@@ -22,7 +22,6 @@ def pair_cases(large: bool) -> Iterator[Case]:
     for (b, chosen, rejected), fraction in itertools.product(shapes, (0.0, 0.1, 0.4, 0.65, 1.0)):
         name = f"B{b}-T{chosen}-T{rejected}-f{fraction}"
         yield Case("key_token_dpo_loss", name, _pair_case, (b, chosen, rejected, fraction))
-        yield Case("top_fraction_weights", name, _fraction_case, (b, rejected, fraction))
 
 
 def _topk_case(device, size, k, dtype):
@@ -49,6 +48,8 @@ def _pair_case(device, rows, chosen_length, rejected_length, fraction):
     lengths = (chosen_length, rejected_length)
     policy, ref = ([-random(rows, length).abs() for length in lengths] for _ in range(2))
     policy[1][:, ::3], ref[1][:, ::3] = -1.5, -1.0  # ties
+    for start, zero in ((1, -0.0), (2, 0.0)):  # at fraction 0.65 the last key token's log-ratio is one of these
+        policy[1][:, start::7], ref[1][:, start::7] = zero, 0.0
     policy[1][-1] = ref[1][-1]  # a pair that nothing has moved yet
     valid = [random(rows, length) < 0.8 for length in lengths]
     valid[1][0] = False
@@ -72,11 +73,3 @@ def _pair_case(device, rows, chosen_length, rejected_length, fraction):
     of_margin = {"losses": losses, "d_chosen": d_chosen, "d_rejected": d_rejected}
     truth = {"chosen_rewards": Exact(chosen), "rejected_rewards": Exact(rejected)}
     return outputs, truth | {name: Exact(tensor, exponent) for name, tensor in of_margin.items()}
-
-
-def _fraction_case(device, rows, length, fraction):
-    random = drawing(device)
-    scores, valid = random(rows, length), random(rows, length) < 0.8
-    scores[:, ::3] = 0.5
-    scores[:, 1::7], scores[:, 2::7] = -0.0, 0.0  # at fraction 0.65 the last one kept is a zero
-    return lambda impl: {"weights": top_fraction_weights(scores, valid, fraction, impl=impl)}, {}
