@@ -30,6 +30,7 @@ WRITTEN = {
     "scatter_": ["dense"],
     "swap_": ["dense", "values"],
     "scatter_ of many": ["dense"],
+    "scatter_ by chance": ["dense"],
     "masked_adamw_": ["values", "exp_avg", "exp_avg_sq", "weight"],
 }
 
@@ -47,12 +48,14 @@ def operations() -> dict[str, tuple]:
     head |= {"targets": torch.tensor([0, 6, -100, 2, 3, 1], device=DEVICE), "softcap": 3.0, "temperature": 0.7}
     state = {"values": random(4), "grad": random(4), "exp_avg": random(4), "exp_avg_sq": random(4).abs()}
     settings = {"step": 2, "lr": 0.5, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    by_chance = {"dense": random(5, 7, dtype=torch.bfloat16), "rounding_seed": 3}
     many = {"dense": [random(5, 7), random(5, 7)], "positions": Positions.cat([at, at]), "values": random(8)}
     return {
         "gather": (gather, {"dense": random(5, 7), "positions": at, "out": random(4), "accumulate": True}),
         "scatter_": (scatter_, {"dense": random(5, 7), "positions": at, "values": random(4)}),
         "swap_": (swap_, {"dense": random(5, 7), "positions": at, "values": random(4)}),
         "scatter_ of many": (scatter_, many),
+        "scatter_ by chance": (scatter_, {**by_chance, "positions": at, "values": random(4)}),
         "masked_adamw_": (masked_adamw_, {**state, **settings, "weight": random(5, 7), "positions": at}),
         "token_logps": (token_logps, head),
         "token_logps, compact": (token_logps, {**head, "positions": at, "values": random(4)}),

@@ -16,9 +16,10 @@ from allo_kernels.checks import (
     check_scalar,
     check_shape,
 )
-from allo_kernels.compact import check_entries, check_weights, scatter_torch_
+from allo_kernels.compact import check_entries, check_weights, scatter_torch_, tensors
 from allo_kernels.dispatch import choose
 from allo_kernels.positions import Positions
+from allo_kernels.rounding import check_rounding_seed
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def masked_adamw_(
     grad_scale: float | Tensor | None = None,
     weight: Tensor | Sequence[Tensor] | None = None,
     positions: Positions | None = None,
+    rounding_seed: int | None = None,
     impl: str = "auto",
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) on the selected entries, in place.
@@ -45,14 +47,14 @@ def masked_adamw_(
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
     values (p), exp_avg (m), exp_avg_sq (v): fp32 [K]; grad: [K], bf16, fp16 or fp32; step counts from 1.
-    With `weight` and `positions` the new values are also written, rounded to nearest, into
-    `weight.view(-1)[positions]`; weight may be the list of tensors that `positions` were concatenated for, and is then
-    still written by the same launch; autograd sees it as `scatter_` says. step, lr, eps and grad_scale may be 0-d
+    With `weight` and `positions` the new values are also written into `weight.view(-1)[positions]`, rounded as by
+    `scatter_` with this rounding_seed; weight may be the list of tensors that `positions` were concatenated for, and is
+    then still written by the same launch; autograd sees it as `scatter_` says. step, lr, eps and grad_scale may be 0-d
     tensors on the device: nothing waits for the host, and a captured CUDA graph reads them anew (numbers stay what they
     were). The PyTorch definition does wait: RuntimeError while a graph is captured, as for the first call for a list of
     weights.
     Raises ValueError, naming the argument, for a wrong shape, dtype or device, state that is not contiguous, a number
-    out of range, and a weight without positions.
+    out of range, a weight without positions, and a rounding_seed for fp16 weights.
     """
     for name, tensor in (("values", values), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grad", grad)):
         check_dtype(name, tensor, *(FLOATS if name == "grad" else (torch.float32,)))
@@ -73,12 +75,14 @@ def masked_adamw_(
     if positions is not None:
         check_weights("weight", weight, positions)
         check_entries("values", values, positions)
+    seed = check_rounding_seed(rounding_seed, () if weight is None else tensors(weight))
     run = choose("masked_adamw_", impl, _masked_adamw_torch_, "adamw_triton.masked_adamw_", values.device)
-    run(values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions)
+    state = (values, grad, exp_avg, exp_avg_sq)
+    run(*state, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions, seed)
 
 
 def _masked_adamw_torch_(
-    values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions
+    values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions, seed
 ) -> None:
     check_not_capturing("masked_adamw_ in PyTorch")
     grad = grad.float() if grad_scale is None else grad.float() * grad_scale
@@ -89,4 +93,4 @@ def _masked_adamw_torch_(
     adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)
     increment_version([values, exp_avg, exp_avg_sq])  # torch's fused step does not tell autograd
     if weight is not None:
-        scatter_torch_(weight, positions, values)
+        scatter_torch_(weight, positions, values, seed)

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from allo_kernels.compact import tensors
 from allo_kernels.compact_triton import ENTRIES, WARPS, block_pointer, target_of
 from allo_kernels.launch import launch, to_nearest
+from allo_kernels.rounding_triton import stochastically
 
 _FLAT = 4096  # entries per program where no weight is written, about as many as a block of weights has
 
@@ -22,7 +23,7 @@ def _bias_correction(LOG2_BETA: tl.constexpr, step):
     return 1.0 - tl.exp2(tl.full((), LOG2_BETA, tl.float64) * step.to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rounding_seed"])
 def _masked_adamw_kernel(
     values,
     grad,
@@ -36,6 +37,7 @@ def _masked_adamw_kernel(
     starts,
     weight,
     size,
+    rounding_seed,  # None is a constant, and leaves the branch out
     beta1,
     beta1_rest,
     beta2,
@@ -78,12 +80,14 @@ def _masked_adamw_kernel(
         tl.store(exp_avg_sq + entry, v, mask=inside)
         tl.store(values + entry, p, mask=inside)
         if WRITE:
-            at = base + tl.load(low + entry, mask=inside, other=0).to(tl.int64)
-            tl.store(at, to_nearest(p, DTYPE), mask=inside)
+            in_block = tl.load(low + entry, mask=inside, other=0)
+            if rounding_seed is not None:
+                p = stochastically(p, in_block, rounding_seed)
+            tl.store(base + in_block.to(tl.int64), to_nearest(p, DTYPE), mask=inside)
 
 
 def masked_adamw_(
-    values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions
+    values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions, seed
 ) -> None:
     size = values.numel()
     if positions is None:
@@ -95,7 +99,7 @@ def masked_adamw_(
     launch(
         _masked_adamw_kernel,
         (blocks,),
-        *(values, grad, exp_avg, exp_avg_sq, *scalars, low, starts, target, size),
+        *(values, grad, exp_avg, exp_avg_sq, *scalars, low, starts, target, size, seed),
         *(*_in_two(beta1), *_in_two(beta2), 1 - beta1, 1 - beta2, weight_decay),
         LOG2_BETA1=math.log2(beta1) if beta1 else -math.inf,
         LOG2_BETA2=math.log2(beta2) if beta2 else -math.inf,

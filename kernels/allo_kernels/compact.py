@@ -7,7 +7,8 @@ from torch import Tensor
 
 from allo_kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_shape
 from allo_kernels.dispatch import choose
-from allo_kernels.positions import Positions, blocks_of
+from allo_kernels.positions import SPAN, Positions, blocks_of
+from allo_kernels.rounding import check_rounding_seed, stochastically
 
 
 @torch.no_grad()
@@ -39,16 +40,27 @@ def gather(
 
 
 @torch.no_grad()
-def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, *, impl: str = "auto") -> None:
-    """`dense.view(-1)[positions] = values` [K] in place, rounded to nearest in `dense`'s dtype.
+def scatter_(
+    dense: Tensor | Sequence[Tensor],
+    positions: Positions,
+    values: Tensor,
+    *,
+    rounding_seed: int | None = None,
+    impl: str = "auto",
+) -> None:
+    """`dense.view(-1)[positions] = values` [K] in place, rounded in `dense`'s dtype: to nearest, or by a rounding_seed.
 
     dense: a tensor, or the tensors of one dtype that `positions` were concatenated for. Autograd sees the write: give
     it `weight.detach()`, which shares the weight's version counter, and never `weight.data`, which has one of its own.
-    Raises ValueError and RuntimeError as `gather`.
+    rounding_seed: 0..2**31 - 1; a value becomes one of the two bf16 around it by chance, so that the mean is the value
+    (`rounding.stochastically`). Which one follows from the seed, the fp32 value and its position within its block of
+    65536 weights: the same bits on any device, and whatever tensors are written beside. fp32 weights take the value.
+    Raises ValueError and RuntimeError as `gather`, and ValueError for a rounding_seed out of range or fp16 weights.
     """
     check_weights("dense", dense, positions)
     check_entries("values", values, positions)
-    choose("scatter_", impl, scatter_torch_, "compact_triton.scatter_", values.device)(dense, positions, values)
+    seed = check_rounding_seed(rounding_seed, tensors(dense))
+    choose("scatter_", impl, scatter_torch_, "compact_triton.scatter_", values.device)(dense, positions, values, seed)
 
 
 @torch.no_grad()
@@ -96,10 +108,13 @@ def gather_torch(dense, positions, out, accumulate=False, first_block: int = 0) 
     return out
 
 
-def scatter_torch_(dense, positions, values) -> None:
+def scatter_torch_(dense, positions, values, rounding_seed=None) -> None:
     for tensor, part, mine in _each(dense, positions, values):
         for entries, index in part.chunks(0, part.blocks):
-            tensor.view(-1).index_copy_(0, index, mine[entries].to(tensor.dtype))
+            value = mine[entries]
+            if rounding_seed is not None:
+                value = stochastically(value.float(), index % SPAN, rounding_seed)
+            tensor.view(-1).index_copy_(0, index, value.to(tensor.dtype))
 
 
 def _swap_torch_(dense, positions, values) -> None:

@@ -16,6 +16,7 @@ from allo_kernels.checks import check_not_capturing
 from allo_kernels.compact import tensors
 from allo_kernels.launch import TL_DTYPES, launch, to_nearest
 from allo_kernels.positions import SPAN, Positions, blocks_of
+from allo_kernels.rounding_triton import stochastically
 
 # About 3300 entries a block at 5 %: a few turns of 1024, enough loads in flight without holding many registers.
 ENTRIES, WARPS = 1024, 4
@@ -46,9 +47,17 @@ def _gather_kernel(dense, low, starts, out, ACCUMULATE: tl.constexpr, ENTRIES: t
         tl.store(out + entry, to_nearest(picked, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["low", "starts", "values"])
+@triton.jit(do_not_specialize=["rounding_seed"], do_not_specialize_on_alignment=["low", "starts", "values"])
 def _scatter_kernel(
-    dense, low, starts, values, DTYPE: tl.constexpr, TABLE: tl.constexpr, SWAP: tl.constexpr, ENTRIES: tl.constexpr
+    dense,
+    low,
+    starts,
+    values,
+    rounding_seed,  # None is a constant, and leaves the branch out
+    DTYPE: tl.constexpr,
+    TABLE: tl.constexpr,
+    SWAP: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     base = block_pointer(dense, block, DTYPE, TABLE)
@@ -56,10 +65,13 @@ def _scatter_kernel(
     for first in range(tl.load(starts + block), last, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < last
-        at = base + tl.load(low + entry, mask=inside, other=0).to(tl.int64)
+        in_block = tl.load(low + entry, mask=inside, other=0)
+        at = base + in_block.to(tl.int64)
         value = tl.load(values + entry, mask=inside, other=0.0)
         if SWAP:
             tl.store(values + entry, tl.load(at, mask=inside, other=0.0), mask=inside)
+        if rounding_seed is not None:
+            value = stochastically(value.to(tl.float32), in_block, rounding_seed)
         tl.store(at, to_nearest(value, DTYPE), mask=inside)
 
 
@@ -77,12 +89,18 @@ def gather(dense: Tensor, positions: Positions, out: Tensor, accumulate=False, f
     return out
 
 
-def scatter_(dense: Tensor | Sequence[Tensor], positions: Positions, values: Tensor, swap: bool = False) -> None:
+def scatter_(
+    dense: Tensor | Sequence[Tensor],
+    positions: Positions,
+    values: Tensor,
+    rounding_seed: int | None = None,
+    swap: bool = False,
+) -> None:
     target, constants = target_of(dense, positions)
     launch(
         _scatter_kernel,
         (positions.blocks,),
-        *(target, positions.low, positions.starts, values),
+        *(target, positions.low, positions.starts, values, rounding_seed),
         SWAP=swap,
         ENTRIES=ENTRIES,
         num_warps=WARPS,

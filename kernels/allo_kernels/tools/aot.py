@@ -156,8 +156,12 @@ def _compact(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
     yield "one tensor", lambda: compact_triton.scatter_(dense, at, values)
     yield "many tensors", lambda: compact_triton.scatter_([dense], at, values)
     yield "many tensors, swapped", lambda: compact_triton.swap_([dense], at, held)
-    yield "many tensors", lambda: adamw_triton.masked_adamw_(*adam, [dense], at)
-    yield "without weights", lambda: adamw_triton.masked_adamw_(*adam, None, None)
+    yield "many tensors", lambda: adamw_triton.masked_adamw_(*adam, [dense], at, None)
+    yield "without weights", lambda: adamw_triton.masked_adamw_(*adam, None, None, None)
+    if dtype == _BF16:
+        yield "one tensor, rounded by chance", lambda: compact_triton.scatter_(dense, at, values, 7)
+        yield "many tensors, rounded by chance", lambda: compact_triton.scatter_([dense], at, values, 7)
+        yield "many tensors, rounded by chance", lambda: adamw_triton.masked_adamw_(*adam, [dense], at, 7)
 
 
 def _rows(width: int, dtype: torch.dtype) -> Rows:
