@@ -77,7 +77,10 @@ def _adamw(device: torch.device, sizes: Sizes) -> Iterator[Benchmark]:
     for dtype in {sizes.dtype: None, torch.bfloat16: None}:
         weights = [torch.zeros(each, dtype=dtype, device=device) for _ in range(count)]
         where = {"weight": weights, "positions": positions}
-        contenders = {"allo-fast": ours(**where), **rivals}
+        contenders = {"allo-fast": ours(**where)}
+        if dtype == torch.bfloat16:
+            contenders |= {"allo-fast, rounded by chance": ours(**where, rounding_seed=0)}
+        contenders |= rivals
         if device.type == "cuda":
             contenders |= {"PyTorch definition": ours("torch", **where)}
             contenders |= {"torch.compile": _compiled(_eager_adamw, state, weights, parts)}
@@ -119,10 +122,10 @@ def _compact(device: torch.device, sizes: Sizes) -> Iterator[Benchmark]:
         "torch index_select, add": lambda: values.add_(dense.index_select(0, index)),
     }
     yield Benchmark("gather, accumulated", shape, gathers, bytes=10 * entries + sectors)
-    scatters = {
-        "allo-fast": lambda: scatter_(dense, positions, values),
-        "torch index_copy_, int64": lambda: dense.index_copy_(0, index, values.to(dense.dtype)),
-    }
+    scatters = {"allo-fast": lambda: scatter_(dense, positions, values)}
+    if sizes.dtype == torch.bfloat16:
+        scatters |= {"allo-fast, rounded by chance": lambda: scatter_(dense, positions, values, rounding_seed=0)}
+    scatters |= {"torch index_copy_, int64": lambda: dense.index_copy_(0, index, values.to(dense.dtype))}
     yield Benchmark("scatter_", shape, scatters, bytes=6 * entries + 2 * sectors)
 
     def swap_eagerly():

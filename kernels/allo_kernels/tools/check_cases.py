@@ -10,6 +10,8 @@ from allo_kernels.tools.check import BF16, FP32, NAMES, Case, Exact, drawing, se
 from allo_kernels.tools.check_head import token_logps_cases
 from allo_kernels.tools.check_rows import pair_cases, topk_cases
 
+_SEED = 20_240_613  # for rounding by chance
+
 
 def cases(large: bool = False) -> Iterator[Case]:
     """large: shapes and sizes for a GPU, beside the small ones for the interpreter."""
@@ -34,8 +36,10 @@ def _adamw_cases(large: bool) -> Iterator[Case]:
     for sizes_, grad, weight in itertools.product(sizes, (FP32, BF16), (BF16, FP32, None)):
         name = f"P{'+'.join(map(str, sizes_))}-grad-{NAMES[grad]}-weight-{NAMES.get(weight)}"
         yield Case("masked_adamw_", name, _adamw_case, (sizes_, "5%", grad, weight))
-    if large:
-        yield Case("masked_adamw_", "in a CUDA graph", _graph_case)
+        if weight == BF16:
+            yield Case("masked_adamw_", name + "-by-chance", _adamw_case, (sizes_, "5%", grad, weight, _SEED))
+    for seed in (None, _SEED) if large else ():
+        yield Case("masked_adamw_", f"in a CUDA graph, rounding seed {seed}", _graph_case, (seed,))
     yield Case("masked_adamw_", "K0", _adamw_case, ((5,), "none", FP32, BF16))
 
 
@@ -66,12 +70,19 @@ def _scatter_case(device, sizes, kind, dtype):
         one = dense[0].clone()
         scatter_(one, positions.split()[0], values[: positions.counts[0]], impl=impl)
         swap_(one, positions.split()[0], values[: positions.counts[0]].to(dtype), impl=impl)
-        return {"written": torch.cat(written), "swapped": torch.cat(swapped), "held": held, "one": one}
+        found = {"written": torch.cat(written), "swapped": torch.cat(swapped), "held": held, "one": one}
+        if dtype == BF16:
+            by_chance = [weight.clone() for weight in dense]
+            scatter_(by_chance, positions, values, rounding_seed=_SEED, impl=impl)
+            alone = dense[0].clone()
+            scatter_(alone, positions.split()[0], values[: positions.counts[0]], rounding_seed=_SEED, impl=impl)
+            found |= {"by chance": torch.cat(by_chance), "one by chance": alone}
+        return found
 
     return outputs, {}
 
 
-def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype):
+def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype, seed=None):
     positions, steps = selected(device, sizes, kind), 3
     settings = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     random = drawing(device)
@@ -80,11 +91,11 @@ def _adamw_case(device, sizes, kind, grad_dtype, weight_dtype):
 
     def outputs(impl):
         state, weights = _adamw_state(start, positions, weight_dtype or FP32)
-        where = {"weight": weights, "positions": positions} if weight_dtype else {}
+        where = {"weight": weights, "positions": positions, "rounding_seed": seed} if weight_dtype else {}
         for number, grad in enumerate(grads, 1):
             step = torch.tensor(float(number), device=device)
             masked_adamw_(*_with(state, grad), step=step, grad_scale=scale, impl=impl, **where, **settings)
-        return state | ({"wrong in weight": _wrong(weights, positions, state["values"])} if weight_dtype else {})
+        return state | ({"wrong in weight": _wrong(weights, positions, state["values"], seed)} if weight_dtype else {})
 
     p, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
     for number, grad in enumerate(grads, 1):
@@ -100,14 +111,14 @@ def _adamw_state(start, positions, dtype):
     return {"values": start.clone(), **zeros}, weights
 
 
-def _wrong(weights, positions, values):
+def _wrong(weights, positions, values, seed):
     """How many weights are not what they should be: zero where nothing is selected, else the rounded value."""
     wanted = [torch.zeros_like(weight) for weight in weights]
-    scatter_(wanted, positions, values, impl="torch")
+    scatter_(wanted, positions, values, rounding_seed=seed, impl="torch")
     return (torch.cat(weights) != torch.cat(wanted)).sum()
 
 
-def _graph_case(device):
+def _graph_case(device, seed):
     """Two replays, each with another step and learning rate: a graph must read them from the device."""
     positions, random = selected(device, (70_001, 3), "5%"), drawing(device)
     start, grad = random(len(positions)), random(len(positions))
@@ -116,7 +127,7 @@ def _graph_case(device):
     def outputs(impl):
         step, lr = torch.tensor(1.0, device=device), torch.tensor(1e-2, device=device)
         state, weights = _adamw_state(start, positions, BF16)
-        where = {"weight": weights, "positions": positions}
+        where = {"weight": weights, "positions": positions, "rounding_seed": seed}
 
         def update():
             masked_adamw_(*_with(state, grad), step=step, lr=lr, impl=impl, **where, **settings)
@@ -132,7 +143,7 @@ def _graph_case(device):
             step += 1
             lr *= 0.5
             again()
-        return state | {"wrong in weight": _wrong(weights, positions, state["values"])}
+        return state | {"wrong in weight": _wrong(weights, positions, state["values"], seed)}
 
     exact = outputs("torch")
     return outputs, {name: Exact(exact[name].double()) for name in ("values", "exp_avg", "exp_avg_sq")}
