@@ -6,10 +6,13 @@ keep squares alone. Ranks that hold the whole base divide the passes and reduce 
 go through all of them together, each with its share of every step's micro-batches and of every window's sums.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allo_fast import ranks
@@ -17,6 +20,7 @@ from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import Batch
 from allo_fast.locating.families import Step, make_family
 from allo_fast.locating.files import is_done, load_passes, passes_begun, read_piece, save_pass
+from allo_fast.locating.segments import Segments, find_segments
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece, pieces_of, windows_of
 from allo_fast.method.objectives import Dpo, Npo, Sft
@@ -61,6 +65,7 @@ class Sweep:
         begun = ranks.on_main(lambda: passes_begun(folder, "score"))
         self.windows = windows_of(self.pieces, begun or windows)
         self.clips = clip and self.family.needs_norm
+        self.segments: Segments | None = None  # where the model runs in them
         self.state_bytes = {"base": sum(held_here(w).nbytes for w in named_weights(self.model).values())}
         self.counts = [objective.count(self._collate(micro)) for micro in range(len(examples.micro_batches))]
 
@@ -69,24 +74,30 @@ class Sweep:
         return len(self._square_windows()) + len(self.windows)
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Yields (steps done by this rank, all of its steps)."""
+        """Yields (micro-batches done by this rank, all of its own)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         squares = self._square_windows()
         left = {"squares": self._left("squares", squares), "score": self._left("score", self.windows)}
-        done, total = 0, len(self.examples.steps) * sum(map(len, left.values()))
         taps = Taps(self.model, self.logps)
+        done, total = 0, sum(map(len, self.examples.steps)) * sum(map(len, left.values()))
         try:
-            for number in left["squares"]:
-                for _ in self._squares_pass(taps, number, squares):
-                    yield (done := done + 1), total
-            ranks.barrier()
-            norms = self._norms() if squares else None
-            for number in left["score"]:
-                for _ in self._score_pass(taps, number, norms):
-                    yield (done := done + 1), total
-            ranks.barrier()
+            for work in self._phases(taps, left, squares):
+                for more in work:
+                    done += more
+                    yield min(done, total), total
+                ranks.barrier()
         finally:
             taps.close()
+
+    def _phases(self, taps: Taps, left: dict[str, list[int]], squares: list[list[Piece]]) -> Iterator[Iterator[int]]:
+        """One after another, of all ranks together; each yields how many micro-batches went through a window."""
+        if any(ranks.gather(any(left.values()))) and len(self.windows) > 1 and not self.sharded:
+            self.segments = self._find_segments(taps)
+        if self.segments:
+            yield self._capture([*squares, *self.windows])
+        yield (more for number in left["squares"] for more in self._squares_pass(taps, number, squares))
+        norms = self._norms() if squares else None
+        yield (more for number in left["score"] for more in self._score_pass(taps, number, norms))
 
     def _square_windows(self) -> list[list[Piece]]:
         """Where no pass for scores sees all weights: as large as their sums then are."""
@@ -100,17 +111,17 @@ class Sweep:
         left = ranks.on_main(lambda: [n for n in every if not is_done(self.folder, kind, n, len(windows))])
         return left if self.sharded else left[ranks.rank() :: ranks.world_size()]
 
-    def _squares_pass(self, taps: Taps, number: int, windows: list[list[Piece]]) -> Iterator[None]:
+    def _squares_pass(self, taps: Taps, number: int, windows: list[list[Piece]]) -> Iterator[int]:
         pieces = windows[number]
         rows: list[Tensor] = []
         with taps.open(pieces, self.device) as sums:
-            for _, gradients in self._steps(pieces, sums):
+            for step, gradients in self._steps(pieces, sums):
                 rows.append(self._squares(gradients))
-                yield
+                yield len(self.examples.steps[step])
         by_piece = dict(zip(pieces, torch.stack(rows).T.contiguous(), strict=True))
         self._save("squares", number, len(windows), by_piece, ranks.is_main() or not self.sharded)
 
-    def _score_pass(self, taps: Taps, number: int, norms: Tensor | None) -> Iterator[None]:
+    def _score_pass(self, taps: Taps, number: int, norms: Tensor | None) -> Iterator[int]:
         pieces = self.windows[number]
         shares = [piece.share(*self._place) for piece in pieces]
         states = [[torch.zeros(s.size, device=self.device) for _ in range(self.family.states)] for s in shares]
@@ -125,16 +136,17 @@ class Sweep:
                 step_settings = Step(step + 1, self.rates[step], scale.to(self.device))
                 for group, gradient in zip(states, gradients, strict=True):
                     self.family.update(group, gradient, step_settings)
-                yield
+                yield len(self.examples.steps[step])
         scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
         self._save("score", number, len(self.windows), scores, True)
 
     def _steps(self, pieces: list[Piece], sums: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """Per optimizer step its number, from 0, and the gradient of this rank's share of each piece."""
+        runs = self.segments.runs([piece.name for piece in pieces]) if self.segments else None
         for number in range(len(self.examples.steps)):
             torch._foreach_zero_(sums)
             for micro, share in self._shares(number):
-                self._backward(micro, share)
+                self._backward(micro, share, runs)
             if number == 0:
                 self._check_finite("gradient", zip(pieces, sums, strict=True))
             yield number, [ranks.reduce_share(total) for total in sums] if self.sharded else sums
@@ -145,15 +157,48 @@ class Sweep:
         micros = self.examples.share(step) if self.sharded else [(micro, 1.0) for micro in self.examples.steps[step]]
         return [(micro, weight * self.counts[micro] / total) for micro, weight in micros]
 
-    def _backward(self, micro: int, share: float) -> None:
+    def _backward(self, micro: int, share: float, runs: list[tuple[int, int]] | None) -> None:
         batch = self._collate(micro).to(self.model.device)
-        logps = self.compute(batch)
-        if not logps.requires_grad:  # nothing of the window is read
+        loss = partial(self._loss, micro, share, batch)
+        if runs is None:
+            value = loss(self.compute(batch))
+            if value.requires_grad:  # else nothing of the window is read
+                value.backward()
             return
+        states = load_file(self._captured(micro, share), str(self.model.device))
+        for first, last in reversed(runs):  # as one backward pass comes to them
+            start, end = states.get(f"states.{first - 1}"), states.get(f"gradients.{last}")
+            self.segments.backward(batch, loss, (first, last), start if first else None, end)
+
+    def _loss(self, micro: int, share: float, batch: Batch, logps: Tensor) -> Tensor:
         reference = self.reference.get(str(micro))
         reference = logps.detach() if reference is None else reference.to(logps.device)
-        loss, _ = self.objective(logps, reference, batch)
-        (loss * share).backward()
+        return self.objective(logps, reference, batch)[0] * share
+
+    def _find_segments(self, taps: Taps) -> Segments | None:
+        (micro, share), *_ = self._shares(0)
+        batch = self._collate(micro).to(self.model.device)
+        return find_segments(taps, self.logps, batch, partial(self._loss, micro, share, batch))
+
+    def _capture(self, windows: Sequence[Sequence[Piece]]) -> Iterator[int]:
+        """What enters and leaves the segments of these windows, a file for each micro-batch; ranks divide them."""
+        names = [[piece.name for piece in window] for window in windows]
+        cuts = sorted(set().union(*(self.segments.cuts(self.segments.runs(each)) for each in names)))
+        needed = sorted({share for step in range(len(self.examples.steps)) for share in self._shares(step)})
+        for micro, share in needed[ranks.rank() :: ranks.world_size()]:
+            path = self._captured(micro, share)
+            if not path.exists():
+                batch = self._collate(micro).to(self.model.device)
+                found = self.segments.capture(batch, partial(self._loss, micro, share, batch), cuts)
+                kinds = zip(("states", "gradients"), found, strict=True)
+                tensors = {f"{kind}.{cut}": t for kind, kept in kinds for cut, t in zip(cuts, kept, strict=True)}
+                save_file(tensors, partial_path := path.with_suffix(".partial"))
+                os.rename(partial_path, path)
+            yield 0
+
+    def _captured(self, micro: int, share: float) -> Path:
+        """A micro-batch has another part in the loss where its step is shorter, as the last of an epoch may be."""
+        return self.folder / f"cuts-{micro}-{share.hex()}.safetensors"
 
     def _collate(self, micro: int) -> Batch:
         return self.examples.collate(micro, self.logps.share_prompts)

@@ -3,7 +3,7 @@
 Nothing else gets one: backward stops below the lowest of these weights, and no other product is made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,6 +22,7 @@ class Taps:
         self._module = module
         self._names = {id(weight): name for name, weight in named_weights(model.requires_grad_(False)).items()}
         self._sums: dict[str, list[tuple[Piece, Tensor]]] = {}
+        self._on_read: Callable[[str], None] = lambda name: None
         for part in module.modules():
             install_reads(part, [name for name, w in part._parameters.items() if id(w) in self._names], self._read)
 
@@ -36,12 +37,22 @@ class Taps:
         finally:
             self._sums.clear()
 
+    @contextmanager
+    def watch(self, on_read: Callable[[str], None]) -> Iterator[None]:
+        """Inside, the name of every weight that is read goes to `on_read`."""
+        self._on_read, before = on_read, self._on_read
+        try:
+            yield
+        finally:
+            self._on_read = before
+
     def close(self) -> None:
         for part in self._module.modules():
             install_reads(part, [], self._read)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         name = self._names[id(weight)]
+        self._on_read(name)
         gathered = weight.numel() == size_of(weight)  # else it is asked for, as by ZeRO-3, and not computed with
         if name not in self._sums or not gathered or not torch.is_grad_enabled():
             return weight
