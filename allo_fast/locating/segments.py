@@ -4,7 +4,7 @@
     stage 0          stage 1         stage 2                stage L + 1
 
 At the frozen base the hidden states at a cut, and the gradient of the loss by them, are the same in every pass. So a
-pass for the weights of one layer runs that layer alone, and all passes together cost little more than one over the whole.
+pass for the weights of one layer runs that layer alone, and all passes together cost little more than one over all.
 """
 
 import logging

@@ -1,0 +1,115 @@
+"""Scores of weights by gradients at the frozen base, for whichever stage trains a selection of them."""
+
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from allo_fast import ranks
+from allo_fast.config import TrainConfig, UserError
+from allo_fast.data.batch import Batch, Corpus
+from allo_fast.locating.files import StoredScore, stored_scores
+from allo_fast.locating.sweep import Sweep
+from allo_fast.method.objectives import Dpo, Sft
+from allo_fast.model.loading import load_model
+from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.weights import fingerprint, named_weights, size_of
+from allo_fast.plan.windows import windows
+from allo_fast.runs.run import SCRATCH, Progress, Unit
+from allo_fast.stages.models import frozen_reference
+from allo_fast.training.examples import Examples, reference_logps
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """compute: its response log-probabilities, with a graph for backward."""
+
+    logps: ResponseLogps
+    compute: Callable[[Batch], Tensor]
+    fingerprint: str
+
+
+@contextmanager
+def frozen_base(unit: Unit, path: str | Path) -> Iterator[FrozenBase]:
+    """The model at `path` with nothing to train."""
+    sharded = unit.zero is not None and unit.zero.sharded
+    model = load_model(path, unit.config.model, sharded=sharded).requires_grad_(False)
+    base, logps = fingerprint(model), ResponseLogps(model)
+    if not sharded:
+        yield FrozenBase(logps, logps, base)
+        return
+    from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
+
+    with frozen_engine(logps) as engine:
+        yield FrozenBase(logps, differentiable(engine), base)
+
+
+def gradient_scores(
+    unit: Unit,
+    base: FrozenBase,
+    corpus: Corpus,
+    objective: Sft | Dpo,
+    train: TrainConfig,
+    score: str,
+    reference: str | None = None,
+) -> Generator[Progress, None, tuple[dict[str, StoredScore], dict]]:
+    """Scores of all weights, in files that the unit keeps until it is complete; and what its manifest says of them.
+
+    reference: another model that the objective compares with.
+    """
+    examples = Examples(drawn(corpus, unit.config.locate.pairs, train, unit.seed), train, unit.seed)
+    logps = yield from _reference(unit, examples, base.logps, reference)
+    sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
+    total = sum(sizes.values())
+    sweep = Sweep(
+        base.logps,
+        examples,
+        objective,
+        train,
+        score,
+        unit.folder / SCRATCH,
+        windows=windows(unit.config.locate, score, total, None, ranks.world_size()),
+        clip=unit.config.locate.clip,
+        host=unit.config.locate.accumulators == "host",
+        compute=base.compute,
+        reference=logps,
+    )
+    for done, steps in sweep.run():
+        yield Progress(done, steps, f"micro-batch of {sweep.passes} passes")
+    states = sum(sweep.state_bytes.values())
+    facts = {"examples": len(examples.corpus.examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
+    facts |= {"passes": sweep.passes, "state_bytes": sweep.state_bytes, "state_bytes_per_parameter": states / total}
+    return stored_scores(unit.folder / SCRATCH, sizes), facts
+
+
+def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> Corpus:
+    """With `count` of its examples, in their order. Raises UserError for fewer than an optimizer step has."""
+    if count is None or count >= len(corpus.examples):
+        return corpus
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if count < per_step:
+        raise UserError(f"locate.pairs: expected at least the {per_step} of an optimizer step, got {count}")
+    chosen = sorted(random.Random(seed).sample(range(len(corpus.examples)), count))
+    return replace(corpus, examples=[corpus.examples[index] for index in chosen])
+
+
+def _reference(
+    unit: Unit, examples: Examples, logps: ResponseLogps, model: str | None
+) -> Generator[Progress, None, Mapping[str, Tensor] | None]:
+    """Of another reference model than the base, where one is named."""
+    opened = frozen_reference(unit, model)
+    if opened is None:
+        return None
+    path, share, device = unit.folder / "reference_logps.safetensors", logps.share_prompts, logps.model.device
+    return (yield from _batches(reference_logps(path, examples, opened(share), share, device)))
+
+
+def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress, None, dict]:
+    while True:
+        try:
+            yield Progress(*next(work), "reference batch")
+        except StopIteration as end:
+            return end.value
