@@ -254,7 +254,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     check_new(options.out)
     delta = Delta.load(options.delta)
-    model = load_model(options.base, ModelConfig(device="cpu"), dtype=str(delta.dtype).removeprefix("torch."))
+    model = load_model(options.base, ModelConfig(device="cpu"), dtype=delta.dtype)
     delta.merge_into(model)
     save_model(model, load_tokenizer(options.base), options.out)
     print(options.out)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import collate
-from allo_fast.method.delta import Delta
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.loading import load_model
@@ -198,24 +197,6 @@ def test_a_mask_for_another_model_is_refused():
         SparsePolicy(tiny_llama(seed=1), random_selection(tiny_llama(seed=0)))
 
 
-def test_delta_rebuilds_the_trained_model(tmp_path):
-    base = tiny_llama().bfloat16()
-    model = copy.deepcopy(base)
-    first = SparsePolicy(model, random_selection(model, seed=1))
-    train(first)
-    first.save_delta(tmp_path / "first.safetensors")
-    second = SparsePolicy(model, random_selection(model, seed=2))
-    train(second)
-    second.save_delta(tmp_path / "both.safetensors", before=tmp_path / "first.safetensors")
-    merged = copy.deepcopy(base)
-    Delta.load(tmp_path / "both.safetensors").merge_into(merged)
-    assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(merged).items())
-    with pytest.raises(UserError, match="made for the model"):
-        Delta.load(tmp_path / "both.safetensors").merge_into(model)
-    with pytest.raises(UserError, match="not a delta"):
-        Delta.load(__file__)
-
-
 def test_why_prompts_are_repeated_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         model = build("gemma2")[0]
@@ -230,13 +211,3 @@ def test_a_model_whose_attention_leaks_falls_back(monkeypatch):
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda attention_mask, position_ids=None, **given: forward(**given))
     assert not ResponseLogps(model).share_prompts
-
-
-def test_a_delta_brings_the_stops_of_the_model_that_it_was_trained_for(tmp_path):
-    model = tiny_llama()
-    policy = SparsePolicy(model, random_selection(model))
-    model.generation_config.eos_token_id = [2, 5]
-    policy.save_delta(tmp_path / "delta.safetensors")
-    merged = tiny_llama()
-    Delta.load(tmp_path / "delta.safetensors").merge_into(merged)
-    assert merged.generation_config.eos_token_id == [2, 5]

@@ -1,6 +1,7 @@
-"""What training changed, without the base: per tensor, positions and values; and how both are stored."""
+"""What training changed, without the base: per tensor, positions and fp32 values; and how both are stored."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,52 +10,135 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.model.weights import fingerprint, named_weights
+from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_kernels import Positions, scatter_
+from allo_kernels.positions import SPAN, blocks_of
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True, eq=False)
 class Delta:
-    """What training changed, without the base: per tensor, positions and the values there.
+    """What training changed in the model `base` (its fingerprint), which lies in `dtype`.
 
-    stops: token ids at which the trained model's generation configuration stops; none: the base's.
+    values: fp32 [K], as they were trained; in the model they are rounded to the weight's dtype. stops: token ids at
+    which the trained model's generation configuration stops; none: the base's. rounding_seed: of stochastic rounding;
+    None: to nearest. where: the file it came from, for errors.
     """
 
-    def __init__(
-        self, base: str, positions: dict[str, Positions], values: dict[str, Tensor], stops: tuple[int, ...] = ()
-    ):
-        self.base, self.positions, self.values, self.stops = base, positions, values, stops
+    base: str
+    dtype: str
+    positions: dict[str, Positions]
+    values: dict[str, Tensor]
+    stops: tuple[int, ...] = ()
+    rounding_seed: int | None = None
+    where: str = "delta"
 
     def save(self, path: Path) -> None:
         values = {f"{name}.values": value for name, value in self.values.items()}
-        save_positions(path, self.positions, {"base": self.base, "stops": [*self.stops]}, values)
+        about = {"base": self.base, "dtype": self.dtype, "stops": [*self.stops], "rounding_seed": self.rounding_seed}
+        save_positions(path, self.positions, about, values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Raises UserError when the file is not a delta."""
+        """Raises UserError when the file is not a delta, or a damaged one."""
         try:
             positions, about, tensors = load_positions(path)
             values = {name: tensors[f"{name}.values"] for name in positions}
-            return cls(about["base"], positions, values, tuple(about.get("stops", ())))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            delta = cls(
+                about["base"],
+                about["dtype"],
+                positions,
+                values,
+                tuple(about["stops"]),
+                about["rounding_seed"],
+                str(path),
+            )
+            delta._check()
+        except KeyError as error:
+            raise UserError(f"{path}: not a delta: it has no {error}") from None
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a delta: {error}") from None
+        return delta
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.values.values())).dtype
+    def check(self, base: str) -> None:
+        """Raises UserError when it was made for another model than that of this fingerprint."""
+        if base != self.base:
+            raise UserError(
+                f"{self.where}: made for the model {self.base[:12]}, got the model {base[:12]}; it goes with its run's "
+                "base"
+            )
 
     def merge_into(self, model: PreTrainedModel) -> None:
-        """Sets values and stops into the base they were trained on. Raises UserError for any other model."""
-        if (base := fingerprint(model)) != self.base:
-            raise UserError(
-                f"delta: made for the model {self.base[:12]}, got the model {base[:12]}; it goes with its run's base"
-            )
+        """Makes the base it was trained on the trained model, bit for bit. Raises UserError for any other model.
+
+        Of a model in ZeRO-3 shares each rank sets what lies in its own; every rank calls it together.
+        """
+        self.check(fingerprint(model))
+        self.set_into(model)
+
+    def set_into(self, model: PreTrainedModel) -> None:
+        """`merge_into` a model that is known to be the base."""
         weights = named_weights(model)
         for name, at in self.positions.items():
-            weight = weights[name].detach()
-            scatter_(weight, at.to(weight.device), self.values[name].to(weight.device))
+            if name not in weights or size_of(weights[name]) != at.sizes[0]:
+                raise UserError(f"{self.where}: {name} is not a tensor of the model, or has another size")
+            set_entries(weights[name], at, self.values[name])
         if self.stops:
             model.generation_config.eos_token_id = [*self.stops]
+
+    def carry_into(self, values: Tensor, name: str, at: Positions) -> None:
+        """Sets in `values` [K], of the tensor `name` at `at`, those that this delta has, as fp32 as they are here."""
+        if not len(self.positions.get(name, ())):
+            return
+        trained, selected = self.positions[name].unpack(), at.to("cpu").unpack()
+        places = torch.searchsorted(trained, selected).clamp_(max=len(trained) - 1)
+        both = trained[places] == selected
+        values[both.to(values.device)] = self.values[name][places[both]].to(values.device)
+
+    def over(self, before: "Delta") -> "Delta":
+        """Of both, over the base of `before`, out of which that one made this one's; where both are, this one's."""
+        positions, values = {**before.positions}, {**before.values}
+        for name, at in self.positions.items():
+            positions[name], values[name] = at, self.values[name]
+            if name in before.positions:
+                parts = [(delta.positions[name].unpack(), delta.values[name]) for delta in (before, self)]
+                index, places = torch.cat([part for part, _ in parts]).unique(return_inverse=True)
+                merged = torch.empty(len(index))
+                for place, (_, part) in zip(places.split([len(part) for part, _ in parts]), parts, strict=True):
+                    merged[place] = part
+                positions[name], values[name] = Positions.pack(index, at.sizes[0]), merged
+        return replace(self, base=before.base, dtype=before.dtype, positions=positions, values=values)
+
+    def _check(self) -> None:
+        """Raises ValueError, TypeError where what was read cannot be a delta."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {_DTYPES}, got {self.dtype!r}")
+        if not all(isinstance(token, int) for token in self.stops):
+            raise ValueError(f"stops: expected token ids, got {self.stops!r:.80}")
+        for name, at in self.positions.items():
+            value = self.values[name]
+            if value.dtype != torch.float32 or value.shape != (len(at),):
+                raise ValueError(
+                    f"{name}: expected {len(at)} values in float32, got {tuple(value.shape)} in {value.dtype}"
+                )
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: a value is NaN or infinite")
+
+
+def set_entries(weight: Tensor, at: Positions, values: Tensor) -> None:
+    """Sets `values` [K], rounded to nearest, into a weight; of one in ZeRO-3 shares, into this rank's share alone."""
+    if not hasattr(weight, "ds_tensor"):
+        scatter_(weight.detach(), at.to(weight.device), values.to(weight.device))
+        return
+    begin, part = ranks.share(weight)
+    first = begin // SPAN
+    for entries, index in at.chunks(first, blocks_of(begin + len(part))):
+        index += first * SPAN - begin
+        inside = (index >= 0) & (index < len(part))
+        part[index[inside].to(part.device)] = values[entries][inside].to(part.device, part.dtype)
 
 
 def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:

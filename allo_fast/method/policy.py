@@ -58,16 +58,24 @@ class Group:
 class SparsePolicy:
     """Trains `selection`'s entries of `model` and nothing else; every weight of `model` is frozen.
 
+    start: what an earlier stage changed in `model`, set into it here: policy and reference begin from that, rounded to
+    the weights' dtype, and entries that are trained again from the earlier stage's fp32 values.
     values: per tensor, an fp32 nn.Parameter [K], among `model.parameters()` but not in the model's state_dict, which
-    stays that of a normal model; SparseAdamW's holds them. Raises UserError when the selection was made for another
-    model, and later where the model is moved or cast, loads the state of another one, or the values change without it.
+    stays that of a normal model; SparseAdamW's holds them. Raises UserError when one of both is of another model, and
+    later where the model is moved or cast, loads the state of another one, or the values change without it.
     keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
     """
 
-    def __init__(self, model: PreTrainedModel, selection: Selection, *, keep_dense_gradients: bool = False):
-        selection.check(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selection: Selection,
+        start: Delta | None = None,
+        *,
+        keep_dense_gradients: bool = False,
+    ):
         self.model = model.requires_grad_(False)
-        self.base = selection.base
+        self.base = begin(model, selection, start)
         weights = named_weights(model)
         self.parameters = sum(weight.numel() for weight in weights.values())
         self.weights = {name: weights[name] for name in selection.names}
@@ -77,6 +85,9 @@ class SparsePolicy:
             parts = group.values.split(group.positions.counts)
             self.positions |= dict(zip(group.weights, group.positions.split(), strict=True))
             self.values |= {name: nn.Parameter(part) for name, part in zip(group.weights, parts, strict=True)}
+        if start:
+            for name, value in self.values.items():
+                start.carry_into(value.detach(), name, self.positions[name])
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._in_reference = False
@@ -156,21 +167,21 @@ class SparsePolicy:
         """Every weight of the policy, whole, one at a time; every rank iterates together."""
         return whole_weights(self.model)
 
-    def located(self, name: str) -> Positions:
-        """The selected positions of a weight, on the CPU."""
-        return self.positions[name].to("cpu")
+    def trained(self) -> Iterator[tuple[str, Positions, Tensor]]:
+        """Of every weight that trains the name, positions and fp32 values; every rank iterates together."""
+        for name, value in self.values.items():
+            yield name, self.positions[name], value.detach()
 
     def save_delta(self, path: Path, before: Path | None = None) -> None:
-        """The trained entries, over `before` (the delta that made this base out of an earlier one) when given."""
-        delta, positions, values = Delta.load(before) if before else Delta(self.base, {}, {}), {}, {}
-        for name, weight in self.full_weights():
-            parts = [self.located(name)] if name in self.weights else []
-            parts += [delta.positions[name]] if name in delta.positions else []
-            if parts and ranks.is_main():
-                at = Positions.pack(torch.cat([part.unpack() for part in parts]).unique(), weight.numel())
-                positions[name], values[name] = at, gather(weight, at.to(weight.device)).cpu()
+        """The trained entries, fp32, over the delta at `before` where the policy started from it; rank 0 writes."""
+        positions, values = {}, {}
+        for name, at, value in self.trained():
+            if ranks.is_main():
+                positions[name], values[name] = at.to("cpu"), value.to("cpu", copy=True)
         if ranks.is_main():
-            Delta(delta.base, positions, values, tuple(sorted(stop_tokens(self.model)))).save(path)
+            dtype, stops = str(self.model.dtype).removeprefix("torch."), tuple(sorted(stop_tokens(self.model)))
+            delta = Delta(self.base, dtype, positions, values, stops)
+            (delta.over(Delta.load(before)) if before else delta).save(path)
 
     def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
         weights = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}
@@ -224,6 +235,19 @@ class SparsePolicy:
         if name not in self.values or self.dense_gradients or not torch.is_grad_enabled():
             return None
         return weight, self.values[name], self.positions[name]
+
+
+def begin(model: PreTrainedModel, selection: Selection, start: Delta | None) -> str:
+    """The fingerprint of what a policy begins from: `model`, into which it sets `start`.
+
+    Raises UserError where selection or start was made for another model.
+    """
+    selection.check(model)
+    if start is None:
+        return selection.base
+    start.check(selection.base)
+    start.set_into(model)
+    return fingerprint(model)
 
 
 class DensePolicy:

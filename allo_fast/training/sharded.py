@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from allo_fast.method.alias import Alias, install_reads
-from allo_fast.method.policy import SparsePolicy, say_what_is_not_trained
+from allo_fast.method.delta import Delta
+from allo_fast.method.policy import SparsePolicy, begin, say_what_is_not_trained
 from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
@@ -36,10 +37,12 @@ class Entries:
     starts: Tensor
 
     @classmethod
-    def of(cls, weight: nn.Parameter, at: Positions) -> "Entries":
+    def of(cls, name: str, weight: nn.Parameter, at: Positions, start: Delta | None) -> "Entries":
         at = at.to(weight.device)
         with whole(weight):
             values = nn.Parameter(gather(weight.data, at).float())
+        if start:
+            start.carry_into(values.detach(), name, at)
         low = nn.Parameter(at.low.view(torch.uint8), requires_grad=False)
         divide(values, low)
         return cls(weight, values, low, at.starts)
@@ -70,17 +73,18 @@ class Entries:
 class ShardedPolicy(SparsePolicy):
     """Trains `selection`'s entries of a model for DeepSpeedBackend at stage 3, which must be given it before it runs.
 
-    The same interface as SparsePolicy. Raises UserError when the selection was made for another model.
+    The same interface as SparsePolicy. Raises UserError when selection or start was made for another model.
     """
 
-    def __init__(self, model: PreTrainedModel, selection: Selection):
-        selection.check(model)
+    def __init__(self, model: PreTrainedModel, selection: Selection, start: Delta | None = None):
         self.model = model.requires_grad_(False)
-        self.base = selection.base
+        self.base = begin(model, selection, start)
         self.every_weight = weights = named_weights(model)
         self.parameters = sum(map(size_of, weights.values()))
         self.weights = {name: weights[name] for name in selection.names}
-        self.entries = {name: Entries.of(weight, selection.positions(name)) for name, weight in self.weights.items()}
+        self.entries = {
+            name: Entries.of(name, weight, selection.positions(name), start) for name, weight in self.weights.items()
+        }
         self.values = {name: entries.values for name, entries in self.entries.items()}
         self.dense_gradients = {}
         self._by_weight = {id(entries.weight): entries for entries in self.entries.values()}
@@ -140,10 +144,11 @@ class ShardedPolicy(SparsePolicy):
                 count += int((entries.values.to(before.dtype) != before).sum())
         return count
 
-    def located(self, name: str) -> Positions:
-        """The selected positions of a weight, whole, on the CPU; every rank calls it together."""
-        with whole(self.entries[name].low):
-            return self.entries[name].positions().to("cpu")
+    def trained(self) -> Iterator[tuple[str, Positions, Tensor]]:
+        """As SparsePolicy's; the values are gathered, the base is not."""
+        for name, entries in self.entries.items():
+            with whole(entries.values, entries.low):
+                yield name, entries.positions(), entries.values.data
 
     def _policy_weight(self, name: str) -> Tensor:
         """A copy: what was gathered may be in use elsewhere."""
