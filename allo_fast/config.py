@@ -170,7 +170,8 @@ class Config(Section):
     # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
     rivals: list[Literal["dpo"]] = []  # trained and evaluated beside the method
-    save_models: Literal["final", "all", "none"] = "final"  # of which stages whole models are kept, beside their deltas
+    # Of which sparse stages whole models are written beside their deltas; `allo-fast export` makes them afterwards too.
+    save_models: Literal["final", "all", "none"] = "final"
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
     data: DataConfig
@@ -215,7 +216,16 @@ class Config(Section):
     @property
     def warms_up(self) -> bool:
         """Whether the dense warm-up runs: as the result, as a rival, or for what it changes."""
-        return "dpo" in (self.method, *self.rivals) or self.located_by == "delta"
+        return "dpo" in self.trained or self.located_by == "delta"
+
+    @property
+    def trained(self) -> list[str]:
+        """What the run trains and compares with the base: the rivals, then the method."""
+        return [*dict.fromkeys([*self.rivals, self.method])]
+
+    def keeps_model(self, stage: str) -> bool:
+        """Whether a sparse stage writes its whole model beside its delta."""
+        return self.save_models == "all" or (self.save_models == "final" and stage == "learn")
 
     @property
     def reward_source(self) -> str:

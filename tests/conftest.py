@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,30 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+# A run of every stage, in seconds.
+MICRO = """
+name: micro
+output_dir: {folder}
+seeds: [0, 1]
+rivals: [dpo]
+model: {{dtype: float32}}
+data:
+  train: arithmetic:train[1000:1006]
+  test: arithmetic:test[:8]
+  prompt_template: "{{}}="
+pretrain:
+  {{problems: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
+   per_device_train_batch_size: 8, save_steps: 1}}
+sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
+pairs: {{gold: missing}}
+locate: {{score: delta}}
+warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
+rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2, save_steps: 1}}}}
+forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
+learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1, save_steps: 1}}
+evaluate: {{max_new_tokens: 12, batch_size: 4}}
+"""
 
 # A rotary embedding that changes with the longest row beyond `max_position_embeddings`.
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
@@ -68,3 +93,26 @@ def pair_corpus(problems: int = 6, seed: int = 0) -> Corpus:
         right, *wrong = corpus.add(tokens(3, 9), [tokens(2, 9) for _ in range(3)])
         corpus.examples += [(right, index) for index in wrong]
     return corpus
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A config file and the folder of its finished run; tests that take it are in one xdist_group."""
+    from allo_fast.__main__ import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "micro.yaml"
+    config.write_text(MICRO.format(folder=folder))
+    assert main(["run", str(config)]) == 0
+    return config, folder / "micro"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be changed."""
+    config = tmp_path / "micro.yaml"
+    config.write_text(MICRO.format(folder=tmp_path))
+    shutil.copytree(finished[1], tmp_path / "micro")
+    text = (tmp_path / "micro" / "config.yaml").read_text()
+    (tmp_path / "micro" / "config.yaml").write_text(text.replace(str(finished[0].parent), str(tmp_path)))
+    return config, tmp_path / "micro"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
+from allo_fast.method.delta import Delta
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
@@ -43,6 +45,7 @@ from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import divide, fingerprint, whole_weights
+from allo_fast.model.weights import same_bits as same_bits_of
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import frozen_engine
@@ -445,12 +448,14 @@ def stuck(folder: Path) -> None:
 
 
 def shared_inference(folder: Path, config: str) -> None:
-    """A model in shares of all ranks generates and scores as one that is whole on each."""
+    """A model in shares of all ranks, with a delta or without, generates and scores as one that is whole on each."""
     ranks.start(120)
     zeros = dict.fromkeys(("dense", "sparse"), Zero(3))
-    path = folder / "model"
+    path, delta = folder / "model", folder / "delta.safetensors"
     tokenizer = character_tokenizer()
-    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, path)
+    save_model(model := tiny_llama(vocab_size=len(tokenizer)), tokenizer, path)
+    SparsePolicy(model, random_selection(model)).save_delta(delta)
+    ranks.barrier()
     ids = tokenizer(["1+1=", "2+1=", "2", "31"]).input_ids
     rows = [{"prompt_ids": prompt, "responses": [{"ids": ids[2]}, {"ids": ids[3]}]} for prompt in ids[:2]]
     found = {}
@@ -461,8 +466,8 @@ def shared_inference(folder: Path, config: str) -> None:
         deque(unit.execute(), maxlen=0)
         scored = Unit(unit.owner, "evaluate", "base")
         scored.folder.mkdir(parents=True, exist_ok=True)
-        deque(evaluate.evaluate(scored, path), maxlen=0)
-        with models.inference(unit, path, scoring=True) as held:
+        deque(evaluate.evaluate(scored, path, delta=delta), maxlen=0)
+        with models.inference(unit, path, delta, scoring=True) as held:
             assert held.sharded == (name == "shared")
             logps = evaluate.response_logps(held, rows[: 1 + ranks.rank()], 2)
         files = [unit.folder / "responses.jsonl", scored.folder / "predictions.jsonl"]
@@ -506,6 +511,56 @@ def _refused_from_shares(folder: Path, model: LlamaForCausalLM) -> None:
         for sharded in (True, False):
             with pytest.raises(UserError, match=message):
                 load_model(folder / f"damaged-{number}", ModelConfig(), sharded=sharded)
+
+
+def deltas(folder: Path) -> None:
+    """Set into shares without a message, begun from in fp32 on any stage of ZeRO, saved, and rebuilt bit for bit."""
+    ranks.start(120)
+    base, (first, second) = tiny_llama(**ODD).bfloat16(), (folder / "first.safetensors", folder / "second.safetensors")
+    save_model(base, character_tokenizer(), folder / "base")
+    trained = SparsePolicy(deepcopy(base), random_selection(base, 0.3))
+    with torch.no_grad():
+        for value in trained.values.values():
+            value += 1e-2 * torch.rand(value.shape, generator=torch.Generator().manual_seed(len(value)))
+    trained.write_back()
+    trained.save_delta(first)
+    ranks.barrier()
+    model, counted = load_model(folder / "base", ModelConfig(), sharded=True), ranks.Traffic()
+    Delta.load(first).set_into(model)
+    assert not counted.bytes
+    assert_same_weights(whole_weights(model), trained.full_weights())
+    Delta.load(first).merge_into(again := load_model(folder / "base", ModelConfig(), sharded=True))
+    assert fingerprint(again) == fingerprint(model)
+    alone = SparsePolicy(deepcopy(base), random_selection(base, 0.3, seed=2), Delta.load(first))
+    for stage in range(4):
+        trainer = _starting_from(first, folder, stage)
+        for name, at, value in trainer.policy.trained():
+            assert torch.equal(at.unpack(), alone.positions[name].unpack()), f"stage {stage}: {name}"
+            assert torch.equal(value, alone.values[name]), f"stage {stage}: {name}"
+        deque(trainer.run(), maxlen=0)
+        trainer.policy.save_delta(second, before=first)
+        ranks.barrier()
+        rebuilt = deepcopy(base)
+        Delta.load(second).merge_into(rebuilt)
+        assert_same_weights(whole_weights(rebuilt), trainer.policy.full_weights())
+        assert trainer.policy.changed() and trainer.policy.base == fingerprint(trained.model)
+        ranks.barrier()
+
+
+def _starting_from(delta: Path, folder: Path, stage: int) -> Trainer:
+    model, zero = load_model(folder / "base", ModelConfig(), sharded=stage == 3), Zero(stage)
+    selection = random_selection(tiny_llama(**ODD).bfloat16(), 0.3, seed=2)
+    policy = (ShardedPolicy if zero.sharded else SparsePolicy)(model, selection, Delta.load(delta))
+    (place := folder / str(stage)).mkdir(exist_ok=True)
+    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS), place, zero=zero)
+    OPEN.callback(trainer.backend.close)
+    return trainer
+
+
+def assert_same_weights(ours, expected) -> None:
+    """Bit for bit, both gathered together."""
+    for (name, weight), (other, wanted) in zip(ours, expected, strict=True):
+        assert name == other and same_bits_of(weight.cpu(), wanted.cpu()), name
 
 
 def rank() -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections import deque
 from statistics import fmean
 
 import pytest
@@ -27,7 +28,7 @@ from allo_fast.report.summary import percent, preference_metrics, preference_val
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES
-from allo_fast.stages.evaluate import _scored, response_logps
+from allo_fast.stages.evaluate import _scored, evaluate, response_logps
 from allo_fast.stages.models import inference
 
 TOKENIZER = character_tokenizer()
@@ -35,8 +36,10 @@ CONFIG = """
 name: judged
 output_dir: {folder}
 seeds: [0, 1]
+rivals: [dpo]
 model: {{name_or_path: {folder}/base, dtype: float32}}
 data: {{train: {folder}/rows.jsonl, test: {folder}/rows.jsonl, format: preference, prompt_template: "{{}}="}}
+locate: {{score: delta}}
 warmup: {{learning_rate: 1e-3, beta: 0.2, gradient_accumulation_steps: 1}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
 forget: {{learning_rate: 1e-3, gradient_accumulation_steps: 1}}
@@ -208,6 +211,11 @@ def test_a_whole_run_on_preferences(place, capsys):
     assert re.search(r"^allo +rewards/margins +\S+ +\S+ \.\. \S+ +8 +8 ", shown_table, re.MULTILINE)
     page = (folder / "report.html").read_text()
     assert "<h2>Preferences</h2>" in page and "rewards/margins" in page and "<h2>Accuracy</h2>" not in page
+    judged = Unit(Run(load_config(place / "config.yaml"), STAGES), "evaluate", "whole")
+    judged.folder.mkdir()
+    deque(evaluate(judged, folder / "07-learn/seed-1/model", folder / "08-evaluate/base"), maxlen=0)
+    rows = read_jsonl(judged.folder / "predictions.jsonl")
+    assert rows == read_jsonl(folder / "08-evaluate/allo-seed-1/predictions.jsonl"), "base and delta are that model"
     steps = read_jsonl(folder / "07-learn/seed-0/metrics.jsonl")
     assert "key_rewards/accuracies" in steps[-1] and "rewards/accuracies" in steps[-1]
 

@@ -28,6 +28,8 @@ MODEL = "model/model.safetensors"
 JOB = """
 name: job
 output_dir: {folder}
+rivals: [dpo]
+save_models: all
 model: {{dtype: float32}}
 data: {{train: "arithmetic:train[1000:1006]", test: "arithmetic:test[:8]", prompt_template: "{{}}="}}
 pretrain:
@@ -35,6 +37,7 @@ pretrain:
    per_device_train_batch_size: 4, gradient_accumulation_steps: 2}}
 sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
 pairs: {{gold: missing}}
+locate: {{score: delta}}
 warmup: {{learning_rate: 1e-4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 2}}
@@ -121,6 +124,7 @@ def test_every_stage_agrees_with_one_process(work, world):
         "starts_small",
         "not_finite",
         "saved_from_shares",
+        "deltas",
     ],
 )
 def test_two_ranks(work, case):

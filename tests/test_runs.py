@@ -10,57 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MICRO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
-from allo_fast.model.weights import named_weights
+from allo_fast.method.delta import Delta
+from allo_fast.method.selection import Selection
+from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
-
-MICRO = """
-name: micro
-output_dir: {folder}
-seeds: [0, 1]
-model: {{dtype: float32}}
-data:
-  train: arithmetic:train[1000:1006]
-  test: arithmetic:test[:8]
-  prompt_template: "{{}}="
-pretrain:
-  {{problems: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
-   per_device_train_batch_size: 8, save_steps: 1}}
-sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
-pairs: {{gold: missing}}
-warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
-rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2, save_steps: 1}}}}
-forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
-learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1, save_steps: 1}}
-evaluate: {{max_new_tokens: 12, batch_size: 4}}
-"""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A config file and the folder of its finished run."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = folder / "micro.yaml"
-    config.write_text(MICRO.format(folder=folder))
-    assert main(["run", str(config)]) == 0
-    return config, folder / "micro"
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    config = tmp_path / "micro.yaml"
-    config.write_text(MICRO.format(folder=tmp_path))
-    shutil.copytree(finished[1], tmp_path / "micro")
-    text = (tmp_path / "micro" / "config.yaml").read_text()
-    (tmp_path / "micro" / "config.yaml").write_text(text.replace(str(finished[0].parent), str(tmp_path)))
-    return config, tmp_path / "micro"
 
 
 def test_one_command_at_a_time(finished, capsys):
@@ -119,6 +81,7 @@ def test_the_folder_is_what_the_design_says(finished):
     manifest = json.loads((folder / "07-learn/seed-1" / MANIFEST).read_text())
     assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1", "forget/seed-1"}
     assert set(manifest["outputs"]) >= {"model/model.safetensors", "delta.safetensors", "metrics.jsonl"}
+    assert not (folder / "06-forget/seed-1/model").exists(), "what it passes on is its delta"
     assert manifest["seed"] == 1 and manifest["seconds"] > 0 and manifest["peak_bytes"] > 2**20
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint*"))
 
@@ -148,12 +111,9 @@ def test_the_report_is_self_contained(finished):
 
 def test_forgetting_trains_only_the_selected_weights(finished):
     _, folder = finished
-    before, after = (
-        named_weights(AutoModelForCausalLM.from_pretrained(folder / path))
-        for path in ("00-pretrain/base/model", "06-forget/seed-0/model")
-    )
-    from allo_fast.method.selection import Selection
-
+    base, trained = (AutoModelForCausalLM.from_pretrained(folder / "00-pretrain/base/model") for _ in range(2))
+    Delta.load(folder / "06-forget/seed-0/delta.safetensors").merge_into(trained)
+    before, after = named_weights(base), named_weights(trained)
     selection = Selection.load(folder / "04-locate/seed-0/forget.safetensors")
     changed = 0
     for name, weight in after.items():
@@ -174,7 +134,7 @@ def test_merge_rebuilds_the_trained_model(finished, tmp_path, capsys):
     )
     assert all(torch.equal(merged[name], trained[name]) for name in trained)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1").input_ids
-    arguments[0] = str(folder / "06-forget/seed-0/model")
+    arguments[0] = str(folder / "03-warmup/seed-0/model")
     assert main(["merge", *arguments, str(tmp_path / "wrong")]) == 2
     assert "made for the model" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
 
@@ -404,3 +364,15 @@ def test_options_are_judged_by_likelihood_and_bfloat16_states_are_3_1_bytes_per_
     assert all(json.loads(row)["response"].startswith("The answer is ") for row in answers)
     stages = json.loads((tmp_path / "choice/summary.json").read_text())["stages"]
     assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("06-forget", "07-learn"))
+    assert main(["export", str(tmp_path / "choice"), "learn", str(tmp_path / "exported")]) == 0
+    exported, trained = (
+        named_weights(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+        for path in (tmp_path / "exported", tmp_path / "choice/07-learn/seed-0/model")
+    )
+    assert all(same_bits(weight.data, exported[name].data) for name, weight in trained.items())
+    assert main(["learn", str(config), *choice, "learn.learning_rate=1e-30", "--rerun"]) == 0
+    forgotten, still = (
+        Delta.load(tmp_path / f"choice/{name}/seed-0/delta.safetensors").values for name in ("06-forget", "07-learn")
+    )
+    assert all(torch.equal(values, still[name]) for name, values in forgotten.items())
+    assert any((values != values.bfloat16()).any() for values in forgotten.values()), "with what bfloat16 would lose"

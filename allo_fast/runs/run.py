@@ -263,7 +263,8 @@ def _fits(path: Path, entry: dict) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
 
-_ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "model": {"device"}}  # where a run is continued, not what it is
+# Where a run is continued and how much of it is kept, not what it is.
+_ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "save_models": True, "model": {"device"}}
 
 
 def _differences(old: Config, new: Config) -> str:

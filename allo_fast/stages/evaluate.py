@@ -27,18 +27,24 @@ from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.run import Progress, Run, Unit
-from allo_fast.stages.models import Inference, base_path, inference, prompts_of
+from allo_fast.stages.models import Inference, base_path, inference, made_in, prompts_of
 from allo_fast.stages.problems import unit_problems
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
+PRODUCERS = {"base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}  # the stage that makes each model
+
+
+def model_of(key: str) -> str:
+    """Which model a unit judges: base, or what trained it (`sparse-dpo` of `sparse-dpo-seed-0`)."""
+    return key.partition("-seed-")[0]
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
-    producer = {"base": None, "dpo": "warmup", "allo": "learn"}[unit.key.partition("-")[0]]
-    path = unit.needed(producer) / "model" if producer else base_path(unit)
-    facts = yield from evaluate(unit, path, unit.needed("evaluate") if producer else None)
+    producer = PRODUCERS[model_of(unit.key)]
+    path, delta = made_in(unit, unit.needed(producer)) if producer else (base_path(unit), None)
+    facts = yield from evaluate(unit, path, unit.needed("evaluate") if producer else None, delta=delta)
     return facts
 
 
@@ -67,9 +73,13 @@ def _evaluate_base(unit: Unit, reader: str | Path) -> Generator[Progress, None, 
 
 
 def evaluate(
-    unit: Unit, path: str | Path, against: Path | None = None, reader: str | Path | None = None
+    unit: Unit,
+    path: str | Path,
+    against: Path | None = None,
+    reader: str | Path | None = None,
+    delta: Path | None = None,
 ) -> Generator[Progress, None, dict]:
-    """How the model at `path` does, and how many test rows were set aside.
+    """How the model at `path`, with a delta of it if any, does, and how many test rows were set aside.
 
     against: the folder of the base model's evaluation, whose rows are judged, token by token the same, and whose
     log-probabilities implicit rewards compare with. reader: the model whose tokenizer and template read the rows; None:
@@ -79,13 +89,13 @@ def evaluate(
     problems, quarantined = _problems(unit, prompts, against, path, reader or path)
     ref_logps = _logps_of(against) if against else {}
     scoring = bool(problems[0]["responses"])
-    with inference(unit, path, scoring=scoring) as frozen:
+    with inference(unit, path, delta, scoring=scoring) as frozen:
 
         def work(chunk: list[dict], start: int) -> list[dict]:
             if not scoring:
                 return _answered(frozen, prompts, chunk, unit.config.evaluate)
             logps = response_logps(frozen, chunk, unit.config.evaluate.batch_size)
-            return [_scored(unit, path, row, sums, ref_logps) for row, sums in zip(chunk, logps, strict=True)]
+            return [_scored(unit, delta or path, row, sums, ref_logps) for row, sums in zip(chunk, logps, strict=True)]
 
         size = unit.config.evaluate.batch_size
         rows = yield from by_chunks(unit.folder / PREDICTIONS, problems, size, "problem", work)

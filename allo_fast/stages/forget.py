@@ -4,7 +4,7 @@
     `allo-fast forget CONFIG`
 
 paper: w_t = 1[p_t < 0.5], the tokens a rewriter would change. release: w_t = p_t, which weighs the kept tokens most
-and contradicts the paper's figure. Writes model/ and delta.safetensors.
+and contradicts the paper's figure. Writes delta.safetensors, with `save_models: all` also model/.
 """
 
 from collections.abc import Generator
@@ -27,7 +27,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus, weights = weighted_corpus(rows, settings.threshold if protocol == "paper" else None)
     if not corpus.examples:
         raise UserError(f"nothing to forget: no token's reward is below forget.threshold {settings.threshold}")
-    policy = sparse_policy(unit, base_path(unit), settings)
+    policy = sparse_policy(unit, settings)
     trainer = Trainer(
         policy,
         corpus,
@@ -42,7 +42,6 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     )
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
-    policy.save_delta(unit.folder / "delta.safetensors")
     trainer.backend.close()
     forgotten = sum(weight != 0 for row in weights for weight in row)
     return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}

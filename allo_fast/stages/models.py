@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
-from allo_fast.config import Config, SparseTrainConfig, UserError
+from allo_fast.config import Config, ModelConfig, SparseTrainConfig, UserError
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
@@ -24,11 +24,33 @@ from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import training_sections
 from allo_kernels import memory
 
+DELTA = "delta.safetensors"
+
 
 def base_path(unit: Unit) -> str | Path:
     """Where the base model lies: given by the user, or pretrained by this run."""
     given = unit.config.model.name_or_path
     return given if given else unit.needed("pretrain") / "model"
+
+
+def made_in(unit: Unit, folder: Path) -> tuple[str | Path, Path | None]:
+    """The model that a stage of this run made in `folder`, as `load_made` takes it; every rank calls it together.
+
+    A sparse stage left a delta of the base, a dense one a model.
+    """
+    delta = folder / DELTA
+    return (base_path(unit), delta) if ranks.on_main(delta.is_file) else (folder / "model", None)
+
+
+def load_made(path: str | Path, delta: Path | None, config: ModelConfig, sharded: bool = False) -> PreTrainedModel:
+    """The model at `path` with a delta of it, if any; sharded: as `load_model`, and each rank sets what is in its own.
+
+    Every rank calls it together. Raises UserError where the delta is one of another model.
+    """
+    model = load_model(path, config, sharded=sharded)
+    if delta:
+        Delta.load(delta).merge_into(model)
+    return model
 
 
 def prompts_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts:
@@ -51,29 +73,31 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
     return DensePolicy(model, autocast=None if dtype == torch.float32 else dtype)
 
 
-def sparse_policy(unit: Unit, path: str | Path, config: SparseTrainConfig, after: Delta | None = None) -> SparsePolicy:
-    """The model at `path` with the entries that `locate` chose for this stage.
-
-    after: what an earlier stage changed since the selection was made; it must come from the selection's own base.
-    """
+def sparse_policy(unit: Unit, config: SparseTrainConfig, start: Path | None = None) -> SparsePolicy:
+    """The base with the entries that `locate` chose for this stage; start: the delta that an earlier stage made."""
     sharded = unit.zero is not None and unit.zero.sharded
-    model = load_model(path, unit.config.model, sharded=sharded)
+    model = load_model(base_path(unit), unit.config.model, sharded=sharded)
     selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors")
-    if after:
-        if after.base != selection.base:
-            raise UserError(f"{path}: does not come from the model that the selection was made for")
-        selection = selection.rebased(model)
+    delta = Delta.load(start) if start else None
     if sharded:
-        return ShardedPolicy(model, selection)
+        return ShardedPolicy(model, selection, delta)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
-    return SparsePolicy(model, selection, keep_dense_gradients=clip == "all")
+    return SparsePolicy(model, selection, delta, keep_dense_gradients=clip == "all")
 
 
-def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts) -> None:
-    """The policy's model as a Hugging Face folder, which generates up to the token that ended its responses."""
+def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts, start: Path | None = None) -> None:
+    """What a stage passes on: model/, a Hugging Face folder, of a dense policy; of a sparse one the delta, and model/
+    where `save_models` says so.
+
+    It generates up to the token that ended its responses. start: the delta that the policy started from.
+    """
     stops = stop_tokens(policy.model)
     if prompts.end_token not in stops:
         policy.model.generation_config.eos_token_id = sorted({*stops, prompts.end_token})
+    if isinstance(policy, SparsePolicy):
+        policy.save_delta(unit.folder / DELTA, before=start)
+        if not unit.config.keeps_model(unit.name):
+            return
     save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
 
 
@@ -89,9 +113,14 @@ class Inference:
 
 @contextmanager
 def inference(
-    unit: Unit, path: str | Path, *, scoring: bool = False, sharded: bool | None = None
+    unit: Unit,
+    path: str | Path,
+    delta: Path | None = None,
+    *,
+    scoring: bool = False,
+    sharded: bool | None = None,
 ) -> Iterator[Inference]:
-    """The model at `path`, frozen, until the context ends.
+    """The model of `load_made`, frozen, until the context ends.
 
     scoring: for log-probabilities of responses [R, L], not for generating. sharded: in shares of all ranks; None: where
     it would take more than half of a device.
@@ -100,7 +129,7 @@ def inference(
     if sharded is None:
         several = unit.zero is not None and ranks.world_size() > 1
         sharded = several and ranks.on_main(lambda: _bytes(unit, path) > memory.device_bytes() / 2)
-    model = load_model(path, wanted, sharded=sharded).eval().requires_grad_(False)
+    model = load_made(path, delta, wanted, sharded).eval().requires_grad_(False)
     module = ResponseLogps(model) if scoring else model
     if sharded:
         from allo_fast.training.backend_deepspeed import frozen_engine
@@ -117,11 +146,12 @@ def _bytes(unit: Unit, path: str | Path) -> int:
 
 
 def other_models(config: Config) -> dict[str, str]:
-    """The models that are named beside the base, by key."""
+    """The models that are named beside the base, by key, and that this run reads."""
     named = {
         f"{name}.reference": getattr(train, "reference", None) for name, train in training_sections(config).items()
     }
     named["rewards.model"] = config.rewards.model if config.method == "allo" else None
+    named["locate.after"] = config.locate.after if config.method != "dpo" else None
     return {key: path for key, path in named.items() if path}
 
 

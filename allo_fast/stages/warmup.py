@@ -1,4 +1,4 @@
-"""Vanilla DPO on all weights: the change that `locate` ranks, and the dense rival.
+"""Vanilla DPO on all weights: the rival, the result of `method: dpo`, and what `locate.score: delta` ranks.
 
     L = -log sigmoid(beta [ sum_t rho_t(chosen) - sum_t rho_t(rejected) ]),  rho = logp - ref
     `allo-fast warmup CONFIG`
