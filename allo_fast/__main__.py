@@ -141,6 +141,8 @@ def _stage(options: argparse.Namespace) -> None:
 def _open_run(options: argparse.Namespace) -> Iterator[Run]:
     """The run of this command, alone in its folder; several processes all come here, and with the same inputs."""
     config = load_config(options.config, options.overrides)
+    if options.name in STAGES and options.name not in stages_of(config):
+        raise UserError(f"{options.name}: not a stage of this run, whose stages are {', '.join(stages_of(config))}")
     if config.deepspeed is None:
         if ranks.launched_world_size() > 1:
             raise UserError(

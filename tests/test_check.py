@@ -29,6 +29,7 @@ def job(tmp_path):
     data = {name: str(write(tmp_path / f"{name}.jsonl", *[ROW] * 4)) for name in ("train", "test")}
     settings = {"name": "run", "output_dir": str(tmp_path / "runs"), "data": {"format": "preference", **data}}
     settings |= {"model": {"name_or_path": str(tmp_path / "base")}, "rewards": {"template": "{}{}{}"}}
+    settings["rivals"] = ["dpo"]
     config.write_text(json.dumps(settings))
     return lambda command, *overrides: main([command, str(config), *overrides])
 
@@ -106,6 +107,21 @@ def test_references_that_cannot_read_the_rows(job, capsys, tmp_path, changes, pr
     assert job("check", f"learn.reference={tmp_path / 'short'}") == 2
     said = capsys.readouterr().out
     assert f"problem: learn.reference: {tmp_path}/{problem}" in said and "problems: 1" in said
+
+
+def test_a_model_whose_change_is_ranked_is_like_the_base(job, capsys, tmp_path):
+    tokenizer = byte_level(eos="<eos>")
+    base = len(byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML))
+    for name, sizes in (("after", {"vocab_size": base}), ("wider", {"vocab_size": base, "intermediate_size": 64})):
+        save_model(tiny_llama(seed=3, **sizes), tokenizer, tmp_path / name)
+    assert job("check", f"locate.after={tmp_path / 'after'}") == 0, "its tokenizer is never used"
+    capsys.readouterr()
+    assert job("check", f"locate.after={tmp_path / 'wider'}") == 2
+    said = capsys.readouterr().out
+    assert "wider: not a model like the base: model.layers.0.mlp.down_proj.weight differs" in said
+    assert job("check", "locate.after=/nowhere") == 2
+    assert "locate.after: /nowhere: no such file" in capsys.readouterr().out
+    assert job("check", "locate.after=/nowhere", "method=dpo") == 0, "which locates nothing"
 
 
 def test_where_nothing_can_be_written(job, capsys, tmp_path):

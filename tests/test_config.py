@@ -22,7 +22,9 @@ def test_the_defaults_are_the_papers(tmp_path):
     assert config.warmup.per_device_train_batch_size * config.warmup.gradient_accumulation_steps == 32
     assert (config.forget.learning_rate, config.forget.warmup_steps, config.forget.beta) == (5e-7, 0.03, 0.1)
     assert config.forget.per_device_train_batch_size * config.forget.gradient_accumulation_steps == 128
-    assert (config.learn.learning_rate, config.learn.beta, config.learn.epsilon) == (5e-6, 0.1, 0.1)
+    assert (config.learn.learning_rate, config.learn.beta, config.epsilon) == (5e-6, 0.1, 0.1)
+    assert load(tmp_path, overrides=["method=sparse-dpo"]).epsilon == 1, "plain DPO"
+    assert load(tmp_path, overrides=["method=sparse-dpo", "learn.epsilon=0.3"]).epsilon == 0.3
     assert config.learn.per_device_train_batch_size * config.learn.gradient_accumulation_steps == 128
     assert (config.rewards.train.learning_rate, config.rewards.train.num_train_epochs) == (2e-5, 3)
     assert (config.sample.num_return_sequences, config.sample.temperature, config.sample.top_p) == (10, 0.7, 0.95)

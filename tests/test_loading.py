@@ -355,7 +355,8 @@ def test_every_model_of_a_run_is_looked_at_before_it_starts(tmp_path):
     for key, settings in {
         "model.name_or_path": {"model": bad},
         "rewards.model": {"model": base, "rewards": {"model": bad["name_or_path"]}},
-        "warmup.reference": {"model": base, "warmup": reference},
+        "warmup.reference": {"model": base, "warmup": reference, "rivals": ["dpo"]},
+        "locate.after": {"model": base, "locate": {"after": bad["name_or_path"]}},
         "learn.reference": {"model": base, "learn": reference},
     }.items():
         problems = check(Config(name="x", data={"train": "a", "test": "b"}, **settings)).problems

@@ -28,7 +28,8 @@ EIGHT = LlamaConfig(
 
 def job(*, dtype="bfloat16", **changes) -> Config:
     data = {"train": "a", "test": "b", "max_prompt_tokens": 512, "max_response_tokens": 512}
-    return Config(name="x", model={"name_or_path": "m", "dtype": dtype, **changes}, data=data)
+    model, locate = {"name_or_path": "m", "dtype": dtype, **changes}, {"score": "delta"}
+    return Config(name="x", model=model, data=data, locate=locate)
 
 
 def test_a_shape_has_the_model_s_weights():
@@ -116,6 +117,17 @@ def test_locating_holds_two_models():
     plan = plan_of(config, shape, dict.fromkeys(("dense", "sparse"), Zero(1)), 80, 64)
     assert {phase.stage: phase.state_bytes for phase in plan.phases}["locate"] == 6 * shape.parameters
     assert any(line.startswith("locate:") and "zero3.json" in line for line in plan.advice)
+
+
+def test_without_a_warm_up_there_is_one_model_to_locate_in():
+    shape, config = shape_like((1 << 20,) * 8), job()
+    config.locate.score = "random"
+    phases = {phase.stage: phase for phase in plan_of(config, shape, dict.fromkeys(("dense", "sparse")), 80, 1).phases}
+    assert list(phases) == ["rewards.train", "locate", "forget", "learn"]
+    assert phases["locate"].state_bytes == 2 * shape.parameters
+    config.method = "sparse-dpo"
+    phases = plan_of(config, shape, dict.fromkeys(("dense", "sparse")), 80, 1).phases
+    assert [phase.stage for phase in phases] == ["locate", "learn"]
 
 
 def test_a_reference_of_its_own_is_divided_among_the_devices():

@@ -60,7 +60,7 @@ def test_shipped_files_are_read(path):
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "optimizer: remove it"),
         (
             {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5},
-            "is 0.5, but the run's warmup.max_grad_norm is 1.0",
+            "is 0.5, but the run's rewards.train.max_grad_norm is 1.0",
         ),
         ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size: set it to"),
         ({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 8}, "steps: set it to"),

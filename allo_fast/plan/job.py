@@ -135,13 +135,15 @@ def _phases(config: Config, shape: Shape, kind: str, zero: Zero | None, gpus: in
         for name, train in training_sections(config).items()
         if isinstance(train, SparseTrainConfig) == (kind == "sparse") and name != "pretrain"
     ]
-    return phases + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method == "allo" else [])
+    return phases + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method != "dpo" else [])
 
 
 def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase:
-    """Two models: the base, and the warm-up's in float32."""
+    """The base, and where a change is ranked the model that it leads to, in float32."""
     part = gpus if zero and zero.sharded else 1
-    memory = {"base": BYTES[config.model.dtype] * shape.parameters // part, "after": 4 * shape.parameters // part}
+    memory = {"base": BYTES[config.model.dtype] * shape.parameters // part}
+    if config.located_by in ("delta", "after"):
+        memory["after"] = 4 * shape.parameters // part
     placement = "shares" if part > 1 else "whole"
     memory["locating"] = _LOCATING * math.ceil(max(shape.sizes) / gpus)
     return Phase("locate", placement, zero and zero.stage, memory)
@@ -216,12 +218,16 @@ def _timed(phase: Phase, gpus: int, device: Device) -> Phase:
 
 def disk_bytes(config: Config, parameters: int) -> int:
     """Of a whole run: models, deltas and selections of every seed, and the largest checkpoint."""
-    width, count = BYTES[config.model.dtype], parameters
-    per_seed = 4 * count
-    if config.method == "allo":
-        ratios = (config.forget.ratio, config.learn.ratio)
-        per_seed += 2 * width * count + sum(int((2 + 2 + width) * ratio * count) for ratio in ratios)
-    return len(config.seeds) * per_seed + 12 * count
+    sections, count = training_sections(config), parameters
+    sparse = {name: train.ratio for name, train in sections.items() if isinstance(train, SparseTrainConfig)}
+    entries = [int(ratio * count) for ratio in sparse.values()]
+    per_seed = 4 * count if config.warms_up else 0
+    per_seed += BYTES[config.model.dtype] * count * sum(map(config.keeps_model, sparse))
+    per_seed += 2 * sum(entries)  # selections
+    # A position and a float32 value each; a stage's delta has those of the stages before it too.
+    per_seed += 6 * sum(min(count, sum(entries[:number])) for number in range(1, len(entries) + 1))
+    largest = max((sparse.get(name, 1) for name in sections), default=0)
+    return len(config.seeds) * per_seed + int(12 * largest * count)
 
 
 def _advice(plan: Plan, config: Config) -> list[str]:

@@ -20,8 +20,9 @@ def write_report(run: Run, summary: dict) -> None:
     """Writes report.html; nothing in it is loaded from elsewhere."""
     quality = _preferences(summary) if is_preference(summary) else _accuracies(summary)
     parts = [_header(run, summary), quality, _first_row(summary), _costs(summary), _curves(run)]
-    if run.config.method == "allo":
-        parts += [_selection(run), _responses(run)]
+    stages = stages_of(run.config)
+    parts += [_selection(run)] if "locate" in stages else []
+    parts += [_responses(run)] if "forget" in stages else []
     style = Path(__file__).with_name("report.css").read_text()
     body = "\n".join(parts)
     title = html.escape(f"allo-fast: {run.config.name}")
@@ -115,7 +116,8 @@ def _curves(run: Run) -> str:
 def _selection(run: Run) -> str:
     unit = run.units(["locate"])[0]
     counts = json.loads((unit.folder / "counts.json").read_text())
-    maps = "".join(figures.selection_map(stage, tensors) for stage, tensors in counts.items())
+    trained = [stage for stage in counts if stage in stages_of(run.config)]
+    maps = "".join(figures.selection_map(stage, counts[stage]) for stage in trained)
     return _section("Selected weights", f"Share of each matrix that trains ({html.escape(unit.key)}).", maps)
 
 

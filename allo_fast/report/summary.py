@@ -16,7 +16,7 @@ from allo_fast.data.scoring import (
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run, versions, write_atomically
 from allo_fast.stages import stages_of
-from allo_fast.stages.evaluate import PREDICTIONS
+from allo_fast.stages.evaluate import PREDICTIONS, model_of
 
 _ACCURACIES = {
     "rewards": "rewards/accuracies",
@@ -50,7 +50,7 @@ def _predictions(run: Run) -> dict[str, list[list[dict]]]:
     """model -> per seed -> predictions, in the order of the test problems."""
     predictions: dict[str, list[list[dict]]] = {}
     for unit in run.units(["evaluate"]):
-        predictions.setdefault(unit.key.partition("-")[0], []).append(read_jsonl(unit.folder / PREDICTIONS))
+        predictions.setdefault(model_of(unit.key), []).append(read_jsonl(unit.folder / PREDICTIONS))
     return predictions
 
 
@@ -75,7 +75,8 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
 
 def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
     """Of each model its `preference_metrics`, with the beta that it was trained with, and differences of accuracies."""
-    betas = {"base": None, "dpo": config.warmup.beta, "allo": config.learn.beta}  # the base has no implicit rewards
+    # The base has no implicit rewards.
+    betas = {"base": None, "dpo": config.warmup.beta, **dict.fromkeys(("sparse-dpo", "allo"), config.learn.beta)}
     models, values = {}, {}
     for model, seeds in predictions.items():
         beta = betas[model]
@@ -143,23 +144,23 @@ def is_preference(summary: dict) -> bool:
 
 
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
-    lines = [f"{'model':<8}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
+    lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
     for name, model in models.items():
         scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
         seeds = " ".join(map(percent, model["seeds"]))
         interval = shown_interval("accuracy", model["ci95"])
-        lines.append(f"{name:<8}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
+        lines.append(f"{name:<12}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
     return lines + [ties_line(name, model["ties"]) for name, model in models.items() if model.get("ties")]
 
 
 def _preference_lines(models: dict[str, dict]) -> list[str]:
-    lines = [f"{'model':<8}{'metric':<28}{'mean':>9}{'95 % interval':>24}{'n':>7}{'pairs':>7}  per seed"]
+    lines = [f"{'model':<12}{'metric':<28}{'mean':>9}{'95 % interval':>24}{'n':>7}{'pairs':>7}  per seed"]
     ties = []
     for label, model in models.items():
         for name, metric in model["metrics"].items():
             numbers = f"{shown(name, metric['mean']):>9}{shown_interval(name, metric['ci95']):>24}"
             seeds = " ".join(shown(name, mean) for mean in metric["seeds"])
-            lines.append(f"{label:<8}{name:<28}{numbers}{model['n']:>7}{model['pairs']:>7}  {seeds}")
+            lines.append(f"{label:<12}{name:<28}{numbers}{model['n']:>7}{model['pairs']:>7}  {seeds}")
             ties += [ties_line(f"{label}, {name}", metric["ties"])] if metric.get("ties") else []
     return lines + ties
 
@@ -167,7 +168,7 @@ def _preference_lines(models: dict[str, dict]) -> list[str]:
 def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
     """What `allo-fast eval` says of one model: its facts and predictions, with the beta of the run's last stage."""
     if config.data.format == "preference":
-        beta = config.learn.beta if config.method == "allo" else config.warmup.beta
+        beta = config.warmup.beta if config.method == "dpo" else config.learn.beta
         metrics = preference_metrics(*preference_values([rows], beta), facts["pairs"])
         parts = [f"{name} {shown(name, m['mean'])} ({shown_interval(name, m['ci95'])})" for name, m in metrics.items()]
         counted = f"{facts['pairs']} pairs of {facts['problems']} problems"

@@ -47,25 +47,32 @@ def _needs(*names: str):
     return needs
 
 
+def _locate_needs(config: Config, key: str) -> list[tuple[str, str]]:
+    """Gradients are taken of pairs; another model's change, magnitudes and chance need the base alone."""
+    by_score = {"delta": ("warmup",), **dict.fromkeys(GRADIENT_SCORES, ("pairs",))}
+    return _needs(*by_score.get(config.located_by, ()))(config, key)
+
+
+def _learn_needs(config: Config, key: str) -> list[tuple[str, str]]:
+    """Without forgetting it starts from the base."""
+    return _needs("pairs", "locate", *(["forget"] if config.method == "allo" else []))(config, key)
+
+
 def _evaluated(config: Config) -> list[str]:
-    methods = ["dpo"] * config.warms_up + ["allo"] * (config.method == "allo")
-    return ["base", *(f"{method}-{seed}" for method in methods for seed in _seeds(config))]
+    return ["base", *(f"{model}-{seed}" for model in config.trained for seed in _seeds(config))]
 
 
 def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
-    method, _, seed = key.partition("-")
-    producer = {"base": [], "dpo": ["warmup"], "allo": ["learn"]}[method]
+    model = evaluate.model_of(key)
+    if not (producer := evaluate.PRODUCERS[model]):
+        return _needs()(config, key)
     # All models are judged on the rows that the base was; preferences, against its log-probabilities.
-    base = [("evaluate", "base")] if producer else []
-    return _needs(*producer)(config, seed) + base
+    return [*_needs(producer)(config, key.removeprefix(f"{model}-")), ("evaluate", "base")]
 
 
 _MODEL = ("model.name_or_path", "model.dtype")
 _PROMPTS = (*_MODEL, "data.chat_template", "data.chat_template_kwargs", "data.prompt_template", "data.format")
 _DATA = (*_PROMPTS, "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
-
-# What locating reads, by what ranks the weights.
-_LOCATED_FROM = {"delta": ("warmup",), **dict.fromkeys(GRADIENT_SCORES, ("pairs",))}
 
 STAGES = {
     "pretrain": Stage(
@@ -95,10 +102,11 @@ STAGES = {
     "locate": Stage(
         number=4,
         execute=locate.execute,
+        # Of `warmup` what a warm-up would be: its steps and learning rates, which `linear` follows.
         settings=("locate", "warmup", "forget.ratio", "learn.ratio", "method", "protocol", *_MODEL),
-        needs=lambda config, key: _needs(*_LOCATED_FROM.get(config.located_by, ()))(config, key),
+        needs=_locate_needs,
         keys=_seeds,
-        files=_base_files,
+        files=lambda config: _base_files(config) + _model_files(config.locate.after),
     ),
     "rewards": Stage(
         number=5,
@@ -122,9 +130,9 @@ STAGES = {
         number=7,
         execute=learn.execute,
         settings=("learn", "protocol", *_PROMPTS),
-        needs=_needs("pairs", "locate", "forget"),
+        needs=_learn_needs,
         keys=_seeds,
-        files=lambda config: _model_files(config.learn.reference),
+        files=_reference_files("learn"),
     ),
     "evaluate": Stage(
         number=8,
@@ -162,7 +170,6 @@ def _told_apart(path: Path) -> str:
 
 def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
-    dense = ["pretrain", "sample", "pairs", "warmup", "evaluate"]
-    return [
-        name for name in STAGES if (config.method == "allo" or name in dense) and (name != "warmup" or config.warms_up)
-    ]
+    sparse, allo = config.method != "dpo", config.method == "allo"
+    runs = {"warmup": config.warms_up, "locate": sparse, "rewards": allo, "forget": allo, "learn": sparse}
+    return [name for name in STAGES if runs.get(name, True)]

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config, SparseTrainConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
@@ -24,7 +24,7 @@ from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import first_row, limits, usable_problems
 from allo_fast.stages.rewards import read_rewards
-from allo_fast.training.zero import read_zero
+from allo_fast.training.zero import read_zero, training_sections
 
 T = TypeVar("T")
 
@@ -62,7 +62,10 @@ def check(config: Config) -> Findings:
         _check_data(findings, config, key, prompts if model else None, new_tokens)
     if config.method == "allo":
         _check_rewards(findings, config, prompts if model else None)
-    for key, path in other_models(config).items():
+    others = other_models(config)
+    if (after := others.pop("locate.after", None)) and model:
+        findings.attempt(lambda: _check_after(config, model, after))
+    for key, path in others.items():
         findings.attempt(lambda key=key, path=path: _check_other(findings, config, key, path, tokenizer))
     if model:
         findings.attempt(lambda: _check_architecture(config, model))
@@ -159,10 +162,22 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
 def _check_architecture(config: Config, model: PretrainedConfig) -> None:
     """The attention that is asked for exists; of the weights that may be selected some are."""
     empty = empty_model(model, config.model.dtype, config.model.attn_implementation)
-    if config.method == "allo":
-        sizes = {name: weight.numel() for name, weight in named_weights(empty).items()}
-        for ratio in (config.forget.ratio, config.learn.ratio):
-            check_ratio(sizes, ratio, tuple(config.locate.exclude))
+    sizes = {name: weight.numel() for name, weight in named_weights(empty).items()}
+    for train in training_sections(config).values():
+        if isinstance(train, SparseTrainConfig):
+            check_ratio(sizes, train.ratio, tuple(config.locate.exclude))
+
+
+def _check_after(config: Config, model: PretrainedConfig, path: str) -> None:
+    """A model whose change is ranked has the base's weights, in their shapes."""
+    try:
+        check_model(path)
+        models = (model, model_config(config, path))
+        before, after = ({n: w.shape for n, w in named_weights(empty_model(m, "float32")).items()} for m in models)
+    except UserError as error:
+        raise UserError(f"locate.after: {error}") from None
+    if different := sorted(name for name in before | after if before.get(name) != after.get(name)):
+        raise UserError(f"locate.after: {path}: not a model like the base: {different[0]} differs")
 
 
 def _check_other(

@@ -191,13 +191,15 @@ def trains_densely(config: Config, stage: str) -> bool:
 
 
 def training_sections(config: Config) -> dict[str, TrainConfig]:
-    """The sections of the stages that train, by name, for this method."""
+    """The sections of the stages of this run that train, by name."""
     sections = {"pretrain": config.pretrain} if config.model.name_or_path is None else {}
-    sections["warmup"] = config.warmup
+    if config.warms_up:
+        sections["warmup"] = config.warmup
     if config.method == "allo":
-        if config.rewards.source == "rewriter":
-            sections["rewards.train"] = config.rewards.train
-        sections |= {"forget": config.forget, "learn": config.learn}
+        trained = {"rewriter": {"rewards.train": config.rewards.train}, "implicit": {"rewards.dpo": config.rewards.dpo}}
+        sections |= trained.get(config.reward_source, {}) | {"forget": config.forget}
+    if config.method != "dpo":
+        sections["learn"] = config.learn
     return sections
 
 

@@ -1,0 +1,173 @@
+"""What each method, rival and score makes of a run: its stages, what they read, and what it compares."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import MICRO, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from allo_fast.__main__ import main
+from allo_fast.config import Config
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.method.delta import Delta
+from allo_fast.method.selection import Selection
+from allo_fast.model.saving import save_model
+from allo_fast.model.weights import named_weights, same_bits
+from allo_fast.plan.job import disk_bytes
+from allo_fast.runs.rows import read_jsonl
+from allo_fast.stages import STAGES, stages_of
+from allo_fast.training.zero import training_sections
+
+pytestmark = pytest.mark.xdist_group("runs")
+FIRST, LAST = ["pretrain", "sample", "pairs"], ["evaluate"]
+DELTA, MIB = {"locate": {"score": "delta"}}, 1 << 20
+
+
+def config(**changes) -> Config:
+    return Config(name="x", model={"name_or_path": "m"}, data={"train": "a", "test": "b"}, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, stages, trained, models",
+    [
+        ({}, ["locate", "rewards", "forget", "learn"], ["rewards.train", "forget", "learn"], ["allo"]),
+        (
+            DELTA,
+            ["warmup", "locate", "rewards", "forget", "learn"],
+            ["warmup", "rewards.train", "forget", "learn"],
+            ["allo"],
+        ),
+        (
+            {"rivals": ["dpo"], "rewards": {"source": "implicit"}},
+            ["warmup", "locate", "rewards", "forget", "learn"],
+            ["warmup", "rewards.dpo", "forget", "learn"],
+            ["dpo", "allo"],
+        ),
+        ({"method": "sparse-dpo"}, ["locate", "learn"], ["learn"], ["sparse-dpo"]),
+        (
+            {"method": "sparse-dpo", "rivals": ["dpo"]},
+            ["warmup", "locate", "learn"],
+            ["warmup", "learn"],
+            ["dpo", "sparse-dpo"],
+        ),
+        ({"method": "dpo"}, ["warmup"], ["warmup"], ["dpo"]),
+        ({"method": "dpo", "rivals": ["dpo"]}, ["warmup"], ["warmup"], ["dpo"]),
+    ],
+)
+def test_stages_of_each_method(changes, stages, trained, models):
+    made = config(**changes)
+    assert stages_of(made) == FIRST + stages + LAST
+    assert list(training_sections(made)) == trained
+    assert STAGES["evaluate"].keys(made) == ["base", *(f"{model}-seed-0" for model in models)]
+    known = {(name, key) for name in stages_of(made) for key in STAGES[name].keys(made)}
+    for name, key in known:
+        assert set(STAGES[name].needs(made, key)) <= known, "a stage reads what the run has"
+
+
+@pytest.mark.parametrize(
+    "locate, needs",
+    [
+        ({}, ["pairs"]),
+        ({"score": "snr"}, ["pairs"]),
+        ({"score": "random"}, []),
+        ({"score": "magnitude"}, []),
+        ({"after": "another"}, []),
+        ({"score": "delta"}, ["warmup"]),
+    ],
+)
+def test_locating_reads_what_its_score_is_made_of(locate, needs):
+    made = config(locate=locate, rivals=["dpo"])
+    assert [name for name, _ in STAGES["locate"].needs(made, "seed-0")] == needs
+
+
+def test_a_located_change_depends_on_the_other_models_files(tmp_path):
+    save_model(tiny_llama(), character_tokenizer(), tmp_path / "after")
+    made = config(locate={"after": str(tmp_path / "after")})
+    assert tmp_path / "after/model.safetensors" in STAGES["locate"].files(made)
+
+
+def test_the_disk_of_a_run_is_what_it_keeps():
+    ratios = {"model": {"name_or_path": "m"}, "forget": {"ratio": 0.05}, "learn": {"ratio": 0.1}}
+    data = {"train": "a", "test": "b"}
+
+    def mib(**changes):
+        return disk_bytes(Config(name="x", data=data, **ratios, **changes), MIB) / MIB
+
+    deltas, selections, dense_checkpoint = 6 * (0.05 + 0.15), 2 * (0.05 + 0.1), 12
+    allo = deltas + selections + dense_checkpoint
+    assert mib(save_models="none") == pytest.approx(allo, rel=1e-4)
+    assert mib() == pytest.approx(allo + 2, rel=1e-4), "the last model in bfloat16"
+    assert mib(save_models="all", seeds=[0, 1]) == pytest.approx(2 * (deltas + selections + 4) + 12, rel=1e-4)
+    assert mib(rivals=["dpo"]) == pytest.approx(allo + 2 + 4, rel=1e-4), "dense DPO in float32"
+    assert mib(method="dpo") == pytest.approx(4 + 12)
+    checkpoint = 12 * 0.1
+    assert mib(method="sparse-dpo") == pytest.approx(6 * 0.1 + 2 * 0.1 + 2 + checkpoint, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A finished run of sparse DPO beside dense DPO, in bfloat16; what it said, and its folder."""
+    folder = tmp_path_factory.mktemp("sparse")
+    path = folder / "micro.yaml"
+    path.write_text(MICRO.format(folder=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+        assert main(["run", str(path), "method=sparse-dpo", "model.dtype=bfloat16"]) == 0
+    return "\n".join(said), folder / "micro"
+
+
+def test_sparse_dpo_trains_the_located_weights_from_the_base(sparse):
+    _, folder = sparse
+    assert sorted(path.name for path in folder.glob("0*")) == [
+        *("00-pretrain", "01-sample", "02-pairs", "03-warmup", "04-locate", "07-learn", "08-evaluate")
+    ]
+    manifest = json.loads((folder / "07-learn/seed-1/MANIFEST.json").read_text())
+    assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1"}
+    base, trained = (
+        AutoModelForCausalLM.from_pretrained(folder / path, dtype=torch.bfloat16)
+        for path in ("00-pretrain/base/model", "07-learn/seed-1/model")
+    )
+    delta = Delta.load(folder / "07-learn/seed-1/delta.safetensors")
+    selection = Selection.load(folder / "04-locate/seed-1/learn.safetensors")
+    assert {name: at.unpack().tolist() for name, at in delta.positions.items()} == {
+        name: selection.positions(name).unpack().tolist() for name in selection.names
+    }
+    delta.merge_into(base)
+    weights = named_weights(trained)
+    assert all(same_bits(weight.data, weights[name].data) for name, weight in named_weights(base).items())
+    steps = read_jsonl(folder / "07-learn/seed-1/metrics.jsonl")
+    assert {step["key_tokens"] for step in steps} == {1.0}, "plain DPO: every token is key"
+
+
+def test_sparse_dpo_is_compared_under_its_name(sparse):
+    said, folder = sparse
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "dpo", "sparse-dpo"]
+    assert [len(model["seeds"]) for model in summary["models"].values()] == [1, 2, 2]
+    assert set(summary["differences"]) == {"dpo - base", "sparse-dpo - base", "sparse-dpo - dpo"}
+    manifest = json.loads((folder / "08-evaluate/sparse-dpo-seed-1/MANIFEST.json").read_text())
+    assert set(manifest["inputs"]) == {"pretrain/base", "learn/seed-1", "evaluate/base"}
+    rows = [line for line in said.splitlines() if re.match(r"(model|base|dpo|sparse-dpo) {2,}", line)]
+    assert len(rows) == 4 and len({re.search(r"accuracy|%", row).end() for row in rows}) == 1, "in one column"
+    page = (folder / "report.html").read_text()
+    assert "sparse-dpo - dpo" in page and "<h2>Selected weights</h2>" in page
+    assert "share of weights selected for learn" in page and "selected for forget" not in page
+    assert "<h2>Wrong responses, by token</h2>" not in page and "training curves of forget" not in page
+    assert "training curves of warmup" in page and "training curves of learn" in page
+
+
+def test_dense_dpo_alone_is_a_result(sparse, tmp_path, capsys):
+    """Its rival is itself."""
+    path = tmp_path / "micro.yaml"
+    path.write_text(MICRO.format(folder=tmp_path))
+    base = f"model.name_or_path={sparse[1] / '00-pretrain/base/model'}"
+    assert main(["run", str(path), "method=dpo", "rivals=[dpo]", "seeds=[0]", base]) == 0
+    assert re.search(r"^dpo +\d", capsys.readouterr().out, re.MULTILINE)
+    assert list(json.loads((tmp_path / "micro/summary.json").read_text())["models"]) == ["base", "dpo"]
+    assert main(["learn", str(path), "method=dpo", base]) == 2
+    assert "learn: not a stage of this run, whose stages are pretrain, sample, pairs, warmup, evaluate" in (
+        capsys.readouterr().err
+    )
