@@ -31,6 +31,7 @@ from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.evaluate import evaluate_alone
+from allo_fast.stages.export import STAGES_WITH_MODELS, export
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
@@ -100,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     for argument in ("base", "delta", "out"):
         command.add_argument(argument, type=Path)
     command.set_defaults(command=_merge)
+    command = commands.add_parser("export", help="a stage of a run -> a Hugging Face folder")
+    command.add_argument("run", type=Path, help="the run's folder, as runs/NAME")
+    command.add_argument("stage", help=f"one of {', '.join(STAGES_WITH_MODELS)}")
+    command.add_argument("out", type=Path)
+    command.add_argument("--seed", type=int, help="by default the run's first")
+    command.set_defaults(command=_export)
     command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
     command.add_argument("gguf", type=Path)
     command.add_argument("out", type=Path)
@@ -251,6 +258,11 @@ def _eval(options: argparse.Namespace) -> None:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
         facts, rows = _show("eval", evaluate_alone(run, options.model))
     print(f"{options.model}: {evaluation_line(config, facts, rows)}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    export(Run.read(options.run, STAGES), options.stage, options.out, options.seed)
+    print(options.out)
 
 
 def _merge(options: argparse.Namespace) -> None:

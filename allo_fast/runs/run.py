@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 STARTED = "STARTED.json"
 SCRATCH = "scratch"  # a folder of what a unit needs until it is complete
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,13 @@ class Unit:
 
     def is_complete_here(self) -> bool:
         """`is_complete`, without asking the other ranks."""
+        return (self.folder / MANIFEST).is_file() and self.manifest()["digest"] == self.digest() and self.is_intact()
+
+    def is_intact(self) -> bool:
+        """A manifest, whatever it fits, and outputs that are what it says."""
         if not (self.folder / MANIFEST).is_file():
             return False
-        manifest = self.manifest()
-        outputs = manifest["outputs"].items()
-        return manifest["digest"] == self.digest() and all(_fits(self.folder / name, entry) for name, entry in outputs)
+        return all(_fits(self.folder / name, entry) for name, entry in self.manifest()["outputs"].items())
 
     def execute(self) -> Iterator[Progress]:
         """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
@@ -174,7 +177,8 @@ class Run:
     """Raises UserError when the folder holds something else: another run, or files that are not a run's.
 
     rerun: accept changed settings and run again what they affect. zeros: how DeepSpeed trains "dense" and "sparse"
-    stages; None: one process without it.
+    stages; None: one process without it. folder: where the run lies that is to be read, and nothing claimed; None:
+    output_dir/name.
     """
 
     def __init__(
@@ -183,15 +187,27 @@ class Run:
         stages: dict[str, Stage],
         rerun: bool = False,
         zeros: dict[str, Zero] | None = None,
+        folder: Path | None = None,
     ):
         self.config, self.stages = config, stages
         self.zeros = zeros or {"dense": None, "sparse": None}
-        self.folder = Path(config.output_dir) / config.name
-        ranks.on_main(lambda: self._claim(rerun))
+        self.folder = folder or Path(config.output_dir) / config.name
+        if folder is None:
+            ranks.on_main(lambda: self._claim(rerun))
+
+    @classmethod
+    def read(cls, folder: Path, stages: dict[str, Stage]) -> "Run":
+        """The run in `folder`, wherever that was moved, with the settings it ran with; nothing is written there.
+
+        Raises UserError where there is none.
+        """
+        if not (path := folder / CONFIG).is_file():
+            raise UserError(f"{folder}: not the folder of a run (it has no {CONFIG})")
+        return cls(load_config(path), stages, folder=folder)
 
     def _claim(self, rerun: bool) -> None:
         config = self.config
-        path = self.folder / "config.yaml"
+        path = self.folder / CONFIG
         if path.is_file():
             if (changed := _differences(load_config(path), config)) and not rerun:
                 raise UserError(
@@ -199,7 +215,7 @@ class Run:
                     "--rerun to run again what the change affects"
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no config.yaml)")
+            raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
         self.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, path)
 

@@ -1,0 +1,39 @@
+"""The model of a stage as a normal Hugging Face folder. `allo-fast export RUN STAGE OUT [--seed S]`
+
+Pretraining and the warm-up left a model, which is loaded in the run's dtype; forgetting and learning a delta of their
+base.
+"""
+
+from pathlib import Path
+
+from allo_fast.config import Config, ModelConfig, UserError
+from allo_fast.model.loading import load_tokenizer
+from allo_fast.model.saving import check_new, save_model
+from allo_fast.runs.run import Run, Unit
+from allo_fast.stages import stages_of
+from allo_fast.stages.models import load_made, made_in
+
+STAGES_WITH_MODELS = ("pretrain", "warmup", "forget", "learn")
+
+
+def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
+    """seed: None: the run's first. Raises UserError for what the run has not, or not whole; an `out` with something."""
+    check_new(out)
+    unit = Unit(run, stage, _key(run.config, run.folder, stage, seed))
+    if not unit.is_intact():
+        raise UserError(f"{unit.folder}: not complete, or damaged; run `allo-fast {stage} CONFIG` first")
+    path, delta = made_in(unit, unit.folder)
+    model = load_made(path, delta, ModelConfig(device="cpu", dtype=run.config.model.dtype))
+    save_model(model, load_tokenizer(path), out)
+
+
+def _key(config: Config, folder: Path, stage: str, seed: int | None) -> str:
+    """Of the unit that made the model."""
+    if stage not in STAGES_WITH_MODELS:
+        raise UserError(f"{stage}: not a stage that makes a model; those are {', '.join(STAGES_WITH_MODELS)}")
+    stages = [name for name in stages_of(config) if name != "pretrain" or config.model.name_or_path is None]
+    if stage not in stages:
+        raise UserError(f"{folder}: has no {stage}; its stages are {', '.join(stages)}")
+    if seed is not None and seed not in config.seeds:
+        raise UserError(f"{folder}: has no seed {seed}; its seeds are {', '.join(map(str, config.seeds))}")
+    return "base" if stage == "pretrain" else f"seed-{config.seeds[0] if seed is None else seed}"

@@ -1,0 +1,98 @@
+"""Models of a finished run as Hugging Face folders, and which of them a run keeps by itself."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from allo_fast.__main__ import main
+from allo_fast.method.delta import Delta
+from allo_fast.model.weights import named_weights, same_bits
+
+pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
+
+
+def loaded(folder, dtype="auto"):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def same_weights(first, second):
+    first, second = named_weights(first), named_weights(second)
+    return first.keys() == second.keys() and all(same_bits(first[name].data, second[name].data) for name in first)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "forget", "learn"])
+def test_every_stage_that_makes_a_model_is_exported(finished, tmp_path, capsys, stage):
+    _, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["export", str(folder), stage, str(tmp_path / "out"), "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    expected = loaded(folder / "00-pretrain/base/model")
+    if stage in ("forget", "learn"):
+        number = {"forget": 6, "learn": 7}[stage]
+        Delta.load(folder / f"0{number}-{stage}/seed-1/delta.safetensors").merge_into(expected)
+    if stage == "warmup":
+        expected = loaded(folder / "03-warmup/seed-1/model")
+    exported = loaded(tmp_path / "out")
+    assert same_weights(exported, expected) and exported.generation_config.eos_token_id is not None
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("1").input_ids
+    if stage == "learn":
+        assert same_weights(exported, loaded(folder / "07-learn/seed-1/model"))
+        assert not same_weights(exported, loaded(folder / "07-learn/seed-0/model"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "nothing is written into the run"
+
+
+def test_a_run_that_was_moved_is_exported_in_its_dtype(finished, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[1], moved)
+    settings = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(settings.replace("dtype: float32", "dtype: bfloat16"))
+    assert main(["export", str(moved), "warmup", str(tmp_path / "out")]) == 0
+    exported = loaded(tmp_path / "out")
+    assert exported.dtype == torch.bfloat16
+    assert same_weights(exported, loaded(moved / "03-warmup/seed-0/model", torch.bfloat16)), "the first seed"
+
+
+def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
+    config, folder = copied
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    shutil.rmtree(folder / "07-learn/seed-1")
+    with (folder / "06-forget/seed-0/delta.safetensors").open("ab") as file:
+        file.write(b"0")
+    cases = (
+        ([folder, "learn", tmp_path / "taken"], "taken: exists already"),
+        ([folder, "sample", tmp_path / "out"], "sample: not a stage that makes a model; those are pretrain, warmup"),
+        ([folder, "learn", tmp_path / "out", "--seed", "7"], "micro: has no seed 7; its seeds are 0, 1"),
+        (
+            [folder, "learn", tmp_path / "out", "--seed", "1"],
+            "07-learn/seed-1: not complete, or damaged; run `allo-fast",
+        ),
+        ([folder, "forget", tmp_path / "out"], "06-forget/seed-0: not complete, or damaged; run `allo-fast"),
+        ([tmp_path / "nowhere", "learn", tmp_path / "out"], "nowhere: not the folder of a run"),
+    )
+    for words, message in cases:
+        assert main(["export", *map(str, words)]) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1, said
+    settings = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(settings.replace("method: allo", "method: sparse-dpo"))
+    assert main(["export", str(folder), "forget", str(tmp_path / "out")]) == 2
+    assert (
+        "micro: has no forget; its stages are pretrain, sample, pairs, warmup, locate, learn" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kept, stages", [("all", ["06-forget", "07-learn"]), ("none", [])])
+def test_which_models_are_kept_changes_no_delta(copied, kept, stages):
+    config, folder = copied
+    deltas = {path: path.read_bytes() for path in folder.rglob("0[67]*/seed-0/delta.safetensors")}
+    for stage in ("06-forget", "07-learn"):
+        shutil.rmtree(folder / stage / "seed-0")
+    for stage in ("forget", "learn"):
+        assert main([stage, str(config), f"save_models={kept}"]) == 0
+    assert [path.parts[-3] for path in sorted(folder.glob("0[67]*/seed-0/model"))] == stages
+    assert len(deltas) == 2 and {path: path.read_bytes() for path in deltas} == deltas
+    assert main(["run", str(config)]) == 0, "a run that keeps others is the same run"
