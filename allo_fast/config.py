@@ -124,7 +124,7 @@ class RewardsConfig(Section):
     source: RewardSource | None = None  # null: rewriter, for preference data confidence
     path: str | None = None  # source: file: JSON lines {prompt, response, rewards: one number per token}
     model: str | None = None  # what rewrites or is confident; null: the base model
-    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that a rewriter or implicit's DPO trains; 1: dense
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that train; 1 of a rewriter: dense
     template: str | None = None  # three "{}": problem, solution, response; null: the paper's
     batch_size: int = Field(8, gt=0)  # responses per forward pass when scoring
     max_examples: int | None = Field(None, gt=0)  # corrections to train on, drawn at random; null: all

@@ -11,6 +11,7 @@ from allo_fast.report.summary import is_preference, percent, shown, shown_interv
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run, Unit, write_atomically
 from allo_fast.stages import stages_of
+from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import base_path
 
 _SHOWN_RESPONSES = 6
@@ -125,11 +126,11 @@ def _responses(run: Run) -> str:
     unit: Unit = run.units(["forget"])[0]
     tokenizer = load_tokenizer(base_path(unit))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
-    threshold = run.config.forget.threshold if run.config.protocol == "paper" else None
+    threshold = threshold_of(run.config)
     responses = []
     for row in rows[:: max(1, len(rows) // _SHOWN_RESPONSES)][:_SHOWN_RESPONSES]:
         tokens = [tokenizer.decode([token]) for token in row["response_ids"]]
-        weights = [reward if threshold is None else float(reward < threshold) for reward in row["rewards"]]
+        weights = token_weights(row["rewards"], threshold)
         spans = "".join(
             f'<span style="background:rgba(200,60,40,{0.75 * weight:.2f})" title="reward {reward:.3f}">'
             f"{html.escape(token)}</span>"
@@ -139,7 +140,7 @@ def _responses(run: Run) -> str:
         responses.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
     return _section(
         "Wrong responses, by token",
-        "Shade: the token's weight in forgetting. Point at a token for its reward, the rewriter's probability of it.",
+        "Shade: the token's weight in forgetting. Point at a token for its reward.",
         "".join(responses),
     )
 

@@ -148,6 +148,7 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
     settings = config.rewards
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
+    if config.reward_source not in ("rewriter", "prompted"):
         return
     models = [settings.model] if settings.model else []
     if prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, *models))):

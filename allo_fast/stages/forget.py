@@ -3,13 +3,15 @@
     L = sum_t w_t (-log sigmoid(-beta (logp_t - ref_t))) / #{t: w_t != 0}
     `allo-fast forget CONFIG`
 
-paper: w_t = 1[p_t < 0.5], the tokens a rewriter would change. release: w_t = p_t, which weighs the kept tokens most
-and contradicts the paper's figure. Writes delta.safetensors, with `save_models: all` also model/.
+paper: w_t = 1[reward_t < 0.5], as of tokens that a rewriter would change. release: w_t = reward_t, which weighs the
+kept tokens most and contradicts the paper's figure. Writes delta.safetensors, with `save_models: all` also model/.
 """
 
 from collections.abc import Generator
+from statistics import fmean
+from typing import Literal
 
-from allo_fast.config import UserError
+from allo_fast.config import Config, UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Npo
 from allo_fast.model.loading import load_tokenizer
@@ -24,9 +26,9 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
-    corpus, weights = weighted_corpus(rows, settings.threshold if protocol == "paper" else None)
+    corpus, weights = weighted_corpus(rows, threshold_of(unit.config))
     if not corpus.examples:
-        raise UserError(f"nothing to forget: no token's reward is below forget.threshold {settings.threshold}")
+        raise UserError(f"nothing to forget: no token's reward is below forget.threshold: {settings.threshold}")
     policy = sparse_policy(unit, settings)
     trainer = Trainer(
         policy,
@@ -47,19 +49,35 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}
 
 
-def weighted_corpus(rows: list[dict], threshold: float | None) -> tuple[Corpus, list[list[float]]]:
+Threshold = float | Literal["mean"] | None
+
+
+def threshold_of(config: Config) -> Threshold:
+    """None where the reward itself is the weight (protocol: release)."""
+    return config.forget.threshold if config.protocol == "paper" else None
+
+
+def token_weights(rewards: list[float], threshold: Threshold) -> list[float]:
+    """Of a response's tokens; "mean": 1 below the mean of their rewards (ConfPO's rule, arXiv 2506.08712)."""
+    if threshold is None:
+        return rewards
+    bound = fmean(rewards) if threshold == "mean" else threshold
+    return [float(reward < bound) for reward in rewards]
+
+
+def weighted_corpus(rows: list[dict], threshold: Threshold) -> tuple[Corpus, list[list[float]]]:
     """Wrong responses with the weight of each token; those where no token weighs are left out.
 
-    rows: {id, prompt_ids, response_ids, rewards}. threshold None: the reward itself is the weight (release).
+    rows: {id, prompt_ids, response_ids, rewards}.
     """
     by_id: dict[str, list[tuple[list[int], list[float]]]] = {}
     for row in rows:
-        weights = row["rewards"] if threshold is None else [float(reward < threshold) for reward in row["rewards"]]
+        weights = token_weights(row["rewards"], threshold)
         if any(weights):
             by_id.setdefault(row["id"], []).append((row["response_ids"], weights))
     prompts = {row["id"]: row["prompt_ids"] for row in rows}
-    corpus, token_weights = Corpus(), []
+    corpus, every_weight = Corpus(), []
     for name, members in by_id.items():
         corpus.examples += [(index,) for index in corpus.add(prompts[name], [ids for ids, _ in members])]
-        token_weights += [weights for _, weights in members]
-    return corpus, token_weights
+        every_weight += [weights for _, weights in members]
+    return corpus, every_weight

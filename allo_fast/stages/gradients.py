@@ -14,6 +14,7 @@ from allo_fast.data.batch import Batch, Corpus
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.method.objectives import Dpo, Sft
+from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint, named_weights, size_of
@@ -113,3 +114,25 @@ def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress
             yield Progress(*next(work), "reference batch")
         except StopIteration as end:
             return end.value
+
+
+def located(
+    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
+) -> Generator[Progress, None, Selection]:
+    """What a stage trains that locates for itself: by `linear`, in one epoch; kept with the unit."""
+    kept = unit.folder / "selection.safetensors"
+    if not ranks.on_main(kept.exists):
+        once = train.model_copy(update={"num_train_epochs": 1})
+        with frozen_base(unit, path) as base:
+            scores, _ = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
+        selection = Selection.from_scores(
+            scores, ratio, base=base.fingerprint, exclude=tuple(unit.config.locate.exclude)
+        )
+        ranks.on_main(lambda: _keep(selection, kept))
+    return Selection.load(kept)
+
+
+def _keep(selection: Selection, path: Path) -> None:
+    """Appears at once or not at all."""
+    selection.save(partial := path.with_suffix(".partial"))
+    partial.rename(path)

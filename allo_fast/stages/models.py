@@ -75,14 +75,20 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
 
 def sparse_policy(unit: Unit, config: SparseTrainConfig, start: Path | None = None) -> SparsePolicy:
     """The base with the entries that `locate` chose for this stage; start: the delta that an earlier stage made."""
-    sharded = unit.zero is not None and unit.zero.sharded
-    model = load_model(base_path(unit), unit.config.model, sharded=sharded)
     selection = Selection.load(unit.needed("locate") / f"{unit.name}.safetensors")
-    delta = Delta.load(start) if start else None
-    if sharded:
-        return ShardedPolicy(model, selection, delta)
     clip = config.clip or ("all" if unit.config.protocol == "release" else "selected")
-    return SparsePolicy(model, selection, delta, keep_dense_gradients=clip == "all")
+    return selected_policy(unit, base_path(unit), selection, Delta.load(start) if start else None, clip)
+
+
+def selected_policy(
+    unit: Unit, path: str | Path, selection: Selection, start: Delta | None = None, clip: str = "selected"
+) -> SparsePolicy:
+    """The model at `path`, of which `selection` trains."""
+    sharded = unit.zero is not None and unit.zero.sharded
+    model = load_model(path, unit.config.model, sharded=sharded)
+    if sharded:
+        return ShardedPolicy(model, selection, start)
+    return SparsePolicy(model, selection, start, keep_dense_gradients=clip == "all")
 
 
 def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts, start: Path | None = None) -> None:

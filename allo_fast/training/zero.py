@@ -186,7 +186,7 @@ def trains_densely(config: Config, stage: str) -> bool:
     if stage == "locate":
         return config.located_by in ("delta", "after")
     if stage == "rewards":
-        return config.rewards.ratio == 1
+        return config.reward_source == "rewriter" and config.rewards.ratio == 1
     return stage in ("pretrain", "warmup")
 
 

@@ -1,0 +1,100 @@
+"""Token rewards by rewriting: how likely a model that corrects a response keeps each of its tokens.
+
+    p_t = p_RM(y_t | rewriting prompt(problem, gold solution, response), y_<t)
+
+rewriter: learns from mined corrections: for each wrong response, the correct response to the same problem at the
+smallest edit distance. It trains `rewards.ratio` of the weights, located by `linear` with its own objective; at 1 all.
+prompted: the base itself, which is trained for nothing.
+"""
+
+import random
+from collections.abc import Generator
+from contextlib import suppress
+from pathlib import Path
+
+from rapidfuzz.distance import Levenshtein
+
+from allo_fast.config import UserError
+from allo_fast.data.batch import Corpus
+from allo_fast.data.prompts import Prompts
+from allo_fast.data.sources import UnusableRow
+from allo_fast.method.objectives import Sft
+from allo_fast.model.loading import load_tokenizer
+from allo_fast.runs.rows import rendered_once
+from allo_fast.runs.run import Progress, Unit
+from allo_fast.stages.driving import train
+from allo_fast.stages.gradients import located
+from allo_fast.stages.models import base_path, dense_policy, inference, prompts_of, selected_policy
+from allo_fast.stages.problems import limits
+from allo_fast.stages.responses import rewarded
+from allo_fast.training.engine import Trainer
+
+
+def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+    settings, path = unit.config.rewards, unit.config.rewards.model or base_path(unit)
+    readable = _rewrites(unit, responses, path)
+    corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed))
+    if settings.ratio == 1:
+        policy = dense_policy(unit, path)
+    else:
+        selection = yield from located(unit, path, corpus, Sft(), settings.train, settings.ratio)
+        policy = selected_policy(unit, path, selection)
+    trainer = Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed, zero=unit.zero)
+    facts = yield from train(unit, trainer)
+    device = policy.model.device
+    yield from rewarded(unit, readable, lambda batch: policy.response_logps(batch).exp(), device, "rewrite_ids")
+    trainer.backend.close()
+    return facts
+
+
+def prompted(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+    path = unit.config.rewards.model or base_path(unit)
+    readable = _rewrites(unit, responses, path)
+    with inference(unit, path, scoring=True) as frozen:
+        device = frozen.model.device
+        yield from rewarded(unit, readable, lambda batch: frozen.compute(batch).exp(), device, "rewrite_ids")
+    return {}
+
+
+def _rewrites(unit: Unit, responses: list[dict], path: str | Path) -> list[dict]:
+    """Each with the tokens of its rewriting prompt; those whose prompt the model cannot read are left out.
+
+    Raises UserError where none is left.
+    """
+    prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
+    positions = limits(unit.config, 0, path).positions
+    rewrites = rendered_once(unit.folder / "rewrites.jsonl", lambda: _rendered(responses, prompts))
+    readable = [row for row in rewrites if _length(row) <= positions]
+    if not readable:
+        shortest = min(map(_length, rewrites), default="no")
+        raise UserError(
+            f"rewards: the shortest rewriting prompt with its response has {shortest} tokens, {path} reads {positions}"
+        )
+    return readable
+
+
+def _rendered(responses: list[dict], prompts: Prompts) -> list[dict]:
+    rows = []
+    for row in responses:
+        with suppress(UnusableRow):  # counted by the stage
+            ids = prompts.encode_rewrite(row["prompt"], row["solution"], row["response"])
+            rows.append({**row, "rewrite_ids": ids})
+    return rows
+
+
+def _length(row: dict) -> int:
+    """Tokens of the rewriting prompt with the longest response that may follow it."""
+    return len(row["rewrite_ids"]) + max(map(len, (*row["correct"], row["response_ids"])))
+
+
+def _drawn(rows: list[dict], limit: int | None, seed: int) -> list[dict]:
+    return rows if limit is None else random.Random(seed).sample(rows, min(limit, len(rows)))
+
+
+def _corrections(rows: list[dict]) -> Corpus:
+    """Rewriting prompt -> the correct response nearest to the wrong one."""
+    corpus = Corpus()
+    for row in rows:
+        nearest = min(row["correct"], key=lambda ids: Levenshtein.distance(ids, row["response_ids"]))
+        corpus.examples.append(tuple(corpus.add(row["rewrite_ids"], [nearest])))
+    return corpus
