@@ -1,8 +1,10 @@
-"""`python -m benchmarks step | positions | zero | architectures | gpu`"""
+"""`python -m benchmarks step | locate | positions | zero | architectures | gpu`"""
 
 import argparse
 import sys
 from pathlib import Path
+
+SCORES = ["linear", "snr", "grad_sum", "fisher", "magnitude", "random"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=5, help="steps measured")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_step)
+    command = commands.add_parser("locate", help="what scores at the frozen base select, against the dense warm-up")
+    command.add_argument("config", type=Path, help="of a run, whose stages up to the warm-up are run first")
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.add_argument("--scores", nargs="+", default=SCORES, choices=SCORES)
+    command.add_argument("--out", type=Path, help="folder for locate.json and locate.svg")
+    command.set_defaults(command=_locate)
     command = commands.add_parser("positions", help="formats for the selected positions: bytes and decoding time")
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
@@ -40,6 +48,13 @@ def _step(given: argparse.Namespace) -> int:
     from benchmarks import step
 
     step.run(given.model, given.dtype, given.ratio, given.steps, given.out)
+    return 0
+
+
+def _locate(given: argparse.Namespace) -> int:
+    from benchmarks import locate
+
+    locate.run(given.config, given.overrides, given.scores, given.out)
     return 0
 
 
