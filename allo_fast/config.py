@@ -106,6 +106,7 @@ class LocateConfig(Section):
     exclude: list[str] = []  # tensors never selected, as shell patterns: "*embed_tokens*"
     skip: float = Field(0.0, ge=0, lt=1)  # fraction of the highest passed over first (the band of the ablation)
     last: bool = False  # the lowest instead of the highest (the ablation)
+    rows: bool = False  # whole output rows by their mean score: of linear layers only their gradient is computed then
 
 
 class RewriterConfig(TrainConfig):

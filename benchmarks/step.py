@@ -1,4 +1,4 @@
-"""One DPO training step: every weight with torch AdamW, against a selected few percent.
+"""One DPO training step: every weight with torch AdamW, against a selected few percent, single or in whole rows.
 
 Same model, pairs and process shape for both; each runs in a process of its own, so that peak memory is its own.
 """
@@ -19,6 +19,7 @@ from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.rows import row_lengths
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.weights import fingerprint, named_weights
@@ -45,7 +46,7 @@ def run(model: str | None, dtype: str, ratio: float, steps: int, out: Path | Non
     with tempfile.TemporaryDirectory() as folder:
         path = model or _random_llama(Path(folder))
         rows = []
-        for method in ("dense", "sparse"):
+        for method in ("dense", "sparse", "rows"):
             with context.Pool(1) as pool:
                 rows.append(pool.apply(_measure, (method, str(path), dtype, ratio, steps)))
     print(f"{'method':<8}{'median_ms':>11}{'spread_ms':>11}{'peak_mib':>10}{'state_bytes_per_parameter':>27}")
@@ -77,7 +78,8 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
         policy = DensePolicy(model.float(), None if dtype == "float32" else getattr(torch, dtype))
     else:
         scores = {name: torch.rand(weight.shape) for name, weight in named_weights(model).items()}
-        policy = SparsePolicy(model, Selection.from_scores(scores, ratio, base=fingerprint(model)))
+        lengths = row_lengths(model) if method == "rows" else None
+        policy = SparsePolicy(model, Selection.from_scores(scores, ratio, base=fingerprint(model), rows=lengths))
         del scores
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainConfig(

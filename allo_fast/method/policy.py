@@ -25,6 +25,7 @@ from allo_fast.data.batch import Batch
 from allo_fast.method.alias import Alias, gathered, install_reads, refuse_weight
 from allo_fast.method.delta import Delta
 from allo_fast.method.parameters import ValueParameters
+from allo_fast.method.rows import RowLinear, whole_rows
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.logps import ResponseLogps
@@ -204,7 +205,25 @@ class SparsePolicy:
 
     def _install(self, module: nn.Module) -> None:
         names = [name for name, weight in module._parameters.items() if id(weight) in self._names]
-        install_reads(module, names, self._read)
+        rows = self._whole_rows(module)
+        forward = {"forward": lambda module, hidden: self._row_linear(module, hidden, rows)}
+        install_reads(module, names, self._read, {} if rows is None else forward)
+
+    def _whole_rows(self, module: nn.Module) -> Tensor | None:
+        """Of a linear layer of which whole rows train, which; else None."""
+        name = self._names.get(id(module._parameters.get("weight")))
+        plain = getattr(type(module), "_without_aliases", type(module))
+        if name not in self.values or self.dense_gradients or plain.forward is not nn.Linear.forward:
+            return None
+        return whole_rows(self.positions[name], module.in_features)
+
+    def _row_linear(self, module: nn.Linear, hidden: Tensor, rows: Tensor) -> Tensor:
+        weight = module._parameters["weight"]
+        if self._in_reference or not torch.is_grad_enabled():
+            return nn.functional.linear(hidden, weight, module.bias)
+        name = self._names[id(weight)]
+        self._value_parameters.check_written(name)
+        return RowLinear.apply(hidden, self.values[name], weight.detach(), module.bias, rows)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """Scores of weights, made a part at a time when they are looked at, so that no second model of scores exists."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from allo_fast import ranks
 from allo_fast.model.weights import size_of
 
+_LOOK = 1 << 22  # scores that are looked at at once: a tensor's may be half a billion, and each takes several copies
 _DRAW = 1 << 20  # random scores are drawn for this many weights at once, wherever a part of them begins
 
 
@@ -73,3 +75,10 @@ class Random:
         digest = hashlib.sha256(f"{self.seed} {self.name} {block}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         return torch.rand(min(_DRAW, self.size - block * _DRAW), generator=draw)
+
+
+def parts(score: Score) -> Iterator[Tensor]:
+    """|score| of this rank's share of a tensor, a part at a time."""
+    begin, end = ranks.bounds(score.numel())
+    for first in range(begin, end, _LOOK):
+        yield score.part(first, min(first + _LOOK, end))

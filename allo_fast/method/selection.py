@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.method.delta import load_positions, save_positions
-from allo_fast.method.scores import Change, Given, Score
+from allo_fast.method.rows import row_positions
+from allo_fast.method.scores import Change, Given, Score, parts
 from allo_fast.model.weights import as_bytes, fingerprint, named_weights, size_of
 from allo_kernels import Positions, topk_threshold
 
 logger = logging.getLogger(__name__)
-
-_LOOK = 1 << 22  # scores that are looked at at once: a tensor's may be half a billion, and each takes several copies
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,22 @@ class Selection:
         skip: float = 0.0,
         last: bool = False,
         scope: str = "global",
+        rows: Mapping[str, int] | None = None,
         protocol: str = "paper",
     ) -> "Selection":
         """The floor(ratio x N) largest |score| after the floor(skip x N) largest are passed over; last: the smallest.
 
         exclude: shell patterns of tensor names that do not compete. scope: "global", or "per_tensor", where ratio and
-        skip are of each tensor by itself. Every rank of a process group calls this together, looks at a share of each
-        tensor and gets all positions. Raises ValueError for a ratio outside 0..1, another scope, NaN.
+        skip are of each tensor by itself. rows: entries of a row, by tensor, to select whole ones (see rows.py). Every
+        rank of a process group calls this together, looks at a share of each tensor and gets all positions. Raises
+        ValueError for a ratio outside 0..1, another scope, NaN.
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
         if scope not in ("global", "per_tensor"):
             raise ValueError(f"scope: expected 'global' or 'per_tensor', got {scope!r}")
         pool = {name: _as_score(scores[name]) for name in competing(scores, exclude)}
-        rule = _release_positions if protocol == "release" else partial(_exact_positions, last=last)
+        rule = _release_positions if protocol == "release" else partial(_exact_positions, last=last, rows=rows)
         pools = [pool] if scope == "global" else [{name: score} for name, score in pool.items()]
         positions = {name: at for part in pools if part for name, at in rule(part, ratio, skip)}
         selection = cls(positions, sum(score.numel() for score in pool.values()), base)
@@ -155,7 +156,7 @@ def changes(before: nn.Module, after: nn.Module) -> dict[str, Change]:
     if different := [name for name in old if name not in new or _shape(new[name]) != _shape(old[name])]:
         raise ValueError(f"after: not the same model as before; {different[0]} differs")
     moved = {name: Change(old[name], new[name]) for name in old}
-    changed = any(bool(part.any()) for change in moved.values() for part in _parts(change))
+    changed = any(bool(part.any()) for change in moved.values() for part in parts(change))
     if not ranks.add_up(torch.tensor([changed], dtype=torch.int64)):
         raise UserError("no weight changed between before and after; was the learning rate ever above zero?")
     return moved
@@ -163,13 +164,6 @@ def changes(before: nn.Module, after: nn.Module) -> dict[str, Change]:
 
 def _as_score(score: Tensor | Score) -> Score:
     return Given(score) if isinstance(score, Tensor) else score
-
-
-def _parts(score: Score) -> Iterator[Tensor]:
-    """|score| of this rank's share of a tensor, a part at a time."""
-    begin, end = ranks.bounds(score.numel())
-    for first in range(begin, end, _LOOK):
-        yield score.part(first, min(first + _LOOK, end))
 
 
 @dataclass
@@ -180,33 +174,37 @@ class _Parts:
 
     def __iter__(self) -> Iterator[Tensor]:
         for score in self.scores.values():
-            yield from _parts(score)
+            yield from parts(score)
 
 
 def _exact_positions(
-    scores: Mapping[str, Score], ratio: float, skip: float, last: bool
+    scores: Mapping[str, Score], ratio: float, skip: float, last: bool, rows: Mapping[str, int] | None
 ) -> Iterator[tuple[str, Positions]]:
     total = sum(score.numel() for score in scores.values())
+    if rows is not None:
+        yield from row_positions(scores, rows, _floor(ratio, total), _floor(skip, total), last)
+        return
     skipped, until = _floor(skip, total), _floor(skip, total) + _floor(ratio, total)
     if last:
         skipped, until = total - until, total - skipped
     for (name, score), top, passed in zip(scores.items(), _top(scores, until), _top(scores, skipped), strict=True):
         begin, _ = ranks.bounds(score.numel())
         places = [torch.empty(0, dtype=torch.int64)]
-        for number, (kept, over) in enumerate(zip(top, passed, strict=True)):
-            places.append((kept & ~over).nonzero().squeeze(1).cpu() + begin + number * _LOOK)
+        for kept, over in zip(top, passed, strict=True):
+            places.append((kept & ~over).nonzero().squeeze(1).cpu() + begin)
+            begin += len(kept)
         yield name, Positions.pack(ranks.concatenate(torch.cat(places)), score.numel())
 
 
 def _top(scores: Mapping[str, Score], k: int) -> Iterator[Iterator[Tensor]]:
     """Per tensor and part, which of its scores are among the k highest; ties go to the lower (name, index)."""
-    parts = _Parts(scores)
-    value, above, _ = topk_threshold(parts, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
+    every = _Parts(scores)
+    value, above, _ = topk_threshold(every, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
     threshold, tie_count = float(value), k - above
     if 0 < above < k and threshold == 0:
         logger.warning("only %d weights have a score above 0; others fill the selection of %d", above, k)
     # In the order of (name, index), how many ties come before those of this rank's share of a tensor.
-    ties_here = [sum(int((part == threshold).sum()) for part in _parts(score)) for score in scores.values()]
+    ties_here = [sum(int((part == threshold).sum()) for part in parts(score)) for score in scores.values()]
     counts = ranks.gather(ties_here)
     by_share = torch.tensor(counts).T.reshape(-1)
     earlier = (by_share.cumsum(0) - by_share).view(len(scores), -1)[:, ranks.rank() if len(counts) > 1 else 0]
@@ -215,7 +213,7 @@ def _top(scores: Mapping[str, Score], k: int) -> Iterator[Iterator[Tensor]]:
 
 
 def _top_parts(score: Score, threshold: float, ties_left: int) -> Iterator[Tensor]:
-    for part in _parts(score):
+    for part in parts(score):
         ties = part == threshold
         first = ties & (ties.cumsum(0) <= ties_left)
         ties_left -= int(ties.sum())

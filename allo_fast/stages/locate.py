@@ -12,13 +12,14 @@ forget.safetensors, learn.safetensors and counts.json.
 
 import json
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.data.encoding import corpus_of_pairs
-from allo_fast.locating.files import StoredScore
 from allo_fast.method.objectives import Dpo
+from allo_fast.method.rows import row_lengths
 from allo_fast.method.scores import Given, Random, Score
 from allo_fast.method.selection import Selection, changes
 from allo_fast.model.loading import load_model
@@ -30,16 +31,15 @@ from allo_fast.stages.models import base_path
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
-    config, path = unit.config, base_path(unit)
+    config, path, facts = unit.config, base_path(unit), {}
     if config.located_by in GRADIENT_SCORES:
-        scores, base, facts = yield from _by_gradients(unit, path)
+        scored, facts = yield from _by_gradients(unit, path)
     else:
-        scores, base = _without_gradients(unit, path)
-        facts = {}
-    sizes = {name: score.numel() for name, score in scores.items()}
+        scored = _without_gradients(unit, path)
+    sizes = {name: score.numel() for name, score in scored.scores.items()}
     counts = {}
     for done, (stage, ratio) in enumerate(ratios(config).items(), start=1):
-        selection = select(config, scores, ratio, base)
+        selection = select(config, scored, ratio)
         if ranks.is_main():
             selection.save(unit.folder / f"{stage}.safetensors")
         counts[stage] = {name: [len(selection.positions(name)), size] for name, size in sizes.items()}
@@ -56,44 +56,54 @@ def ratios(config: Config) -> dict[str, float]:
     return {"forget": config.forget.ratio, **learn} if config.method == "allo" else learn
 
 
-def select(config: Config, scores: Mapping[str, Score], ratio: float, base: str) -> Selection:
+@dataclass(frozen=True)
+class Scored:
+    """scores: by tensor. base: fingerprint of the model. row_lengths: entries of a row, by tensor."""
+
+    scores: Mapping[str, Score]
+    base: str
+    row_lengths: dict[str, int]
+
+
+def select(config: Config, scored: Scored, ratio: float) -> Selection:
     settings = config.locate
     return Selection.from_scores(
-        scores,
+        scored.scores,
         ratio,
-        base=base,
+        base=scored.base,
         exclude=tuple(settings.exclude),
         skip=settings.skip,
         last=settings.last,
         scope=settings.scope,
+        rows=scored.row_lengths if settings.rows else None,
         protocol=config.protocol,
     )
 
 
-def _without_gradients(unit: Unit, path: str | Path) -> tuple[Mapping[str, Score], str]:
-    """The scores, and the fingerprint of the base."""
+def _without_gradients(unit: Unit, path: str | Path) -> Scored:
     config, sharded = unit.config, unit.zero is not None and unit.zero.sharded
     base = load_model(path, config.model, sharded=sharded)
     weights = named_weights(base)
     if config.located_by == "magnitude":
-        return {name: Given(weight) for name, weight in weights.items()}, fingerprint(base)
-    if config.located_by == "random":
-        drawn = {name: Random(name, size_of(weight), unit.seed) for name, weight in weights.items()}
-        return drawn, fingerprint(base)
-    other = config.locate.after or unit.needed("warmup") / "model"
-    after = load_model(other, config.model, dtype="float32", sharded=sharded)
-    try:
-        return changes(base, after), fingerprint(base)
-    except ValueError as error:
-        raise UserError(f"locate.after: {other}: {error}") from None
+        scores = {name: Given(weight) for name, weight in weights.items()}
+    elif config.located_by == "random":
+        scores = {name: Random(name, size_of(weight), unit.seed) for name, weight in weights.items()}
+    else:
+        other = config.locate.after or unit.needed("warmup") / "model"
+        try:
+            scores = changes(base, load_model(other, config.model, dtype="float32", sharded=sharded))
+        except ValueError as error:
+            raise UserError(f"locate.after: {other}: {error}") from None
+    return Scored(scores, fingerprint(base), row_lengths(base))
 
 
-def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[dict[str, StoredScore], str, dict]]:
-    """The scores, the fingerprint of the base, and what the manifest says."""
+def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[Scored, dict]]:
+    """The scores, and what the manifest says of them."""
     settings = unit.config.warmup
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
     with frozen_base(unit, path) as base:
-        located = yield from gradient_scores(
+        lengths = row_lengths(base.logps.model)
+        scores, facts = yield from gradient_scores(
             unit, base, corpus, Dpo(settings.beta), settings, unit.config.located_by, settings.reference
         )
-    return located[0], base.fingerprint, located[1]
+    return Scored(scores, base.fingerprint, lengths), facts
