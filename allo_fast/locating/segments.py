@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from allo_fast.config import first_line
 from allo_fast.data.batch import Batch
 from allo_fast.locating.taps import Taps
-from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.logps import HeadPass, ResponseLogps
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ class _Reached(Exception):
 class Segments:
     """entrances: the modules behind the cuts, the layers in their order and what is called after them.
 
-    stages: by the name of a weight, where it is read. in_tuples: whether a layer's hidden states come in a tuple.
+    stages: by the name of a weight, where it is read. in_tuples: whether a layer's hidden states come in a tuple. The
+    head's weight belongs to no segment: its gradient needs only what entered the head.
     """
 
     def __init__(
@@ -65,19 +66,30 @@ class Segments:
 
     def capture(
         self, batch: Batch, loss: Callable[[Tensor], Tensor], cuts: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """At each cut the hidden states, and the gradient of loss(logps) by them."""
+    ) -> tuple[list[Tensor], list[Tensor], HeadPass, Tensor]:
+        """At each cut the hidden states, and the gradient of loss(logps) by them; of the head what entered, and the
+        gradient by its result."""
         states: dict[int, Tensor] = {}
+        head: list[tuple[HeadPass, Tensor]] = []
 
         def keep(cut: int, hidden: Tensor) -> Tensor:
             if cut not in states:  # else activation checkpointing computes it again
                 states[cut] = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
             return states[cut]
 
+        def keep_head(given: HeadPass, logps: Tensor) -> Tensor:
+            head.append((given, logps))
+            return logps
+
         with self._entered({cut: keep for cut in cuts}):
-            value = loss(self.logps(batch))
-            gradients = torch.autograd.grad(value, [states[cut] for cut in cuts])
-        return [states[cut].detach() for cut in cuts], list(gradients)
+            self.logps.head.on_logps = keep_head
+            try:
+                value = loss(self.logps(batch))
+            finally:
+                self.logps.head.on_logps = None
+            ((given, logps),) = head
+            *gradients, upstream = torch.autograd.grad(value, [*(states[cut] for cut in cuts), logps])
+        return [states[cut].detach() for cut in cuts], gradients, given, upstream
 
     def backward(
         self,
@@ -198,7 +210,9 @@ def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable
         logps(batch)
     if entrances := trace.entrances():
         in_tuples = [trace.in_tuples[module] for module in entrances]
-        segments = Segments(logps, entrances, trace.stages(entrances), in_tuples)
+        stages = trace.stages(entrances)
+        stages[taps.head] = stages[taps.head] - {len(entrances)}
+        segments = Segments(logps, entrances, stages, in_tuples)
         try:
             worst = _worst_difference(segments, batch, loss)
         except (TypeError, KeyError, ValueError, AttributeError) as error:  # of the model's own code, bent like this
@@ -213,7 +227,7 @@ def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable
 def _worst_difference(segments: Segments, batch: Batch, loss: Callable[[Tensor], Tensor]) -> float:
     """Of states and gradients at every cut, layer by layer and in one pass: the largest norm, relative to its own."""
     cuts = range(segments.last_stage)
-    states, gradients = segments.capture(batch, loss, cuts)
+    states, gradients, *_ = segments.capture(batch, loss, cuts)
     differences = []
     for cut in cuts:
         start = states[cut].clone().requires_grad_()

@@ -25,7 +25,7 @@ from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece, pieces_of, windows_of
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.optim import clip_scale
-from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.logps import HeadPass, ResponseLogps
 from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import held_here, named_weights, whole
 from allo_fast.training.backend import learning_rates
@@ -78,7 +78,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         squares = self._square_windows()
         left = {"squares": self._left("squares", squares), "score": self._left("score", self.windows)}
-        taps = Taps(self.model, self.logps)
+        taps = Taps(self.logps)
         done, total = 0, sum(map(len, self.examples.steps)) * sum(map(len, left.values()))
         try:
             for work in self._phases(taps, left, squares):
@@ -114,8 +114,8 @@ class Sweep:
     def _squares_pass(self, taps: Taps, number: int, windows: list[list[Piece]]) -> Iterator[int]:
         pieces = windows[number]
         rows: list[Tensor] = []
-        with taps.open(pieces, self.device) as sums:
-            for step, gradients in self._steps(pieces, sums):
+        with taps.open(pieces, self.device, head=self.segments is None) as sums:
+            for step, gradients in self._steps(taps, pieces, sums):
                 rows.append(self._squares(gradients))
                 yield len(self.examples.steps[step])
         by_piece = dict(zip(pieces, torch.stack(rows).T.contiguous(), strict=True))
@@ -125,10 +125,10 @@ class Sweep:
         pieces = self.windows[number]
         shares = [piece.share(*self._place) for piece in pieces]
         states = [[torch.zeros(s.size, device=self.device) for _ in range(self.family.states)] for s in shares]
-        with taps.open(pieces, self.device) as sums:
+        with taps.open(pieces, self.device, head=self.segments is None) as sums:
             held = sum(tensor.nbytes for tensor in [*sums, *(state for group in states for state in group)])
             self.state_bytes["accumulators"] = max(held, self.state_bytes.get("accumulators", 0))
-            for step, gradients in self._steps(pieces, sums):
+            for step, gradients in self._steps(taps, pieces, sums):
                 norm = None
                 if self.clips:
                     norm = self._squares(gradients).sum().sqrt().float() if norms is None else norms[step]
@@ -140,13 +140,13 @@ class Sweep:
         scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
         self._save("score", number, len(self.windows), scores, True)
 
-    def _steps(self, pieces: list[Piece], sums: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    def _steps(self, taps: Taps, pieces: list[Piece], sums: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """Per optimizer step its number, from 0, and the gradient of this rank's share of each piece."""
         runs = self.segments.runs([piece.name for piece in pieces]) if self.segments else None
         for number in range(len(self.examples.steps)):
             torch._foreach_zero_(sums)
             for micro, share in self._shares(number):
-                self._backward(micro, share, runs)
+                self._backward(taps, micro, share, runs)
             if number == 0:
                 self._check_finite("gradient", zip(pieces, sums, strict=True))
             yield number, [ranks.reduce_share(total) for total in sums] if self.sharded else sums
@@ -157,15 +157,18 @@ class Sweep:
         micros = self.examples.share(step) if self.sharded else [(micro, 1.0) for micro in self.examples.steps[step]]
         return [(micro, weight * self.counts[micro] / total) for micro, weight in micros]
 
-    def _backward(self, micro: int, share: float, runs: list[tuple[int, int]] | None) -> None:
-        batch = self._collate(micro).to(self.model.device)
+    def _backward(self, taps: Taps, micro: int, share: float, runs: list[tuple[int, int]] | None) -> None:
+        device = str(self.model.device)
+        batch = self._collate(micro).to(device)
         loss = partial(self._loss, micro, share, batch)
         if runs is None:
             value = loss(self.compute(batch))
             if value.requires_grad:  # else nothing of the window is read
                 value.backward()
             return
-        states = load_file(self._captured(micro, share), str(self.model.device))
+        # Copied, for what is computed may depend in its last bit on how memory is aligned, which a file's is not.
+        states = {name: tensor.clone() for name, tensor in load_file(self._captured(micro, share), device).items()}
+        taps.take_head(HeadPass(states["head"], batch.targets, states["lse"]), states["upstream"])
         for first, last in reversed(runs):  # as one backward pass comes to them
             start, end = states.get(f"states.{first - 1}"), states.get(f"gradients.{last}")
             self.segments.backward(batch, loss, (first, last), start if first else None, end)
@@ -189,9 +192,11 @@ class Sweep:
             path = self._captured(micro, share)
             if not path.exists():
                 batch = self._collate(micro).to(self.model.device)
-                found = self.segments.capture(batch, partial(self._loss, micro, share, batch), cuts)
-                kinds = zip(("states", "gradients"), found, strict=True)
-                tensors = {f"{kind}.{cut}": t for kind, kept in kinds for cut, t in zip(cuts, kept, strict=True)}
+                loss = partial(self._loss, micro, share, batch)
+                states, gradients, given, upstream = self.segments.capture(batch, loss, cuts)
+                tensors = {"head": given.hidden, "lse": given.lse, "upstream": upstream}
+                for kind, kept in (("states", states), ("gradients", gradients)):
+                    tensors |= {f"{kind}.{cut}": tensor for cut, tensor in zip(cuts, kept, strict=True)}
                 save_file(tensors, partial_path := path.with_suffix(".partial"))
                 os.rename(partial_path, path)
             yield 0

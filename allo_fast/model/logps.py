@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, attention_mask
 from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings, is_sharded
-from allo_kernels import Positions, token_logps
+from allo_kernels import Positions, head_row_gradient, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,14 @@ class ResponseLogps(nn.Module):
         return decoder(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
+class HeadPass(NamedTuple):
+    """What the head computed with: hidden [N, D] in its weight's dtype, targets [N], and lse fp32 [N] of its logits."""
+
+    hidden: Tensor
+    targets: Tensor
+    lse: Tensor
+
+
 class _Head(nn.Module):
     """The model's head for given targets: hidden [N, D], targets [N] -> log-probabilities [N] fp32.
 
@@ -95,6 +104,7 @@ class _Head(nn.Module):
         if not isinstance(source, nn.Linear):
             raise UserError(f"{type(model).__name__}: its head is not linear, it is {type(source).__name__}")
         self.entries, self.settings = entries, {"softcap": None, "temperature": 1.0}
+        self.on_logps: Callable[[HeadPass, Tensor], Tensor] | None = None  # what becomes of the result, for who watches
         self._parameters.update(source._parameters)
         self._read = (source,)  # in a tuple: not a child, whose parameters would count twice
 
@@ -107,7 +117,19 @@ class _Head(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
         hidden = hidden.to(weight.dtype)  # models that add residuals up in float32 cast there too
-        return token_logps(hidden, weight, targets, bias=bias, values=values, positions=positions, **self.settings)
+        given = {"bias": bias, "values": values, "positions": positions, **self.settings}
+        if self.on_logps is None:
+            return token_logps(hidden, weight, targets, **given)
+        logps, lse = token_logps(hidden, weight, targets, with_lse=True, **given)
+        return self.on_logps(HeadPass(hidden.detach(), targets, lse), logps)
+
+    def row_gradient(self, given: HeadPass, upstream: Tensor, rows: slice) -> Tensor:
+        """Of some rows of its weight, [rows, D] in the weight's dtype; upstream: that of its result, fp32 [N]."""
+        (source,) = self._read
+        weight, bias = source._parameters["weight"].detach(), source._parameters.get("bias")
+        return head_row_gradient(
+            given.hidden, weight, given.targets, given.lse, upstream, rows, bias=bias, **self.settings
+        )
 
 
 def _rows(batch: Batch) -> list[Batch]:

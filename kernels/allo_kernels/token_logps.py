@@ -60,8 +60,9 @@ def token_logps(
     temperature: float = 1.0,
     values: Tensor | None = None,
     positions: Positions | None = None,
+    with_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(softcap(hidden @ weight.T + bias) / temperature)[n, targets[n]] -> fp32 [N].
 
     hidden: [N, D]; weight: [V, D], both bf16, fp16 or fp32; targets: int64 [N], -100 for a row that gives 0 and no
@@ -70,6 +71,7 @@ def token_logps(
     selected entries: `values` fp32 [K], which must already lie in `weight` at `positions`, get the gradient [K] and no
     [V, D] gradient is made. Backward recomputes logits, works only on rows whose upstream gradient is not zero, and
     makes no product that nobody asked for.
+    with_lse: also gives the log-sum-exp of each row's logits, fp32 [N], 0 where the row does not count; no gradient.
     Raises ValueError, naming the argument, for a wrong shape, dtype or device, a weight that is not contiguous,
     targets outside the vocabulary, and values without positions. Forward and backward ask the device which rows count:
     RuntimeError while a CUDA graph is captured.
@@ -80,7 +82,43 @@ def token_logps(
     if values is not None:
         weight = weight.detach()
     head = Head(softcap, float(temperature), positions, *kernels())
-    return _TokenLogps.apply(hidden, weight, bias, values, targets, head)
+    logps, lse = _TokenLogps.apply(hidden, weight, bias, values, targets, head)
+    return (logps, lse) if with_lse else logps
+
+
+@torch.no_grad()
+def head_row_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    rows: slice,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """d (upstream . token_logps) / d weight[rows] -> [rows, D] in the weight's dtype, without the logits of others.
+
+    lse: fp32 [N], what token_logps gave `with_lse`; upstream: fp32 [N]; everything else as it was given there. Raises
+    ValueError and RuntimeError as token_logps.
+    """
+    check_not_capturing("head_row_gradient")
+    _check(hidden, weight, targets, bias, softcap, temperature, None, None)
+    for name, tensor in (("lse", lse), ("upstream", upstream)):
+        check_shape(name, tensor, targets.shape)
+        check_dtype(name, tensor, torch.float32)
+    kernels = choose("token_logps", impl, _definition, "token_logps_triton.kernels", hidden.device)
+    head = Head(softcap, float(temperature), None, *kernels())
+    at = _where((targets != IGNORE) & (upstream != 0))
+    counted = Rows(*(_pick(tensor, at) for tensor in (hidden, targets, lse, upstream)))
+    if not len(counted.targets):
+        return torch.zeros_like(weight[rows])
+    part = None if bias is None else bias[rows].contiguous()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head.d_logits(counted, weight[rows], part, rows.start, head).T @ counted.hidden
 
 
 def _check(hidden, weight, targets, bias, softcap, temperature, values, positions) -> None:
@@ -122,7 +160,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         check_not_capturing("the backward of token_logps")
         with torch.autocast(upstream.device.type, enabled=False):
             return _TokenLogps._backward(ctx, upstream)
@@ -132,9 +170,11 @@ class _TokenLogps(torch.autograd.Function):
         at = _where(targets != IGNORE)
         rows, bias = Rows(_pick(hidden, at), _pick(targets, at)), None if bias is None else bias.contiguous()
         chosen, lse = head.target_and_lse(rows, weight, bias, head)
-        ctx.save_for_backward(hidden, weight, bias, targets, _spread(lse, at, targets))
+        logps, lse = _spread(chosen - lse, at, targets), _spread(lse, at, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.mark_non_differentiable(lse)
         ctx.head = head
-        return _spread(chosen - lse, at, targets)
+        return logps, lse
 
     @staticmethod
     def _backward(ctx, upstream):
