@@ -30,16 +30,16 @@ def test_every_stage_that_makes_a_model_is_exported(finished, tmp_path, capsys, 
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
     expected = loaded(folder / "00-pretrain/base/model")
     if stage in ("forget", "learn"):
-        number = {"forget": 6, "learn": 7}[stage]
+        number = {"forget": 7, "learn": 8}[stage]
         Delta.load(folder / f"0{number}-{stage}/seed-1/delta.safetensors").merge_into(expected)
     if stage == "warmup":
-        expected = loaded(folder / "03-warmup/seed-1/model")
+        expected = loaded(folder / "04-warmup/seed-1/model")
     exported = loaded(tmp_path / "out")
     assert same_weights(exported, expected) and exported.generation_config.eos_token_id is not None
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("1").input_ids
     if stage == "learn":
-        assert same_weights(exported, loaded(folder / "07-learn/seed-1/model"))
-        assert not same_weights(exported, loaded(folder / "07-learn/seed-0/model"))
+        assert same_weights(exported, loaded(folder / "08-learn/seed-1/model"))
+        assert not same_weights(exported, loaded(folder / "08-learn/seed-0/model"))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, "nothing is written into the run"
 
 
@@ -51,15 +51,15 @@ def test_a_run_that_was_moved_is_exported_in_its_dtype(finished, tmp_path):
     assert main(["export", str(moved), "warmup", str(tmp_path / "out")]) == 0
     exported = loaded(tmp_path / "out")
     assert exported.dtype == torch.bfloat16
-    assert same_weights(exported, loaded(moved / "03-warmup/seed-0/model", torch.bfloat16)), "the first seed"
+    assert same_weights(exported, loaded(moved / "04-warmup/seed-0/model", torch.bfloat16)), "the first seed"
 
 
 def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
     config, folder = copied
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
-    shutil.rmtree(folder / "07-learn/seed-1")
-    with (folder / "06-forget/seed-0/delta.safetensors").open("ab") as file:
+    shutil.rmtree(folder / "08-learn/seed-1")
+    with (folder / "07-forget/seed-0/delta.safetensors").open("ab") as file:
         file.write(b"0")
     cases = (
         ([folder, "learn", tmp_path / "taken"], "taken: exists already"),
@@ -67,9 +67,9 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
         ([folder, "learn", tmp_path / "out", "--seed", "7"], "micro: has no seed 7; its seeds are 0, 1"),
         (
             [folder, "learn", tmp_path / "out", "--seed", "1"],
-            "07-learn/seed-1: not complete, or damaged; run `allo-fast",
+            "08-learn/seed-1: not complete, or damaged; run `allo-fast",
         ),
-        ([folder, "forget", tmp_path / "out"], "06-forget/seed-0: not complete, or damaged; run `allo-fast"),
+        ([folder, "forget", tmp_path / "out"], "07-forget/seed-0: not complete, or damaged; run `allo-fast"),
         ([tmp_path / "nowhere", "learn", tmp_path / "out"], "nowhere: not the folder of a run"),
     )
     for words, message in cases:
@@ -85,14 +85,14 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kept, stages", [("all", ["06-forget", "07-learn"]), ("none", [])])
+@pytest.mark.parametrize("kept, stages", [("all", ["07-forget", "08-learn"]), ("none", [])])
 def test_which_models_are_kept_changes_no_delta(copied, kept, stages):
     config, folder = copied
-    deltas = {path: path.read_bytes() for path in folder.rglob("0[67]*/seed-0/delta.safetensors")}
-    for stage in ("06-forget", "07-learn"):
+    deltas = {path: path.read_bytes() for path in folder.rglob("0[78]*/seed-0/delta.safetensors")}
+    for stage in ("07-forget", "08-learn"):
         shutil.rmtree(folder / stage / "seed-0")
     for stage in ("forget", "learn"):
         assert main([stage, str(config), f"save_models={kept}"]) == 0
-    assert [path.parts[-3] for path in sorted(folder.glob("0[67]*/seed-0/model"))] == stages
+    assert [path.parts[-3] for path in sorted(folder.glob("0[78]*/seed-0/model"))] == stages
     assert len(deltas) == 2 and {path: path.read_bytes() for path in deltas} == deltas
     assert main(["run", str(config)]) == 0, "a run that keeps others is the same run"

@@ -184,12 +184,12 @@ def test_a_whole_run_on_preferences(place, capsys):
     models = summary["models"]
     assert list(models) == ["base", "dpo", "allo"] and "accuracy" not in models["base"]
     assert list(models["base"]["metrics"]) == ["logps/accuracies", "logps/accuracies_per_token"]
-    base = read_jsonl(folder / "08-evaluate/base/predictions.jsonl")
+    base = read_jsonl(folder / "09-evaluate/base/predictions.jsonl")
     for name, beta in (("dpo", 0.2), ("allo", 0.4)):
         margins, won = [], []
         for seed in (0, 1):
             for row, origin in zip(
-                read_jsonl(folder / f"08-evaluate/{name}-seed-{seed}/predictions.jsonl"), base, strict=True
+                read_jsonl(folder / f"09-evaluate/{name}-seed-{seed}/predictions.jsonl"), base, strict=True
             ):
                 chosen, rejected = (
                     mine["logp"] - its["logp"] for mine, its in zip(row["responses"], origin["responses"], strict=True)
@@ -204,7 +204,7 @@ def test_a_whole_run_on_preferences(place, capsys):
         assert low < metrics["rewards/margins"]["mean"] < high
     assert {"allo - dpo, rewards/accuracies", "dpo - base, logps/accuracies"} <= set(summary["differences"])
     assert "dpo - base, rewards/accuracies" not in summary["differences"]
-    manifest = json.loads((folder / "08-evaluate/allo-seed-1/MANIFEST.json").read_text())
+    manifest = json.loads((folder / "09-evaluate/allo-seed-1/MANIFEST.json").read_text())
     assert set(manifest["inputs"]) == {"learn/seed-1", "evaluate/base"}
     assert manifest["facts"]["pairs"] == 8 and manifest["facts"]["rewards/ties"] == 0
     assert "problems.jsonl" not in manifest["outputs"], "rendered once, for the base: both read the same tokens"
@@ -213,10 +213,10 @@ def test_a_whole_run_on_preferences(place, capsys):
     assert "<h2>Preferences</h2>" in page and "rewards/margins" in page and "<h2>Accuracy</h2>" not in page
     judged = Unit(Run(load_config(place / "config.yaml"), STAGES), "evaluate", "whole")
     judged.folder.mkdir()
-    deque(evaluate(judged, folder / "07-learn/seed-1/model", folder / "08-evaluate/base"), maxlen=0)
+    deque(evaluate(judged, folder / "08-learn/seed-1/model", folder / "09-evaluate/base"), maxlen=0)
     rows = read_jsonl(judged.folder / "predictions.jsonl")
-    assert rows == read_jsonl(folder / "08-evaluate/allo-seed-1/predictions.jsonl"), "base and delta are that model"
-    steps = read_jsonl(folder / "07-learn/seed-0/metrics.jsonl")
+    assert rows == read_jsonl(folder / "09-evaluate/allo-seed-1/predictions.jsonl"), "base and delta are that model"
+    steps = read_jsonl(folder / "08-learn/seed-0/metrics.jsonl")
     assert "key_rewards/accuracies" in steps[-1] and "rewards/accuracies" in steps[-1]
 
 
@@ -245,9 +245,9 @@ def test_a_model_that_cannot_tell_options_apart_gets_none_right(place, capsys):
     assert "base: 2 ties, counted as wrong" in said
     summary = json.loads((place / "judged/summary.json").read_text())
     assert summary["models"]["base"]["ties"] == 2 and summary["models"]["base"]["accuracy"] == 0.25
-    facts = summary["stages"]["08-evaluate/base"]
+    facts = summary["stages"]["09-evaluate/base"]
     assert (facts["strict"], facts["ties"], facts["per_token"]) == (1, 2, 0)
-    rows = read_jsonl(place / "judged/08-evaluate/base/predictions.jsonl")
+    rows = read_jsonl(place / "judged/09-evaluate/base/predictions.jsonl")
     assert [row["tie"] for row in rows] == [True, True, False, False]
     assert [row["response"] for row in rows] == [f"The answer is {wrong}" for wrong in ("3", "2", "3", "3")]
     assert rows[0]["responses"][0] == {"logp": rows[0]["responses"][1]["logp"], "tokens": 16, "correct": True}

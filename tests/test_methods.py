@@ -122,23 +122,23 @@ def sparse(tmp_path_factory):
 def test_sparse_dpo_trains_the_located_weights_from_the_base(sparse):
     _, folder = sparse
     assert sorted(path.name for path in folder.glob("0*")) == [
-        *("00-pretrain", "01-sample", "02-pairs", "03-warmup", "04-locate", "07-learn", "08-evaluate")
+        *("00-pretrain", "02-sample", "03-pairs", "04-warmup", "05-locate", "08-learn", "09-evaluate")
     ]
-    manifest = json.loads((folder / "07-learn/seed-1/MANIFEST.json").read_text())
+    manifest = json.loads((folder / "08-learn/seed-1/MANIFEST.json").read_text())
     assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1"}
     base, trained = (
         AutoModelForCausalLM.from_pretrained(folder / path, dtype=torch.bfloat16)
-        for path in ("00-pretrain/base/model", "07-learn/seed-1/model")
+        for path in ("00-pretrain/base/model", "08-learn/seed-1/model")
     )
-    delta = Delta.load(folder / "07-learn/seed-1/delta.safetensors")
-    selection = Selection.load(folder / "04-locate/seed-1/learn.safetensors")
+    delta = Delta.load(folder / "08-learn/seed-1/delta.safetensors")
+    selection = Selection.load(folder / "05-locate/seed-1/learn.safetensors")
     assert {name: at.unpack().tolist() for name, at in delta.positions.items()} == {
         name: selection.positions(name).unpack().tolist() for name in selection.names
     }
     delta.merge_into(base)
     weights = named_weights(trained)
     assert all(same_bits(weight.data, weights[name].data) for name, weight in named_weights(base).items())
-    steps = read_jsonl(folder / "07-learn/seed-1/metrics.jsonl")
+    steps = read_jsonl(folder / "08-learn/seed-1/metrics.jsonl")
     assert {step["key_tokens"] for step in steps} == {1.0}, "plain DPO: every token is key"
 
 
@@ -148,7 +148,7 @@ def test_sparse_dpo_is_compared_under_its_name(sparse):
     assert list(summary["models"]) == ["base", "dpo", "sparse-dpo"]
     assert [len(model["seeds"]) for model in summary["models"].values()] == [1, 2, 2]
     assert set(summary["differences"]) == {"dpo - base", "sparse-dpo - base", "sparse-dpo - dpo"}
-    manifest = json.loads((folder / "08-evaluate/sparse-dpo-seed-1/MANIFEST.json").read_text())
+    manifest = json.loads((folder / "09-evaluate/sparse-dpo-seed-1/MANIFEST.json").read_text())
     assert set(manifest["inputs"]) == {"pretrain/base", "learn/seed-1", "evaluate/base"}
     rows = [line for line in said.splitlines() if re.match(r"(model|base|dpo|sparse-dpo) {2,}", line)]
     assert len(rows) == 4 and len({re.search(r"accuracy|%", row).end() for row in rows}) == 1, "in one column"

@@ -174,17 +174,17 @@ def test_the_whole_job_is_the_same_on_two_ranks(command, tmp_path, job):
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     for stage in ("forget", "learn"):
         assert (
-            one["stages"]["04-locate/seed-0"][f"{stage}_sha256"] == two["stages"]["04-locate/seed-0"][f"{stage}_sha256"]
+            one["stages"]["05-locate/seed-0"][f"{stage}_sha256"] == two["stages"]["05-locate/seed-0"][f"{stage}_sha256"]
         )
-    for path in ("01-sample/seed-0/responses.jsonl", "05-rewards/seed-0/rewards.jsonl", f"03-warmup/seed-0/{MODEL}"):
+    for path in ("02-sample/seed-0/responses.jsonl", "06-rewards/seed-0/rewards.jsonl", f"04-warmup/seed-0/{MODEL}"):
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
-    for stage in ("06-forget", "07-learn"):  # vector units round the last few entries of a vector in another way
+    for stage in ("07-forget", "08-learn"):  # vector units round the last few entries of a vector in another way
         models = [load_file(tmp_path / name / stage / "seed-0" / MODEL) for name in ("one", "two")]
         assert all((models[0][name] - weight).abs().mean() < 1e-6 for name, weight in models[1].items())
     assert {name: held["accuracy"] for name, held in one["models"].items()} == {
         name: held["accuracy"] for name, held in two["models"].items()
     }
-    learned = two["stages"]["07-learn/seed-0"]
+    learned = two["stages"]["08-learn/seed-0"]
     assert (learned["world_size"], learned["zero_stage"]) == (2, 3)
     assert learned["traffic_bytes_per_step"] == pytest.approx(learned["planned_traffic_bytes_per_step"], rel=0.05)
     assert learned["traffic_bytes_per_step"] == sum(learned["traffic_by_operation"].values())

@@ -76,12 +76,12 @@ def outputs(folder: Path) -> dict:
 
 def test_the_folder_is_what_the_design_says(finished):
     _, folder = finished
-    stages = "00-pretrain 01-sample 02-pairs 03-warmup 04-locate 05-rewards 06-forget 07-learn 08-evaluate".split()
+    stages = "00-pretrain 02-sample 03-pairs 04-warmup 05-locate 06-rewards 07-forget 08-learn 09-evaluate".split()
     assert sorted(path.name for path in folder.iterdir()) == [*stages, "config.yaml", "report.html", "summary.json"]
-    manifest = json.loads((folder / "07-learn/seed-1" / MANIFEST).read_text())
+    manifest = json.loads((folder / "08-learn/seed-1" / MANIFEST).read_text())
     assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1", "forget/seed-1"}
     assert set(manifest["outputs"]) >= {"model/model.safetensors", "delta.safetensors", "metrics.jsonl"}
-    assert not (folder / "06-forget/seed-1/model").exists(), "what it passes on is its delta"
+    assert not (folder / "07-forget/seed-1/model").exists(), "what it passes on is its delta"
     assert manifest["seed"] == 1 and manifest["seconds"] > 0 and manifest["peak_bytes"] > 2**20
     assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint*"))
 
@@ -93,7 +93,7 @@ def test_the_summary_is_complete(finished):
         assert held["n"] == 8 and held["ci95"][0] <= held["accuracy"] <= held["ci95"][1]
     assert [len(held["seeds"]) for held in summary["models"].values()] == [1, 2, 2]
     assert set(summary["differences"]) == {"dpo - base", "allo - base", "allo - dpo"}
-    for stage, ratio in (("06-forget", 0.05), ("07-learn", 0.1)):
+    for stage, ratio in (("07-forget", 0.05), ("08-learn", 0.1)):
         facts = summary["stages"][f"{stage}/seed-0"]
         assert facts["selected"] == int(ratio * facts["parameters"])
         assert facts["tokens_per_second"] > 0 and facts["seconds"] > 0 and facts["peak_bytes"] > 0
@@ -112,9 +112,9 @@ def test_the_report_is_self_contained(finished):
 def test_forgetting_trains_only_the_selected_weights(finished):
     _, folder = finished
     base, trained = (AutoModelForCausalLM.from_pretrained(folder / "00-pretrain/base/model") for _ in range(2))
-    Delta.load(folder / "06-forget/seed-0/delta.safetensors").merge_into(trained)
+    Delta.load(folder / "07-forget/seed-0/delta.safetensors").merge_into(trained)
     before, after = named_weights(base), named_weights(trained)
-    selection = Selection.load(folder / "04-locate/seed-0/forget.safetensors")
+    selection = Selection.load(folder / "05-locate/seed-0/forget.safetensors")
     changed = 0
     for name, weight in after.items():
         outside = torch.ones(weight.numel(), dtype=torch.bool)
@@ -126,23 +126,23 @@ def test_forgetting_trains_only_the_selected_weights(finished):
 
 def test_merge_rebuilds_the_trained_model(finished, tmp_path, capsys):
     _, folder = finished
-    arguments = [str(folder / "00-pretrain/base/model"), str(folder / "07-learn/seed-0/delta.safetensors")]
+    arguments = [str(folder / "00-pretrain/base/model"), str(folder / "08-learn/seed-0/delta.safetensors")]
     assert main(["merge", *arguments, str(tmp_path / "merged")]) == 0
     merged, trained = (
         named_weights(AutoModelForCausalLM.from_pretrained(path))
-        for path in (tmp_path / "merged", folder / "07-learn/seed-0/model")
+        for path in (tmp_path / "merged", folder / "08-learn/seed-0/model")
     )
     assert all(torch.equal(merged[name], trained[name]) for name in trained)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1").input_ids
-    arguments[0] = str(folder / "03-warmup/seed-0/model")
+    arguments[0] = str(folder / "04-warmup/seed-0/model")
     assert main(["merge", *arguments, str(tmp_path / "wrong")]) == 2
     assert "made for the model" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
 
 
 def test_eval_of_any_model(finished, capsys):
     config, folder = finished
-    assert main(["eval", str(folder / "03-warmup/seed-0/model"), str(config)]) == 0
-    rows = (folder / "08-evaluate/dpo-seed-0/predictions.jsonl").read_text().splitlines()
+    assert main(["eval", str(folder / "04-warmup/seed-0/model"), str(config)]) == 0
+    rows = (folder / "09-evaluate/dpo-seed-0/predictions.jsonl").read_text().splitlines()
     correct = sum(json.loads(row)["strict"] for row in rows)
     assert f"{correct / 8:.2%} by the strict scorer" in capsys.readouterr().out
 
@@ -242,7 +242,7 @@ def test_changed_input_files_run_the_stage_again(copied, tmp_path):
 def test_a_stage_does_not_trust_what_is_out_of_date(copied, capsys):
     config, _ = copied
     assert main(["learn", str(config), "--rerun", "forget.beta=0.9"]) == 2
-    assert "06-forget/seed-0: not complete or out of date; run `allo-fast forget CONFIG`" in capsys.readouterr().err
+    assert "07-forget/seed-0: not complete or out of date; run `allo-fast forget CONFIG`" in capsys.readouterr().err
     assert main(["report", str(config), "forget.beta=0.9", "--rerun"]) == 2
 
 
@@ -257,14 +257,14 @@ def test_method_dpo_ends_with_the_dense_model(finished, capsys):
     assert re.search(r"^dpo +\d", capsys.readouterr().out, re.MULTILINE)
     dense = folder.parent / "dense"
     assert list(json.loads((dense / "summary.json").read_text())["models"]) == ["base", "dpo"]
-    assert not (dense / "04-locate").exists() and (dense / "report.html").exists()
+    assert not (dense / "05-locate").exists() and (dense / "report.html").exists()
 
 
 def test_protocol_release_runs_and_differs(finished):
     config, folder = finished
     assert main(["run", str(config), "protocol=release", "name=release", "seeds=[0]", "learn.epsilon=0.5"]) == 0
-    facts = json.loads((folder.parent / "release" / "summary.json").read_text())["stages"]["06-forget/seed-0"]
-    ours = json.loads((folder / "summary.json").read_text())["stages"]["06-forget/seed-0"]
+    facts = json.loads((folder.parent / "release" / "summary.json").read_text())["stages"]["07-forget/seed-0"]
+    ours = json.loads((folder / "summary.json").read_text())["stages"]["07-forget/seed-0"]
     assert facts["forgotten_tokens"] == facts["tokens"] > ours["forgotten_tokens"], "every token has a weight p_t"
     assert facts["state_bytes"]["gradients"] > ours["state_bytes"]["gradients"], "clip: all keeps dense gradients"
     assert facts["selected"] != ours["selected"]
@@ -291,12 +291,12 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
 def test_rewards_from_a_file(copied, tmp_path, capsys):
     config, folder = copied
     given = tmp_path / "rewards.jsonl"
-    files = (folder / f"05-rewards/seed-{seed}/rewards.jsonl" for seed in (0, 1))
+    files = (folder / f"06-rewards/seed-{seed}/rewards.jsonl" for seed in (0, 1))
     rows = [row for file in files for row in file.read_text().split("\n")]
     given.write_text("\n".join(filter(None, rows)) + "\n")
     source = ["rewards.source=file", f"rewards.path={given}", "--rerun"]
     assert main(["rewards", str(config), *source]) == 0
-    first = json.loads((folder / "05-rewards/seed-0/rewards.jsonl").read_text().splitlines()[0])
+    first = json.loads((folder / "06-rewards/seed-0/rewards.jsonl").read_text().splitlines()[0])
     assert first == json.loads(rows[0])
     given.write_text(json.dumps({**first, "rewards": first["rewards"][:-1]}) + "\n")
     assert main(["rewards", str(config), *source]) == 2
@@ -358,21 +358,21 @@ def test_options_are_judged_by_likelihood_and_bfloat16_states_are_3_1_bytes_per_
     choice = ["data.format=multiple_choice", f"data.train={data}", f"data.test={data}", "name=choice", "seeds=[0]"]
     choice += [f"model.name_or_path={folder / '00-pretrain/base/model'}", "model.dtype=bfloat16", "learn.ratio=0.05"]
     assert main(["run", str(config), *choice]) == 0
-    pairs = [json.loads(x) for x in (tmp_path / "choice/02-pairs/seed-0/pairs.jsonl").read_text().splitlines()]
+    pairs = [json.loads(x) for x in (tmp_path / "choice/03-pairs/seed-0/pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == 10 and pairs[0]["chosen"] == "The answer is 1"
-    answers = (tmp_path / "choice/08-evaluate/base/predictions.jsonl").read_text().splitlines()
+    answers = (tmp_path / "choice/09-evaluate/base/predictions.jsonl").read_text().splitlines()
     assert all(json.loads(row)["response"].startswith("The answer is ") for row in answers)
     stages = json.loads((tmp_path / "choice/summary.json").read_text())["stages"]
-    assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("06-forget", "07-learn"))
+    assert all(3.0 < stages[f"{name}/seed-0"]["state_bytes_per_parameter"] <= 3.1 for name in ("07-forget", "08-learn"))
     assert main(["export", str(tmp_path / "choice"), "learn", str(tmp_path / "exported")]) == 0
     exported, trained = (
         named_weights(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
-        for path in (tmp_path / "exported", tmp_path / "choice/07-learn/seed-0/model")
+        for path in (tmp_path / "exported", tmp_path / "choice/08-learn/seed-0/model")
     )
     assert all(same_bits(weight.data, exported[name].data) for name, weight in trained.items())
     assert main(["learn", str(config), *choice, "learn.learning_rate=1e-30", "--rerun"]) == 0
     forgotten, still = (
-        Delta.load(tmp_path / f"choice/{name}/seed-0/delta.safetensors").values for name in ("06-forget", "07-learn")
+        Delta.load(tmp_path / f"choice/{name}/seed-0/delta.safetensors").values for name in ("07-forget", "08-learn")
     )
     assert all(torch.equal(values, still[name]) for name, values in forgotten.items())
     assert any((values != values.bfloat16()).any() for values in forgotten.values()), "with what bfloat16 would lose"

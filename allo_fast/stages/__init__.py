@@ -83,16 +83,16 @@ STAGES = {
         keys=lambda config: [] if config.model.name_or_path else ["base"],
     ),
     "sample": Stage(
-        number=1,
+        number=2,
         execute=sample.execute,
         settings=("sample", "protocol", "data.train", *_DATA),
         needs=_needs(),
         keys=_seeds,
         files=lambda config: _data_files(config.data.train) + _base_files(config),
     ),
-    "pairs": Stage(number=2, execute=pairs.execute, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
+    "pairs": Stage(number=3, execute=pairs.execute, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
     "warmup": Stage(
-        number=3,
+        number=4,
         execute=warmup.execute,
         settings=("warmup", *_PROMPTS),
         needs=_needs("pairs"),
@@ -100,7 +100,7 @@ STAGES = {
         files=_reference_files("warmup"),
     ),
     "locate": Stage(
-        number=4,
+        number=5,
         execute=locate.execute,
         # Of `warmup` what a warm-up would be: its steps and learning rates, which `linear` follows.
         settings=("locate", "warmup", "forget.ratio", "learn.ratio", "method", "protocol", *_MODEL),
@@ -109,7 +109,7 @@ STAGES = {
         files=lambda config: _base_files(config) + _model_files(config.locate.after),
     ),
     "rewards": Stage(
-        number=5,
+        number=6,
         execute=rewards.execute,
         settings=("rewards", *_PROMPTS),
         needs=_needs("sample", "pairs"),
@@ -119,7 +119,7 @@ STAGES = {
         ),
     ),
     "forget": Stage(
-        number=6,
+        number=7,
         execute=forget.execute,
         settings=("forget", "protocol", *_PROMPTS),
         needs=_needs("locate", "rewards"),
@@ -127,7 +127,7 @@ STAGES = {
         files=_reference_files("forget"),
     ),
     "learn": Stage(
-        number=7,
+        number=8,
         execute=learn.execute,
         settings=("learn", "protocol", *_PROMPTS),
         needs=_learn_needs,
@@ -135,7 +135,7 @@ STAGES = {
         files=_reference_files("learn"),
     ),
     "evaluate": Stage(
-        number=8,
+        number=9,
         execute=evaluate.execute,
         settings=("evaluate", "data.test", *_DATA),
         needs=_evaluate_needs,
