@@ -55,7 +55,7 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     expected = (
         "deepspeed: .*none.json: cannot be read",
         "data.train: .*train.jsonl: no usable row; train.jsonl:",
-        "none.jsonl: no such file",
+        "data.test: .*none.jsonl: no such file",
         "rewards.jsonl:1: expected the fields prompt, response and rewards",
         "warmup.reference: .*nowhere: no such file",
         "learn.reference: .*other has another vocabulary than",

@@ -325,7 +325,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.max_prompt_tokens=3"], "no usable row; .*data.max_prompt_tokens is 3"),
+        (["data.max_prompt_tokens=3"], "data.train: .* no usable row; .*data.max_prompt_tokens is 3"),
         (["model.name_or_path=/nowhere"], "/nowhere: no such file or folder"),
         (["pairs.gold=never"], "no pair left: of 6 problems 6 have no correct response"),
         (["forget.threshold=0"], "no token's reward is below forget.threshold"),

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import Config, SparseTrainConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.problems import Quarantined, read_problems
+from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
@@ -22,7 +22,7 @@ from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
-from allo_fast.stages.problems import first_row, limits, usable_problems
+from allo_fast.stages.problems import Key, first_row, limits, problems_of, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import read_zero, training_sections
 
@@ -104,19 +104,18 @@ def _base_config(config: Config) -> PretrainedConfig:
         raise UserError(f"model.name_or_path: {error}") from None
 
 
-def _check_data(findings: Findings, config: Config, key: str, prompts: Prompts | None, new_tokens: int) -> None:
+def _check_data(findings: Findings, config: Config, key: Key, prompts: Prompts | None, new_tokens: int) -> None:
     """Without prompts, whose lack is a problem of its own, the rows are read and not rendered."""
-    source = getattr(config.data, key)
     if prompts is None:
-        findings.attempt(lambda: read_problems(source, config.data.format))
+        findings.attempt(lambda: problems_of(config, key))
         return
-    read = findings.attempt(lambda: usable_problems(config, source, prompts, new_tokens))
+    read = findings.attempt(lambda: usable_problems(config, key, prompts, new_tokens))
     if read is None:
         return
     rows, aside = read
     reasons = "; ".join(_reasons(aside))
     if not rows:
-        findings.problems.append(f"data.{key}: {source}: no usable row; {reasons}")
+        findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
         return
     findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
     if key == "train":

@@ -106,7 +106,7 @@ def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | 
     """The test rows that the models at `paths` can read, and how many were set aside; or those of the base."""
     if against:
         return read_jsonl(against / "problems.jsonl"), len(read_jsonl(against / "quarantine.jsonl"))
-    return unit_problems(unit, unit.config.data.test, prompts, unit.config.evaluate.max_new_tokens, *paths)
+    return unit_problems(unit, "test", prompts, unit.config.evaluate.max_new_tokens, *paths)
 
 
 def _logps_of(folder: Path) -> dict[str, list[float]]:

@@ -1,18 +1,21 @@
 """The problems of a data source as a run trains and answers them: rendered once, kept with the unit."""
 
 from pathlib import Path
+from typing import Literal
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.encoding import Limits, encode_problems
-from allo_fast.data.problems import Quarantined, read_problems
+from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.plan.shapes import model_config
 from allo_fast.runs.rows import read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.run import Unit
 
+Key = Literal["train", "test"]  # of `data`
+
 
 def unit_problems(
-    unit: Unit, source: str, prompts: Prompts, new_tokens: int, *paths: str | Path
+    unit: Unit, key: Key, prompts: Prompts, new_tokens: int, *paths: str | Path
 ) -> tuple[list[dict], int]:
     """Rows of `encode_problems`, and how many were set aside; problems.jsonl and quarantine.jsonl of the unit.
 
@@ -21,10 +24,11 @@ def unit_problems(
     """
 
     def render() -> list[dict]:
-        rows, quarantined = usable_problems(unit.config, source, prompts, new_tokens, *paths)
+        rows, quarantined = usable_problems(unit.config, key, prompts, new_tokens, *paths)
         write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
         if not rows:
-            raise UserError(f"{source}: no usable row; {quarantined[0].id}: {quarantined[0].reason}")
+            first, source = quarantined[0], getattr(unit.config.data, key)
+            raise UserError(f"data.{key}: {source}: no usable row; {first.id}: {first.reason}")
         return rows
 
     rows = rendered_once(unit.folder / "problems.jsonl", render)
@@ -32,11 +36,18 @@ def unit_problems(
 
 
 def usable_problems(
-    config: Config, source: str, prompts: Prompts, new_tokens: int, *paths: str | Path
+    config: Config, key: Key, prompts: Prompts, new_tokens: int, *paths: str | Path
 ) -> tuple[list[dict], list[Quarantined]]:
-    problems, quarantined = read_problems(source, config.data.format)
+    problems, quarantined = problems_of(config, key)
     rows, refused = encode_problems(problems, prompts, limits(config, new_tokens, *paths))
     return rows, quarantined + refused
+
+
+def problems_of(config: Config, key: Key) -> tuple[list[Problem], list[Quarantined]]:
+    try:
+        return read_problems(getattr(config.data, key), config.data.format)
+    except UserError as error:
+        raise UserError(f"data.{key}: {error}") from None
 
 
 def first_row(rows: list[dict], prompts: Prompts) -> dict[str, str]:

@@ -23,7 +23,7 @@ from allo_fast.stages.problems import first_row, unit_problems
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
-    rows, quarantined = unit_problems(unit, unit.config.data.train, prompts, unit.config.sample.max_new_tokens)
+    rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
     facts = {"problems": len(rows), "quarantined": quarantined}
     if rows[0]["responses"]:
         write_jsonl(unit.folder / "responses.jsonl", rows)
