@@ -14,13 +14,14 @@ from allo_fast.data.batch import Batch, Corpus
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.method.objectives import Dpo, Sft
+from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.windows import windows
 from allo_fast.runs.run import SCRATCH, Progress, Unit
-from allo_fast.stages.models import frozen_reference
+from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples, reference_logps
 
 
@@ -130,6 +131,16 @@ def located(
         )
         ranks.on_main(lambda: _keep(selection, kept))
     return Selection.load(kept)
+
+
+def located_policy(
+    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
+) -> Generator[Progress, None, DensePolicy | SparsePolicy]:
+    """The model at `path`, of which `ratio` trains, located by its own objective; 1: all of it, densely."""
+    if ratio == 1:
+        return dense_policy(unit, path)
+    selection = yield from located(unit, path, corpus, objective, train, ratio)
+    return selected_policy(unit, path, selection)
 
 
 def _keep(selection: Selection, path: Path) -> None:

@@ -91,20 +91,36 @@ def selected_policy(
     return SparsePolicy(model, selection, start, keep_dense_gradients=clip == "all")
 
 
-def save_trained(unit: Unit, policy: DensePolicy | SparsePolicy, prompts: Prompts, start: Path | None = None) -> None:
+def save_trained(
+    unit: Unit,
+    policy: DensePolicy | SparsePolicy,
+    prompts: Prompts,
+    start: Path | None = None,
+    dtype: str = "float32",
+) -> None:
     """What a stage passes on: model/, a Hugging Face folder, of a dense policy; of a sparse one the delta, and model/
     where `save_models` says so.
 
-    It generates up to the token that ended its responses. start: the delta that the policy started from.
+    It generates up to the token that ended its responses. start: the delta that the policy started from. dtype: of the
+    model/ of a dense one.
     """
     stops = stop_tokens(policy.model)
     if prompts.end_token not in stops:
         policy.model.generation_config.eos_token_id = sorted({*stops, prompts.end_token})
     if isinstance(policy, SparsePolicy):
         policy.save_delta(unit.folder / DELTA, before=start)
-        if not unit.config.keeps_model(unit.name):
-            return
-    save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+        if unit.config.keeps_model(unit.name):
+            save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+    else:
+        save_dense(unit, policy, prompts.tokenizer, dtype)
+
+
+def save_dense(unit: Unit, policy: DensePolicy, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+    """The unit's model/ in `dtype`; the policy's own model is cast, too."""
+    rounded = getattr(torch, dtype)
+    policy.model.to(rounded)  # of a sharded model, what its configuration will say
+    weights = ((name, weight.to(rounded)) for name, weight in policy.full_weights())
+    save_model(policy.model, tokenizer, unit.folder / "model", weights)
 
 
 @dataclass(frozen=True)

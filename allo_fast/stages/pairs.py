@@ -13,13 +13,14 @@ from itertools import product
 from allo_fast.config import UserError
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
+from allo_fast.stages.problems import distinct_responses
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     problems = read_jsonl(unit.needed("sample") / "responses.jsonl")
     settings, pairs, counts = unit.config.pairs, [], {"no_correct": 0, "no_wrong": 0}
     for row in problems:
-        correct, wrong = _unique(row, True), _unique(row, False)
+        correct, wrong = distinct_responses(row, True), distinct_responses(row, False)
         counts["no_correct"] += not correct
         counts["no_wrong"] += not wrong
         if not correct and settings.gold == "missing" and "solution_ids" in row:
@@ -37,15 +38,6 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     write_jsonl(unit.folder / "pairs.jsonl", pairs)
     yield Progress(len(problems), len(problems), "problem")
     return {"pairs": len(pairs), "problems": len({pair["id"] for pair in pairs}), **counts}
-
-
-def _unique(row: dict, correct: bool) -> list[dict]:
-    """Each response once, by its tokens."""
-    by_tokens: dict[tuple[int, ...], dict] = {}
-    for response in row["responses"]:
-        if response["correct"] == correct and response["text"].strip():
-            by_tokens.setdefault(tuple(response["ids"]), response)
-    return list(by_tokens.values())
 
 
 def _pair(row: dict, chosen: dict, rejected: dict) -> dict:

@@ -16,10 +16,9 @@ from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import llama_config, pick_device
-from allo_fast.model.saving import save_model
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.models import prompts_of
+from allo_fast.stages.models import prompts_of, save_dense
 from allo_fast.training.engine import Trainer
 
 
@@ -32,11 +31,9 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         corpus.examples.append(tuple(corpus.add(*prompts.encode(row["problem"], [row["solution"]]))))
     torch.manual_seed(unit.seed)
     model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
-    policy, dtype = DensePolicy(model), getattr(torch, unit.config.model.dtype)
+    policy = DensePolicy(model)
     trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, zero=unit.zero)
     facts = yield from train(unit, trainer)
-    model.to(dtype)  # of a sharded model, what its configuration will say
-    weights = ((name, weight.to(dtype)) for name, weight in policy.full_weights())
-    save_model(model, tokenizer, unit.folder / "model", weights)
+    save_dense(unit, policy, tokenizer, unit.config.model.dtype)
     trainer.backend.close()
     return facts

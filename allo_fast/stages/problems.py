@@ -57,6 +57,15 @@ def first_row(rows: list[dict], prompts: Prompts) -> dict[str, str]:
     return {name: prompts.tokenizer.decode(ids) for name, ids in parts}
 
 
+def distinct_responses(row: dict, correct: bool) -> list[dict]:
+    """Those of a row that are right, or wrong, each once, by its tokens."""
+    by_tokens: dict[tuple[int, ...], dict] = {}
+    for response in row["responses"]:
+        if response["correct"] == correct and response["text"].strip():
+            by_tokens.setdefault(tuple(response["ids"]), response)
+    return list(by_tokens.values())
+
+
 def limits(config: Config, new_tokens: int, *paths: str | Path) -> Limits:
     """Of the configuration and of all models at `paths`, or of the base; infinite where the models name none."""
     models = [model_config(config, str(path)).get_text_config() for path in paths]

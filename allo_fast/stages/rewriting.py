@@ -23,8 +23,8 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import rendered_once
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
-from allo_fast.stages.gradients import located
-from allo_fast.stages.models import base_path, dense_policy, inference, prompts_of, selected_policy
+from allo_fast.stages.gradients import located_policy
+from allo_fast.stages.models import base_path, inference, prompts_of
 from allo_fast.stages.problems import limits
 from allo_fast.stages.responses import rewarded
 from allo_fast.training.engine import Trainer
@@ -34,11 +34,7 @@ def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
     settings, path = unit.config.rewards, unit.config.rewards.model or base_path(unit)
     readable = _rewrites(unit, responses, path)
     corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed))
-    if settings.ratio == 1:
-        policy = dense_policy(unit, path)
-    else:
-        selection = yield from located(unit, path, corpus, Sft(), settings.train, settings.ratio)
-        policy = selected_policy(unit, path, selection)
+    policy = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
     trainer = Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
     device = policy.model.device
