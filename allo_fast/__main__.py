@@ -32,6 +32,7 @@ from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.evaluate import evaluate_alone
 from allo_fast.stages.export import STAGES_WITH_MODELS, export
+from allo_fast.stages.models import base_path
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
@@ -254,9 +255,11 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
 def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides).model_copy(update={"deepspeed": None})
     check_model(options.model)
+    # What the run pretrained or fine-tuned lies in its own folder.
+    base = base_path(Unit(Run(config, STAGES, folder=Path(config.output_dir) / config.name), "evaluate", "base"))
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
-        facts, rows = _show("eval", evaluate_alone(run, options.model))
+        facts, rows = _show("eval", evaluate_alone(run, options.model, base))
     print(f"{options.model}: {evaluation_line(config, facts, rows)}")
 
 

@@ -48,13 +48,12 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     return facts
 
 
-def evaluate_alone(run: Run, path: str | Path) -> Generator[Progress, None, tuple[dict, list[dict]]]:
-    """The facts and predictions of the model at `path`; preferences also against the run's base, where that goes."""
-    unit, base = Unit(run, "evaluate", "model"), Unit(run, "evaluate", "base")
-    against = None
-    if run.config.data.format == "preference" and Path(path).resolve() != Path(base_path(base)).resolve():
+def evaluate_alone(run: Run, path: str | Path, base: str | Path) -> Generator[Progress, None, tuple[dict, list[dict]]]:
+    """The facts and predictions of the model at `path`; preferences also against the one at `base`, where that goes."""
+    unit, against = Unit(run, "evaluate", "model"), None
+    if run.config.data.format == "preference" and Path(path).resolve() != Path(base).resolve():
         try:
-            against = yield from _evaluate_base(base, path)
+            against = yield from _evaluate_base(Unit(run, "evaluate", "base"), base, path)
         except UserError as error:
             logger.warning("no implicit rewards: %s", error)
     unit.folder.mkdir(parents=True)
@@ -62,9 +61,8 @@ def evaluate_alone(run: Run, path: str | Path) -> Generator[Progress, None, tupl
     return facts, read_jsonl(unit.folder / PREDICTIONS)
 
 
-def _evaluate_base(unit: Unit, reader: str | Path) -> Generator[Progress, None, Path]:
-    """The folder of the base model's evaluation, on the rows as the model at `reader` reads them."""
-    path = base_path(unit)
+def _evaluate_base(unit: Unit, path: str | Path, reader: str | Path) -> Generator[Progress, None, Path]:
+    """The folder of the evaluation of the base at `path`, on the rows as the model at `reader` reads them."""
     if load_tokenizer(path).get_vocab() != load_tokenizer(reader).get_vocab():
         raise UserError(f"{reader} has another vocabulary than {path}")
     unit.folder.mkdir(parents=True)
