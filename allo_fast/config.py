@@ -86,6 +86,15 @@ class PretrainConfig(TrainConfig):
     problems: int = Field(51200, gt=0)  # generated arithmetic problems
 
 
+class SftConfig(TrainConfig):
+    learning_rate: float = Field(2e-5, gt=0)
+    num_train_epochs: int = Field(3, gt=0)
+    per_device_train_batch_size: int = Field(4, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that train; 1: dense, in float32
+    max_examples: int | None = Field(None, gt=0)  # right responses to train on, drawn at random; null: all
+
+
 class PreferenceTrainConfig(TrainConfig):
     reference: str | None = None  # folder or hub id of another reference model; null: the policy before its first step
 
@@ -172,10 +181,12 @@ class Config(Section):
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
     rivals: list[Literal["dpo"]] = []  # trained and evaluated beside the method
     # Of which sparse stages whole models are written beside their deltas; `allo-fast export` makes them afterwards too.
+    # Of `sft` always, with none too: its model is the base of all that follows.
     save_models: Literal["final", "all", "none"] = "final"
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
     data: DataConfig
+    sft: SftConfig | None = None  # supervised fine-tuning of the base before all else; {}: with defaults, null: none
     sample: SampleConfig = SampleConfig()
     pairs: PairsConfig = PairsConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -221,12 +232,12 @@ class Config(Section):
 
     @property
     def trained(self) -> list[str]:
-        """What the run trains and compares with the base: the rivals, then the method."""
+        """What the run aligns and compares with the base: the rivals, then the method."""
         return [*dict.fromkeys([*self.rivals, self.method])]
 
     def keeps_model(self, stage: str) -> bool:
         """Whether a sparse stage writes its whole model beside its delta."""
-        return self.save_models == "all" or (self.save_models == "final" and stage == "learn")
+        return stage == "sft" or self.save_models == "all" or (self.save_models == "final" and stage == "learn")
 
     @property
     def reward_source(self) -> str:

@@ -50,7 +50,9 @@ def _parse(text: str, where: str) -> object:
 def _assign(raw: dict, dotted: str, value: object) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
+        if raw.get(parent) is None:  # `sft: null`, as a run's config.yaml says
+            raw[parent] = {}
+        raw = raw[parent]
         if not isinstance(raw, dict):
             raise UserError(f"{dotted}: {parent} has no keys of its own")
     raw[last] = value

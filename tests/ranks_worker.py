@@ -479,6 +479,33 @@ def shared_inference(folder: Path, config: str) -> None:
 MIXTURE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 18}
 
 
+def sft(folder: Path, config: str) -> None:
+    """Sparse in float32 and dense into bfloat16, two ranks make the base that one process makes."""
+    settings = [f"output_dir={folder}", f"model.name_or_path={folder / 'other'}", "sft.learning_rate=1e-3"]
+    settings += [
+        "locate.windows=1",
+        "sft.num_train_epochs=1",
+        "sft.per_device_train_batch_size=1",
+        "sft.gradient_accumulation_steps=2",
+    ]
+
+    def made(name: str, ratio: float, zero: Zero | None) -> LlamaForCausalLM:
+        own = [f"name={name}-{ratio}", f"sft.ratio={ratio}", f"model.dtype={'float32' if ratio < 1 else 'bfloat16'}"]
+        zeros = dict.fromkeys(("dense", "sparse"), zero)
+        unit = Unit(Run(load_config(config, [*settings, *own]), STAGES, zeros=zeros), "sft", "base")
+        deque(unit.execute(), maxlen=0)
+        return AutoModelForCausalLM.from_pretrained(unit.folder / "model", dtype="auto")
+
+    alone = {ratio: made(f"alone-{rank()}", ratio, None) for ratio in (0.2, 1)}
+    ranks.start(120)
+    for ratio, expected in alone.items():
+        for stage in (2, 3):
+            weights = dict(made(f"stage-{stage}", ratio, Zero(stage)).named_parameters())
+            for name, weight in expected.named_parameters():
+                assert weights[name].dtype == weight.dtype == (torch.float32 if ratio < 1 else torch.bfloat16)
+                assert (weights[name].float() - weight.float()).abs().mean() < 1e-6, f"{ratio} stage {stage}: {name}"
+
+
 def saved_from_shares(folder: Path) -> None:
     """A model loaded in shares is the one in its folder, saved it reads back, and all ranks refuse what one sees."""
     torch.manual_seed(0)

@@ -40,6 +40,8 @@ def test_overrides_are_yaml(tmp_path):
     [
         ("learn.learing_rate=1", "learn.learing_rate: unknown key; did you mean learn.learning_rate?"),
         ("learn.ratios=1", "learn.ratios: unknown key; did you mean learn.ratio?"),
+        ("sft.learing_rate=1", "sft.learing_rate: unknown key; did you mean sft.learning_rate?"),
+        ("sft.ratio=0", "sft.ratio: .*greater than 0 .got 0."),
         ("lern.ratio=1", "lern: unknown key; did you mean learn?"),
         ("rewards.train.epochs=1", "did you mean rewards.train"),
         ("learn.ratio=1.5", "learn.ratio: .*less than or equal to 1 .got 1.5."),
@@ -56,6 +58,12 @@ def test_overrides_are_yaml(tmp_path):
 def test_mistakes_are_named(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, overrides=[override])
+
+
+def test_a_section_that_is_off_is_turned_on(tmp_path):
+    assert load(tmp_path).sft is None and load(tmp_path, overrides=["sft={}"]).sft.learning_rate == 2e-5
+    saved = MINIMAL + "sft: null\n"
+    assert load(tmp_path, saved).sft is None and load(tmp_path, saved, ["sft.ratio=0.1"]).sft.ratio == 0.1
 
 
 def test_bad_files(tmp_path):

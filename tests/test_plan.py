@@ -7,11 +7,11 @@ from conftest import tiny_llama
 from transformers import AutoConfig, LlamaConfig
 
 from allo_fast.__main__ import main
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config, SftConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.batch import Corpus, attention_mask, collate
 from allo_fast.plan.costs import states, traffic
-from allo_fast.plan.job import DEVICES, USABLE, choose, make_plan, table
+from allo_fast.plan.job import DEVICES, USABLE, choose, disk_bytes, make_plan, table
 from allo_fast.plan.shapes import Shape, shape_of, weights_of
 from allo_fast.training.zero import Zero
 
@@ -128,6 +128,19 @@ def test_without_a_warm_up_there_is_one_model_to_locate_in():
     config.method = "sparse-dpo"
     phases = plan_of(config, shape, dict.fromkeys(("dense", "sparse")), 80, 1).phases
     assert [phase.stage for phase in phases] == ["locate", "learn"]
+
+
+def test_fine_tuning_is_planned_as_it_trains():
+    """Sparse beside learning, with one response to a prompt where that has two; dense beside the warm-up."""
+    shape, zeros = shape_of(EIGHT, "bfloat16"), dict.fromkeys(("dense", "sparse"), Zero(0))
+    lean, dense = (job().model_copy(update={"sft": SftConfig(ratio=ratio)}) for ratio in (0.05, 1))
+    phases = {phase.stage: phase for phase in plan_of(lean, shape, zeros, 80).phases}
+    assert (phases["sft"].placement, phases["sft"].state_bytes) == ("resident", phases["learn"].state_bytes)
+    assert phases["sft"].memory["activations"] * 3 == phases["learn"].memory["activations"] * 2
+    planned = {phase.stage: phase.placement for phase in plan_of(dense, shape, zeros, 80).phases}
+    assert planned["sft"] == planned["warmup"] == "dense"
+    added = disk_bytes(lean, 1 << 20) - disk_bytes(job(), 1 << 20)
+    assert added == pytest.approx((2 + 8 * 0.05) * (1 << 20), rel=1e-4), "the base, the selection and the delta"
 
 
 def test_a_reference_of_its_own_is_divided_among_the_devices():

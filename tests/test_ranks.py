@@ -226,6 +226,10 @@ def test_a_model_too_large_for_a_rank_is_shared_for_inference(work, job):
     work(2, "shared_inference", job)
 
 
+def test_fine_tuning_on_two_ranks(work, job):
+    work(2, "sft", job)
+
+
 def test_auto_chooses_and_runs(command, tmp_path, job):
     done = command(2, "--local_rank=0", "warmup", job, "deepspeed=auto")
     assert done.returncode != 0 and "run `allo-fast pretrain CONFIG` first" in done.stderr

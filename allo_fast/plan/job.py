@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from allo_fast.config import Config, SparseTrainConfig, TrainConfig
 from allo_fast.plan.costs import dense_dpo_states, dense_dpo_traffic, states, traffic
 from allo_fast.plan.shapes import BYTES, Shape
-from allo_fast.training.zero import Zero, training_sections
+from allo_fast.training.zero import Zero, trained_ratio, training_sections
 from allo_kernels.token_logps import CHUNK_BYTES
 
 USABLE = 0.92  # of a device's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
@@ -133,7 +133,7 @@ def _phases(config: Config, shape: Shape, kind: str, zero: Zero | None, gpus: in
     phases = [
         _phase(config, shape, name, train, zero, gpus)
         for name, train in training_sections(config).items()
-        if isinstance(train, SparseTrainConfig) == (kind == "sparse") and name != "pretrain"
+        if (trained_ratio(config, name) is not None) == (kind == "sparse") and name != "pretrain"
     ]
     return phases + ([_locate(config, shape, zero, gpus)] if kind == "dense" and config.method != "dpo" else [])
 
@@ -150,7 +150,7 @@ def _locate(config: Config, shape: Shape, zero: Zero | None, gpus: int) -> Phase
 
 
 def _phase(config: Config, shape: Shape, name: str, train: TrainConfig, zero: Zero | None, gpus: int) -> Phase:
-    ratio = train.ratio if isinstance(train, SparseTrainConfig) else None
+    ratio = trained_ratio(config, name)
     stage = zero.stage if zero else 0
     micro_tokens, step_tokens = _tokens(config, name, train)
     micros = train.gradient_accumulation_steps
@@ -204,7 +204,7 @@ def _tokens(config: Config, name: str, train: TrainConfig) -> tuple[int, int]:
     if name == "rewards.train":
         example = prompt + 3 * response
     else:
-        example = prompt + (response if name == "forget" else 2 * response)
+        example = prompt + (response if name in ("sft", "forget") else 2 * response)
     micro = train.per_device_train_batch_size * example
     return micro, micro * train.gradient_accumulation_steps
 
@@ -226,8 +226,11 @@ def disk_bytes(config: Config, parameters: int) -> int:
     per_seed += 2 * sum(entries)  # selections
     # A position and a float32 value each; a stage's delta has those of the stages before it too.
     per_seed += 6 * sum(min(count, sum(entries[:number])) for number in range(1, len(entries) + 1))
-    largest = max((sparse.get(name, 1) for name in sections), default=0)
-    return len(config.seeds) * per_seed + int(12 * largest * count)
+    largest = max((trained_ratio(config, name) or 1 for name in sections), default=0)
+    sft = 0
+    if config.sft:  # its model and, of a sparse one, selection and delta, for all seeds
+        sft = BYTES[config.model.dtype] * count + 8 * int((trained_ratio(config, "sft") or 0) * count)
+    return sft + len(config.seeds) * per_seed + int(12 * largest * count)
 
 
 def _advice(plan: Plan, config: Config) -> list[str]:

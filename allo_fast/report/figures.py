@@ -11,7 +11,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from allo_fast.report.summary import percent  # noqa: E402
 
-_COLORS = {"base": "#8d99ae", "dpo": "#e0a03a", "sparse-dpo": "#7a5aa6", "allo": "#2a7f62"}
+_COLORS = {"given": "#c3cad6", "base": "#8d99ae", "dpo": "#e0a03a", "sparse-dpo": "#7a5aa6", "allo": "#2a7f62"}
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
 

@@ -43,7 +43,7 @@ def _header(run: Run, summary: dict) -> str:
     return (
         f"<header><h1>{html.escape(run.config.name)}</h1><p>protocol {summary['protocol']}, "
         f"{len(summary['seeds'])} seed(s), base {html.escape(str(run.config.model.name_or_path or 'pretrained here'))}"
-        f"</p><ul>{differences}</ul></header>"
+        f"{', fine-tuned here (sft)' if run.config.sft else ''}</p><ul>{differences}</ul></header>"
     )
 
 
@@ -80,11 +80,15 @@ def _preferences(summary: dict) -> str:
 
 
 def _first_row(summary: dict) -> str:
-    """What the first row trains, with the special tokens that no other place shows."""
-    facts = next(facts for facts in summary["stages"].values() if "first_row" in facts)
+    """What the first row trains in each stage that reads rows, with the special tokens that no other place shows."""
+    shown: dict[str, dict[str, str]] = {}
+    for unit, facts in summary["stages"].items():
+        if "first_row" in facts:
+            shown.setdefault(unit.partition("/")[0], facts["first_row"])  # of the first seed
     rows = "".join(
-        f"<figure><figcaption>{html.escape(name)}</figcaption><p class=tokens>{html.escape(text)}</p></figure>"
-        for name, text in facts["first_row"].items()
+        f"<figure><figcaption>{stage}: {html.escape(name)}</figcaption><p class=tokens>{html.escape(text)}</p></figure>"
+        for stage, row in shown.items()
+        for name, text in row.items()
     )
     return _section("First row", "As it is trained, special tokens included.", rows)
 
@@ -107,7 +111,7 @@ def _costs(summary: dict) -> str:
 
 def _curves(run: Run) -> str:
     plots = []
-    for stage in ("warmup", "forget", "learn"):
+    for stage in ("sft", "warmup", "forget", "learn"):
         if stage in stages_of(run.config):
             seeds = {u.key: read_jsonl(u.folder / "metrics.jsonl") for u in run.units([stage])}
             plots.append(figures.training_curves(stage, seeds))

@@ -47,9 +47,9 @@ def summarize(run: Run) -> dict:
 
 
 def _predictions(run: Run) -> dict[str, list[list[dict]]]:
-    """model -> per seed -> predictions, in the order of the test problems."""
+    """model -> per seed -> predictions, in the order of the test problems; what was given comes before the base."""
     predictions: dict[str, list[list[dict]]] = {}
-    for unit in run.units(["evaluate"]):
+    for unit in sorted(run.units(["evaluate"]), key=lambda unit: unit.key != "given"):
         predictions.setdefault(model_of(unit.key), []).append(read_jsonl(unit.folder / PREDICTIONS))
     return predictions
 
@@ -75,8 +75,13 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
 
 def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
     """Of each model its `preference_metrics`, with the beta that it was trained with, and differences of accuracies."""
-    # The base has no implicit rewards.
-    betas = {"base": None, "dpo": config.warmup.beta, **dict.fromkeys(("sparse-dpo", "allo"), config.learn.beta)}
+    # Implicit rewards are those of what was trained from the base.
+    betas = {
+        "given": None,
+        "base": None,
+        "dpo": config.warmup.beta,
+        **dict.fromkeys(("sparse-dpo", "allo"), config.learn.beta),
+    }
     models, values = {}, {}
     for model, seeds in predictions.items():
         beta = betas[model]

@@ -51,6 +51,7 @@ class Stage:
     needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
     files: Callable[[Config], list[Path]] = lambda config: []  # existing files outside the run that it reads
+    seed: Callable[[Config], int] = lambda config: 0  # of a unit whose key names none
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Unit:
 
     @property
     def seed(self) -> int:
-        return int(self.key.rpartition("seed-")[2]) if "seed-" in self.key else 0
+        return int(self.key.rpartition("seed-")[2]) if "seed-" in self.key else self.stage.seed(self.config)
 
     def upstream(self) -> list["Unit"]:
         return [Unit(self.owner, name, key) for name, key in self.stage.needs(self.config, self.key)]

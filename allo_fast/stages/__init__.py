@@ -1,4 +1,4 @@
-"""The stages in order: pretrain, sample, pairs, warmup, locate, rewards, forget, learn, evaluate.
+"""The stages in order: pretrain, sft, sample, pairs, warmup, locate, rewards, forget, learn, evaluate.
 
 Each reads files and writes files; what it needs, and which settings it depends on, stands in this table alone.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import split_slice
 from allo_fast.runs.run import Stage, sha256, versions
-from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, warmup
+from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, sft, warmup
 
 
 def _seeds(config: Config) -> list[str]:
@@ -37,11 +37,16 @@ def _base_files(config: Config) -> list[Path]:
     return _model_files(config.model.name_or_path)
 
 
+def _given(config: Config) -> list[tuple[str, str]]:
+    """What made the model that the run begins from, where it did."""
+    return [] if config.model.name_or_path else [("pretrain", "base")]
+
+
 def _needs(*names: str):
-    """Units of the same seed; the base model is there for all of them, pretrained here or given."""
+    """Units of the same seed; the base model is there for all of them, made here or given."""
 
     def needs(config: Config, key: str) -> list[tuple[str, str]]:
-        base = [] if config.model.name_or_path else [("pretrain", "base")]
+        base = [("sft", "base")] if config.sft else _given(config)
         return base + [(name, key) for name in names]
 
     return needs
@@ -59,20 +64,25 @@ def _learn_needs(config: Config, key: str) -> list[tuple[str, str]]:
 
 
 def _evaluated(config: Config) -> list[str]:
-    return ["base", *(f"{model}-{seed}" for model in config.trained for seed in _seeds(config))]
+    before = ["given"] if config.sft else []
+    return ["base", *before, *(f"{model}-{seed}" for model in config.trained for seed in _seeds(config))]
 
 
 def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
     model = evaluate.model_of(key)
-    if not (producer := evaluate.PRODUCERS[model]):
+    if model == "base":
         return _needs()(config, key)
+    producer = evaluate.PRODUCERS[model]
+    made = _needs(producer)(config, key.removeprefix(f"{model}-")) if producer else _given(config)
     # All models are judged on the rows that the base was; preferences, against its log-probabilities.
-    return [*_needs(producer)(config, key.removeprefix(f"{model}-")), ("evaluate", "base")]
+    return [*made, ("evaluate", "base")]
 
 
 _MODEL = ("model.name_or_path", "model.dtype")
 _PROMPTS = (*_MODEL, "data.chat_template", "data.chat_template_kwargs", "data.prompt_template", "data.format")
-_DATA = (*_PROMPTS, "data.scorer", "data.max_prompt_tokens", "data.max_response_tokens")
+_LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens")
+_DATA = (*_PROMPTS, "data.scorer", *_LIMITS)
+_LOCATED = ("locate.clip", "locate.exclude", "locate.pairs")  # of stages that locate for themselves
 
 STAGES = {
     "pretrain": Stage(
@@ -81,6 +91,15 @@ STAGES = {
         settings=("pretrain", *_PROMPTS),
         needs=lambda config, key: [],
         keys=lambda config: [] if config.model.name_or_path else ["base"],
+    ),
+    "sft": Stage(
+        number=1,
+        execute=sft.execute,
+        settings=("sft", "data.train", "sample.max_new_tokens", "model.rounding", *_LOCATED, *_LIMITS, *_PROMPTS),
+        needs=lambda config, key: _given(config),
+        keys=lambda config: ["base"],
+        files=lambda config: _data_files(config.data.train) + _base_files(config),
+        seed=lambda config: config.seeds[0],
     ),
     "sample": Stage(
         number=2,
@@ -171,5 +190,12 @@ def _told_apart(path: Path) -> str:
 def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
     sparse, allo = config.method != "dpo", config.method == "allo"
-    runs = {"warmup": config.warms_up, "locate": sparse, "rewards": allo, "forget": allo, "learn": sparse}
+    runs = {
+        "sft": config.sft is not None,
+        "warmup": config.warms_up,
+        "locate": sparse,
+        "rewards": allo,
+        "forget": allo,
+        "learn": sparse,
+    }
     return [name for name in STAGES if runs.get(name, True)]

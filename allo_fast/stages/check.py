@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from allo_fast.config import Config, SparseTrainConfig, UserError
+from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
@@ -22,9 +22,9 @@ from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
-from allo_fast.stages.problems import Key, first_row, limits, problems_of, usable_problems
+from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
-from allo_fast.training.zero import read_zero, training_sections
+from allo_fast.training.zero import read_zero, trained_ratio, training_sections
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def _check_data(findings: Findings, config: Config, key: Key, prompts: Prompts |
         return
     findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
     if key == "train":
-        findings.first_row = first_row(rows, prompts)
+        findings.first_row = first_row(rows, prompts, right_responses) if config.sft else first_row(rows, prompts)
         findings.longest, findings.highest = _extent(rows, new_tokens)
 
 
@@ -163,9 +163,9 @@ def _check_architecture(config: Config, model: PretrainedConfig) -> None:
     """The attention that is asked for exists; of the weights that may be selected some are."""
     empty = empty_model(model, config.model.dtype, config.model.attn_implementation)
     sizes = {name: weight.numel() for name, weight in named_weights(empty).items()}
-    for train in training_sections(config).values():
-        if isinstance(train, SparseTrainConfig):
-            check_ratio(sizes, train.ratio, tuple(config.locate.exclude))
+    for name in training_sections(config):
+        if ratio := trained_ratio(config, name):
+            check_ratio(sizes, ratio, tuple(config.locate.exclude))
 
 
 def _check_after(config: Config, model: PretrainedConfig, path: str) -> None:

@@ -4,7 +4,8 @@ Sampled problems: a greedy response, whose final answer must match.
 Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
 sum favours short options; `per_token` says whether the highest mean is right too.
 Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
-model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences.
+model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences. The base has no
+implicit rewards, nor has the model of which `sft` made it.
 
 Models are judged in `model.dtype`; a dense warm-up, which is saved in float32, loses there what rounding takes from it.
 A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
@@ -33,18 +34,19 @@ from allo_fast.stages.problems import unit_problems
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
-PRODUCERS = {"base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}  # the stage that makes each model
+# The stage that makes each model; none the base, nor the given one where `sft` made the base of it.
+PRODUCERS = {"given": None, "base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}
 
 
 def model_of(key: str) -> str:
-    """Which model a unit judges: base, or what trained it (`sparse-dpo` of `sparse-dpo-seed-0`)."""
+    """Which model a unit judges: base, given, or what trained it (`sparse-dpo` of `sparse-dpo-seed-0`)."""
     return key.partition("-seed-")[0]
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     producer = PRODUCERS[model_of(unit.key)]
     path, delta = made_in(unit, unit.needed(producer)) if producer else (base_path(unit), None)
-    facts = yield from evaluate(unit, path, unit.needed("evaluate") if producer else None, delta=delta)
+    facts = yield from evaluate(unit, path, unit.needed("evaluate") if unit.key != "base" else None, delta=delta)
     return facts
 
 
@@ -85,7 +87,7 @@ def evaluate(
     """
     prompts = prompts_of(unit.config, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, prompts, against, path, reader or path)
-    ref_logps = _logps_of(against) if against else {}
+    ref_logps = _logps_of(against) if against and unit.key != "given" else {}
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, delta, scoring=scoring) as frozen:
 

@@ -1,7 +1,6 @@
 """The model of a stage as a normal Hugging Face folder. `allo-fast export RUN STAGE OUT [--seed S]`
 
-Pretraining and the warm-up left a model, which is loaded in the run's dtype; forgetting and learning a delta of their
-base.
+Pretraining and dense stages left a model, which is loaded in the run's dtype; sparse ones a delta of their base.
 """
 
 from pathlib import Path
@@ -13,7 +12,7 @@ from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.models import load_made, made_in
 
-STAGES_WITH_MODELS = ("pretrain", "warmup", "forget", "learn")
+STAGES_WITH_MODELS = ("pretrain", "sft", "warmup", "forget", "learn")
 
 
 def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
@@ -36,4 +35,4 @@ def _key(config: Config, folder: Path, stage: str, seed: int | None) -> str:
         raise UserError(f"{folder}: has no {stage}; its stages are {', '.join(stages)}")
     if seed is not None and seed not in config.seeds:
         raise UserError(f"{folder}: has no seed {seed}; its seeds are {', '.join(map(str, config.seeds))}")
-    return "base" if stage == "pretrain" else f"seed-{config.seeds[0] if seed is None else seed}"
+    return "base" if stage in ("pretrain", "sft") else f"seed-{config.seeds[0] if seed is None else seed}"

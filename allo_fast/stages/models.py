@@ -28,9 +28,10 @@ DELTA = "delta.safetensors"
 
 
 def base_path(unit: Unit) -> str | Path:
-    """Where the base model lies: given by the user, or pretrained by this run."""
-    given = unit.config.model.name_or_path
-    return given if given else unit.needed("pretrain") / "model"
+    """Where the model lies that a unit begins from: the one of `sft` or `pretrain`, as it needs, or the user's."""
+    folders = {made.name: made.folder for made in unit.upstream()}
+    made = folders.get("sft", folders.get("pretrain"))
+    return made / "model" if made else unit.config.model.name_or_path
 
 
 def made_in(unit: Unit, folder: Path) -> tuple[str | Path, Path | None]:

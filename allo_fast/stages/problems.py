@@ -1,5 +1,6 @@
 """The problems of a data source as a run trains and answers them: rendered once, kept with the unit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -50,11 +51,23 @@ def problems_of(config: Config, key: Key) -> tuple[list[Problem], list[Quarantin
         raise UserError(f"data.{key}: {error}") from None
 
 
-def first_row(rows: list[dict], prompts: Prompts) -> dict[str, str]:
-    """The first prompt and, once there is one, its response as they are trained, with their special tokens."""
-    row = next((row for row in rows if row["responses"]), rows[0])
-    parts = [("prompt", row["prompt_ids"]), *(("response", response["ids"]) for response in row["responses"][:1])]
+def first_row(
+    rows: list[dict], prompts: Prompts, responses: Callable[[dict], list[dict]] = lambda row: row["responses"]
+) -> dict[str, str]:
+    """The first prompt and, once there is one, its response as they are trained, with their special tokens.
+
+    responses: of a row those that are trained.
+    """
+    row = next(filter(responses, rows), rows[0])
+    parts = [("prompt", row["prompt_ids"]), *(("response", response["ids"]) for response in responses(row)[:1])]
     return {name: prompts.tokenizer.decode(ids) for name, ids in parts}
+
+
+def right_responses(row: dict) -> list[dict]:
+    """{text, ids} of the right responses of a row of `encode_problems`; of one without responses its gold solution."""
+    return (
+        distinct_responses(row, True) if row["responses"] else [{"text": row["solution"], "ids": row["solution_ids"]}]
+    )
 
 
 def distinct_responses(row: dict, correct: bool) -> list[dict]:

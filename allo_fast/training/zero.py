@@ -187,12 +187,16 @@ def trains_densely(config: Config, stage: str) -> bool:
         return config.located_by in ("delta", "after")
     if stage == "rewards":
         return config.reward_source == "rewriter" and config.rewards.ratio == 1
+    if stage == "sft":
+        return config.sft.ratio == 1
     return stage in ("pretrain", "warmup")
 
 
 def training_sections(config: Config) -> dict[str, TrainConfig]:
     """The sections of the stages of this run that train, by name."""
     sections = {"pretrain": config.pretrain} if config.model.name_or_path is None else {}
+    if config.sft:
+        sections["sft"] = config.sft
     if config.warms_up:
         sections["warmup"] = config.warmup
     if config.method == "allo":
@@ -201,6 +205,11 @@ def training_sections(config: Config) -> dict[str, TrainConfig]:
     if config.method != "dpo":
         sections["learn"] = config.learn
     return sections
+
+
+def trained_ratio(config: Config, section: str) -> float | None:
+    """Of the weights, what a section trains; None: all of them, densely."""
+    return None if trains_densely(config, section) else getattr(training_sections(config)[section], "ratio", None)
 
 
 def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
