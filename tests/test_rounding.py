@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from allo_kernels import Positions, masked_adamw_, scatter_
+from allo_kernels import Positions, masked_adamw_, rounding, scatter_
 from allo_kernels.positions import SPAN
-from allo_kernels.rounding import LARGEST, stochastically
+from allo_kernels.rounding import LARGEST, rounded, stochastically
 from allo_kernels.tools.check import drawing, selected
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,6 +109,7 @@ def test_weights_follow_from_their_values_alone(sizes, kind, impl):
         expected = start.clone()
         expected[index] = stochastically(mine, index % SPAN, 9).bfloat16()
         assert torch.equal(weight, expected)
+        assert torch.equal(weight[index], rounded(mine, part.low, torch.bfloat16, 9))
     assert (weights[0][at.split()[0].unpack()] != values[: at.counts[0]].bfloat16()).any(), "not to nearest"
 
 
@@ -128,6 +129,19 @@ def test_fp32_has_nothing_to_round(kind, impl):
     at, weight = selected(DEVICE, (3000,), "5%"), torch.zeros(3000, device=DEVICE)
     values = write(kind, weight, at, impl, seed=4)
     assert torch.equal(weight[at.unpack()], values) and weight.count_nonzero() == len(at)
+
+
+@pytest.mark.parametrize("part", [7, 1 << 22])
+def test_what_is_written_is_known_without_a_weight(monkeypatch, part):
+    monkeypatch.setattr(rounding, "_PART", part)
+    at = selected(DEVICE, (300,), "5%")
+    values, index = drawing(DEVICE)(len(at)), at.unpack()
+    assert torch.equal(rounded(values, at.low, torch.bfloat16, 2), stochastically(values, index, 2).bfloat16())
+    assert torch.equal(rounded(values, at.low, torch.bfloat16, None), values.bfloat16())
+    assert torch.equal(rounded(values, at.low, torch.float32, 2), values)
+    assert rounded(values[:0], at.low[:0], torch.bfloat16, 2).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="got torch.float16"):
+        rounded(values, at.low, torch.float16, 2)
 
 
 @IMPLS

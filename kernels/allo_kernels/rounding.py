@@ -10,6 +10,7 @@ LARGEST = 0x7F7FFFFF  # bits of the largest finite fp32; without their lower hal
 # 32 bits: with that, a product of 32 bits stays inside int64.
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _MASK = 0xFFFFFFFF
+_PART = 1 << 22  # entries that are hashed at once, 8 bytes each
 
 
 def check_rounding_seed(seed: int | None, dense: Sequence[Tensor]) -> int | None:
@@ -22,6 +23,18 @@ def check_rounding_seed(seed: int | None, dense: Sequence[Tensor]) -> int | None
     if torch.float16 in dtypes:
         raise ValueError("rounding_seed: expected weights in torch.bfloat16 or torch.float32, got torch.float16")
     return seed if torch.bfloat16 in dtypes else None
+
+
+def rounded(values: Tensor, low: Tensor, dtype: torch.dtype, rounding_seed: int | None) -> Tensor:
+    """What `scatter_` writes of `values` fp32 [K] into a weight of `dtype` -> [K] in that dtype.
+
+    low: uint16 [K], as of Positions. Raises ValueError for a rounding_seed out of range, or for fp16 weights.
+    """
+    seed = check_rounding_seed(rounding_seed, [torch.empty(0, dtype=dtype)])
+    if seed is None:
+        return values.to(dtype)
+    parts = zip(values.split(_PART), low.split(_PART), strict=True)
+    return torch.cat([stochastically(value, part.long(), seed).to(dtype) for value, part in parts])
 
 
 def stochastically(value: Tensor, low: Tensor, seed: int) -> Tensor:
