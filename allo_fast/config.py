@@ -31,7 +31,9 @@ class ModelConfig(Section):
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    rounding: Literal["nearest", "stochastic"] = "nearest"  # of the values that train, into a bfloat16 base
+    # Of the values that train, into a bfloat16 base; stochastic: by chance, in the mean the value itself, so that what
+    # is smaller than bfloat16 can show counts too. A float32 base takes the values as they are, whichever is set.
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
 class DataConfig(Section):
@@ -200,6 +202,8 @@ class Config(Section):
     def _consistent(self):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: each only once, got {self.seeds}")
+        if self.model.rounding == "stochastic" and not all(0 <= seed < 1 << 31 for seed in self.seeds):
+            raise ValueError(f"seeds: with model.rounding: stochastic expected 0..{(1 << 31) - 1}, got {self.seeds}")
         if (self.rewards.source == "file") != (self.rewards.path is not None):
             raise ValueError("rewards.path goes with rewards.source: file, and only with it")
         if self.model.name_or_path is None and not all(

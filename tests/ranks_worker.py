@@ -541,11 +541,20 @@ def _refused_from_shares(folder: Path, model: LlamaForCausalLM) -> None:
 
 
 def deltas(folder: Path) -> None:
-    """Set into shares without a message, begun from in fp32 on any stage of ZeRO, saved, and rebuilt bit for bit."""
+    """Set into shares without a message, begun from in fp32 on any stage of ZeRO, saved, and rebuilt bit for bit.
+
+    Rounded to nearest and by chance; a resumed run ends with the same bits.
+    """
     ranks.start(120)
+    for seed in (None, 7):
+        (place := folder / f"rounded-{seed}").mkdir(exist_ok=True)
+        _deltas(place, seed)
+
+
+def _deltas(folder: Path, seed: int | None) -> None:
     base, (first, second) = tiny_llama(**ODD).bfloat16(), (folder / "first.safetensors", folder / "second.safetensors")
     save_model(base, character_tokenizer(), folder / "base")
-    trained = SparsePolicy(deepcopy(base), random_selection(base, 0.3))
+    trained = SparsePolicy(deepcopy(base), random_selection(base, 0.3), rounding_seed=seed)
     with torch.no_grad():
         for value in trained.values.values():
             value += 1e-2 * torch.rand(value.shape, generator=torch.Generator().manual_seed(len(value)))
@@ -558,9 +567,10 @@ def deltas(folder: Path) -> None:
     assert_same_weights(whole_weights(model), trained.full_weights())
     Delta.load(first).merge_into(again := load_model(folder / "base", ModelConfig(), sharded=True))
     assert fingerprint(again) == fingerprint(model)
-    alone = SparsePolicy(deepcopy(base), random_selection(base, 0.3, seed=2), Delta.load(first))
+    alone = SparsePolicy(deepcopy(base), random_selection(base, 0.3, seed=2), Delta.load(first), rounding_seed=seed)
     for stage in range(4):
-        trainer = _starting_from(first, folder, stage)
+        trainer = _starting_from(first, folder, stage, seed)
+        assert_same_weights(trainer.policy.full_weights(), trained.full_weights())
         for name, at, value in trainer.policy.trained():
             assert torch.equal(at.unpack(), alone.positions[name].unpack()), f"stage {stage}: {name}"
             assert torch.equal(value, alone.values[name]), f"stage {stage}: {name}"
@@ -570,16 +580,24 @@ def deltas(folder: Path) -> None:
         rebuilt = deepcopy(base)
         Delta.load(second).merge_into(rebuilt)
         assert_same_weights(whole_weights(rebuilt), trainer.policy.full_weights())
-        assert trainer.policy.changed() and trainer.policy.base == fingerprint(trained.model)
+        moved = zip(whole_weights(rebuilt), whole_weights(trained.model), strict=True)
+        assert trainer.policy.changed() == sum(int((now[1] != before[1]).sum()) for now, before in moved) > 0
+        assert trainer.policy.base == fingerprint(trained.model)
+        resumed = _starting_from(first, folder, stage, seed)
+        assert [metrics.step for metrics in resumed.run()] == [5, 6]
+        assert_same_weights(resumed.policy.full_weights(), whole_weights(rebuilt))
+        OPEN.close()
         ranks.barrier()
 
 
-def _starting_from(delta: Path, folder: Path, stage: int) -> Trainer:
+def _starting_from(delta: Path, folder: Path, stage: int, seed: int | None) -> Trainer:
     model, zero = load_model(folder / "base", ModelConfig(), sharded=stage == 3), Zero(stage)
     selection = random_selection(tiny_llama(**ODD).bfloat16(), 0.3, seed=2)
-    policy = (ShardedPolicy if zero.sharded else SparsePolicy)(model, selection, Delta.load(delta))
+    kind = ShardedPolicy if zero.sharded else SparsePolicy
+    policy = kind(model, selection, Delta.load(delta), rounding_seed=seed)
     (place := folder / str(stage)).mkdir(exist_ok=True)
-    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS), place, zero=zero)
+    settings = TrainConfig(**SETTINGS, save_steps=4)
+    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), settings, place, zero=zero)
     OPEN.callback(trainer.backend.close)
     return trainer
 

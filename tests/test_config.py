@@ -66,6 +66,14 @@ def test_a_section_that_is_off_is_turned_on(tmp_path):
     assert load(tmp_path, saved).sft is None and load(tmp_path, saved, ["sft.ratio=0.1"]).sft.ratio == 0.1
 
 
+def test_seeds_that_no_rounding_by_chance_takes_are_refused(tmp_path):
+    stochastic = "model.rounding=stochastic"
+    assert load(tmp_path, overrides=[stochastic, "seeds=[0, 2147483647]"]).model.rounding == "stochastic"
+    for seeds in ("[-1]", "[0, 2147483648]"):
+        with pytest.raises(UserError, match="seeds: with model.rounding: stochastic expected 0..2147483647, got"):
+            load(tmp_path, overrides=[stochastic, f"seeds={seeds}"])
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")

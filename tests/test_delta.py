@@ -86,20 +86,22 @@ def test_policy_and_reference_start_from_the_rounded_delta(tmp_path):
     assert second.changed()
 
 
+@pytest.mark.parametrize("seed", [None, 5], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("size, world", [(200_001, 3), (65_536, 2), (3, 4)])
-def test_each_rank_sets_what_lies_in_its_share(monkeypatch, size, world):
+def test_each_rank_sets_what_lies_in_its_share(monkeypatch, size, world, seed):
     """Shares begin and end anywhere within the blocks that positions are stored in; the last may have nothing."""
     draw = torch.Generator().manual_seed(0)
     at = Positions.pack((torch.rand(size, generator=draw) < 0.1).nonzero().squeeze(1), size)
     values, expected = torch.randn(len(at), generator=draw), torch.zeros(size, dtype=torch.bfloat16)
-    expected[at.unpack()] = values.bfloat16()
+    set_entries(expected, at, values, seed)
+    assert torch.equal(expected[at.unpack()], values.bfloat16()) == (seed is None) or size == 3
     part, shares = -(-size // world), []
     for rank in range(world):
         monkeypatch.setattr("allo_fast.ranks.world_size", lambda: world)
         monkeypatch.setattr("allo_fast.ranks.rank", lambda rank=rank: rank)
         weight = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
         weight.ds_numel, weight.ds_tensor = size, torch.zeros(part, dtype=torch.bfloat16)
-        set_entries(weight, at, values)
+        set_entries(weight, at, values, seed)
         shares.append(weight.ds_tensor)
     assert torch.equal(torch.cat(shares)[:size], expected)
 
@@ -125,6 +127,8 @@ def test_damaged_deltas_are_refused(tmp_path):
         ("it has no 'dtype'", {key: about[key] for key in about if key != "dtype"}, {}),
         ("dtype: expected one of", about | {"dtype": "int8"}, {}),
         ("stops: expected token ids", about | {"stops": ["</s>"]}, {}),
+        ("rounding_seed: expected None or an integer", about | {"rounding_seed": -1}, {}),
+        ("rounding_seed: expected weights in", about | {"rounding_seed": 1, "dtype": "float16"}, {}),
         ("not a delta: ", about | {"stops": None}, {}),
         (f"{name}: expected {len(values)} values in float32", about, {f"{name}.values": values[:-1].clone()}),
         (f"{name}: expected {len(values)} values in float32", about, {f"{name}.values": values[:, None]}),

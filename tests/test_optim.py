@@ -9,8 +9,9 @@ from torch import nn
 from allo_fast.config import UserError
 from allo_fast.data.batch import collate
 from allo_fast.method import optim
+from allo_fast.method.group import Group
 from allo_fast.method.optim import SparseAdamW
-from allo_fast.method.policy import Group, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.weights import named_weights
 from allo_kernels import Positions
 
@@ -23,7 +24,7 @@ class OneTensor:
         self.groups = [Group.of(self.weights, [Positions.pack(positions, weight.numel())])]
         self.values = {"w": nn.Parameter(self.groups[0].values)}
         self.identity = str(positions)
-        self.write_back, self.loaded_alone = lambda: None, False
+        self.write_back, self.loaded_alone, self.rounding_seed = lambda: None, False, None
 
 
 def test_reproduces_the_release():
@@ -123,7 +124,7 @@ def test_clipping_twice_is_refused():
 
 def test_state_of_another_selection_is_refused():
     one, two = (SparseAdamW(OneTensor(torch.ones(4), torch.arange(k))) for k in (1, 2))
-    with pytest.raises(UserError, match="state_dict: not of a SparseAdamW with this base and selection"):
+    with pytest.raises(UserError, match="state_dict: not of a SparseAdamW with this base, selection and rounding_seed"):
         two.load_state_dict(one.state_dict())
 
 

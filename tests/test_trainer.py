@@ -78,11 +78,11 @@ def test_trains_as_a_dense_model_with_masked_gradients(tmp_path, changes):
     assert logged(trainer, "eval_loss") == pytest.approx(logged(control, "eval_loss"), abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_is_exact(tmp_path, dtype):
-    straight, policy = sparse_trainer(tmp_path, dtype, **EVERY_2)
+@pytest.mark.parametrize("dtype, seed", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 3)])
+def test_resuming_is_exact(tmp_path, dtype, seed):
+    straight, policy = sparse_trainer(tmp_path, dtype, seed, **EVERY_2)
     straight.train()
-    again, resumed = sparse_trainer(tmp_path, dtype)
+    again, resumed = sparse_trainer(tmp_path, dtype, seed)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(vector(resumed), vector(policy))
     assert not torch.equal(vector(policy), vector(policy).bfloat16().float()), "values keep their fp32"

@@ -38,9 +38,11 @@ def make_trainer(model, optimizer, folder: Path, **changes) -> Trainer:
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:6], optimizers=(optimizer, None))
 
 
-def sparse_trainer(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> tuple[Trainer, SparsePolicy]:
+def sparse_trainer(
+    folder: Path, dtype: torch.dtype = torch.float32, rounding_seed: int | None = None, **changes
+) -> tuple[Trainer, SparsePolicy]:
     model = tiny_llama().to(dtype)
-    policy = SparsePolicy(model, random_selection(model))
+    policy = SparsePolicy(model, random_selection(model), rounding_seed=rounding_seed)
     return make_trainer(model, SparseAdamW(policy, lr=LR), folder, **changes), policy
 
 

@@ -15,6 +15,7 @@ from allo_fast.config import UserError
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_kernels import Positions, scatter_
 from allo_kernels.positions import SPAN, blocks_of
+from allo_kernels.rounding import check_rounding_seed, rounded
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -24,8 +25,8 @@ class Delta:
     """What training changed in the model `base` (its fingerprint), which lies in `dtype`.
 
     values: fp32 [K], as they were trained; in the model they are rounded to the weight's dtype. stops: token ids at
-    which the trained model's generation configuration stops; none: the base's. rounding_seed: of stochastic rounding;
-    None: to nearest. where: the file it came from, for errors.
+    which the trained model's generation configuration stops; none: the base's. rounding_seed: by which bfloat16 weights
+    were rounded by chance, and are again; None: to nearest. where: the file it came from, for errors.
     """
 
     base: str
@@ -85,7 +86,7 @@ class Delta:
         for name, at in self.positions.items():
             if name not in weights or size_of(weights[name]) != at.sizes[0]:
                 raise UserError(f"{self.where}: {name} is not a tensor of the model, or has another size")
-            set_entries(weights[name], at, self.values[name])
+            set_entries(weights[name], at, self.values[name], self.rounding_seed)
         if self.stops:
             model.generation_config.eos_token_id = [*self.stops]
 
@@ -118,6 +119,7 @@ class Delta:
             raise ValueError(f"dtype: expected one of {_DTYPES}, got {self.dtype!r}")
         if not all(isinstance(token, int) for token in self.stops):
             raise ValueError(f"stops: expected token ids, got {self.stops!r:.80}")
+        check_rounding_seed(self.rounding_seed, [torch.empty(0, dtype=getattr(torch, self.dtype))])
         for name, at in self.positions.items():
             value = self.values[name]
             if value.dtype != torch.float32 or value.shape != (len(at),):
@@ -128,17 +130,34 @@ class Delta:
                 raise ValueError(f"{name}: a value is NaN or infinite")
 
 
-def set_entries(weight: Tensor, at: Positions, values: Tensor) -> None:
-    """Sets `values` [K], rounded to nearest, into a weight; of one in ZeRO-3 shares, into this rank's share alone."""
+def begin(model: PreTrainedModel, base: str, start: Delta | None, rounding_seed: int | None) -> str:
+    """The fingerprint of what a policy begins from: `model`, whose fingerprint is `base`, with `start` set into it.
+
+    All entries of a policy are rounded by its own seed, whichever stage trained them: one delta makes them all again.
+    Raises UserError where start was made for another model.
+    """
+    if start is None:
+        return base
+    start.check(base)
+    replace(start, rounding_seed=rounding_seed).set_into(model)
+    return fingerprint(model)
+
+
+def set_entries(weight: Tensor, at: Positions, values: Tensor, rounding_seed: int | None = None) -> None:
+    """Sets `values` [K] into a weight, rounded as by `scatter_`; of one in ZeRO-3 shares, into this rank's share alone.
+
+    What chance makes of a value depends on its place in the whole weight, whoever holds that.
+    """
     if not hasattr(weight, "ds_tensor"):
-        scatter_(weight.detach(), at.to(weight.device), values.to(weight.device))
+        scatter_(weight.detach(), at.to(weight.device), values.to(weight.device), rounding_seed=rounding_seed)
         return
     begin, part = ranks.share(weight)
     first = begin // SPAN
     for entries, index in at.chunks(first, blocks_of(begin + len(part))):
         index += first * SPAN - begin
         inside = (index >= 0) & (index < len(part))
-        part[index[inside].to(part.device)] = values[entries][inside].to(part.device, part.dtype)
+        here = rounded(values[entries], at.low[entries], part.dtype, rounding_seed)[inside]
+        part[index[inside].to(part.device)] = here.to(part.device)
 
 
 def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:

@@ -133,6 +133,7 @@ class SparseAdamW(Optimizer):
                 grad_scale=grad_scale,
                 weight=group.data,
                 positions=group.positions,
+                rounding_seed=self.policy.rounding_seed,
             )
         return loss
 
@@ -154,7 +155,7 @@ class SparseAdamW(Optimizer):
             value.grad = view.grad
 
     def state_dict(self) -> dict:
-        """torch's, with `values` by name and `identity`, which says of which base and selection they are."""
+        """torch's, with `values` by name and `identity`, which says of which base, selection and rounding they are."""
         values = {name: value.detach() for name, value in self.policy.values.items()}
         extra = {"values": values, "identity": self.policy.identity, "loaded_alone": self.policy.loaded_alone}
         return {**super().state_dict(), **extra}
@@ -163,7 +164,7 @@ class SparseAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Sets the state, and the values in the policy and its base. Raises UserError for one of another policy."""
         if state_dict.get("identity") != self.policy.identity:
-            raise UserError("state_dict: not of a SparseAdamW with this base and selection")
+            raise UserError("state_dict: not of a SparseAdamW with this base, selection and rounding_seed")
         self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         for value, view in self._views.items():

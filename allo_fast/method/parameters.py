@@ -13,12 +13,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from allo_fast.config import UserError
 from allo_fast.model.weights import VALUES
 from allo_kernels import Positions, gather
+from allo_kernels.rounding import rounded
 
 
 class ValueParameters(nn.Module):
     """A submodule of the model, with the values and without a state: the model's state is its weights.
 
     values, weights, positions: by the name of the weight. on_load: called when a state was loaded into the weights.
+    rounding_seed: by which values are rounded into the weights, as `scatter_` does.
     """
 
     def __init__(
@@ -27,11 +29,13 @@ class ValueParameters(nn.Module):
         weights: Mapping[str, nn.Parameter],
         positions: Mapping[str, Positions],
         on_load: Callable[[], None],
+        rounding_seed: int | None,
     ):
         super().__init__()
         for name, value in values.items():
             self.register_parameter(name.replace(".", "/"), value)
         self._values, self._weights, self._positions, self._on_load = values, weights, positions, on_load
+        self._rounding_seed = rounding_seed
         self._places = {(weight.device, weight.dtype) for weight in weights.values()}
         self.mark_written()
 
@@ -63,9 +67,10 @@ class ValueParameters(nn.Module):
         """The model's weights, which come before this module, were loaded: the values become what lies there now."""
         self._on_load()
         for name, value in self._values.items():
-            weight = self._weights[name].data
-            loaded = gather(weight, self._positions[name])
-            value.copy_(torch.where(value.to(weight.dtype) == loaded, value, loaded.float()))  # bits that it lacks stay
+            weight, at = self._weights[name].data, self._positions[name]
+            loaded = gather(weight, at)
+            same = rounded(value, at.low, weight.dtype, self._rounding_seed) == loaded
+            value.copy_(torch.where(same, value, loaded.float()))  # bits that it lacks stay
 
     def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueParameters":
         """What `.to(...)` and the like call. The values stay as they are; positions and moments would not follow."""

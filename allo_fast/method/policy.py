@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_fast.method.alias import Alias, gathered, install_reads, refuse_weight
-from allo_fast.method.delta import Delta
+from allo_fast.method.delta import Delta, begin
+from allo_fast.method.group import Group
 from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.rows import RowLinear, whole_rows
 from allo_fast.method.selection import Selection
@@ -31,40 +31,22 @@ from allo_fast.model.generation import stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import as_bytes, fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
+from allo_kernels.rounding import check_rounding_seed
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights of one dtype and their selected entries as one flat vector [K], so that one launch serves them all."""
-
-    weights: dict[str, nn.Parameter]
-    positions: Positions
-    values: Tensor | None  # fp32: what trains; None where DeepSpeed holds them in a flat tensor of its own
-    originals: Tensor  # in the weights' dtype: the reference's entries
-
-    @classmethod
-    def of(cls, weights: dict[str, nn.Parameter], positions: list[Positions]) -> "Group":
-        parts = [gather(weight.data, at) for weight, at in zip(weights.values(), positions, strict=True)]
-        originals = torch.cat(parts)
-        return cls(weights, Positions.cat(positions), originals.to(torch.float32, copy=True), originals)
-
-    @property
-    def data(self) -> list[Tensor]:
-        # Not `.data`, whose version counter is its own: a backward after an update would not notice.
-        return [weight.detach() for weight in self.weights.values()]
 
 
 class SparsePolicy:
     """Trains `selection`'s entries of `model` and nothing else; every weight of `model` is frozen.
 
     start: what an earlier stage changed in `model`, set into it here: policy and reference begin from that, rounded to
-    the weights' dtype, and entries that are trained again from the earlier stage's fp32 values.
+    the weights' dtype as this policy rounds, and entries that are trained again from the earlier stage's fp32 values.
     values: per tensor, an fp32 nn.Parameter [K], among `model.parameters()` but not in the model's state_dict, which
     stays that of a normal model; SparseAdamW's holds them. Raises UserError when one of both is of another model, and
     later where the model is moved or cast, loads the state of another one, or the values change without it.
     keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
+    rounding_seed: values are rounded into bfloat16 weights by chance, as by `scatter_`; None: to nearest. With that of
+    `start` the policy begins from the very weights that the earlier stage left. float32 weights take the values.
     """
 
     def __init__(
@@ -74,10 +56,13 @@ class SparsePolicy:
         start: Delta | None = None,
         *,
         keep_dense_gradients: bool = False,
+        rounding_seed: int | None = None,
     ):
+        selection.check(model)
         self.model = model.requires_grad_(False)
-        self.base = begin(model, selection, start)
         weights = named_weights(model)
+        self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
+        self.base = begin(model, selection.base, start, self.rounding_seed)
         self.parameters = sum(weight.numel() for weight in weights.values())
         self.weights = {name: weights[name] for name in selection.names}
         self.groups = [self._group(dtype, selection) for dtype in {w.dtype: None for w in self.weights.values()}]
@@ -97,7 +82,8 @@ class SparsePolicy:
         for module in model.modules():
             self._install(module)
         say_what_is_not_trained(model)
-        self._value_parameters = ValueParameters(self.values, self.weights, self.positions, self._loaded)
+        own = (self.values, self.weights, self.positions, self._loaded, self.rounding_seed)
+        self._value_parameters = ValueParameters(*own)
         self._value_parameters.attach(model)
         self.logps = ResponseLogps(model, self._head_entries)
 
@@ -131,17 +117,20 @@ class SparsePolicy:
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
         for name, value in self.values.items():
-            scatter_(self.weights[name].detach(), self.positions[name], value.detach())
+            weight, at = self.weights[name].detach(), self.positions[name]
+            scatter_(weight, at, value.detach(), rounding_seed=self.rounding_seed)
         self._value_parameters.mark_written()
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over the base and the selected positions."""
+        """SHA-256 over the base, the selected positions and how values are rounded."""
         digest = hashlib.sha256(self.base.encode())
         for group in self.groups:
             digest.update(" ".join(group.weights).encode())
             digest.update(as_bytes(group.positions.low))
             digest.update(as_bytes(group.positions.starts))
+        if self.rounding_seed is not None:
+            digest.update(f"rounding_seed {self.rounding_seed}".encode())
         return digest.hexdigest()
 
     def state_bytes(self) -> dict[str, int]:
@@ -181,7 +170,7 @@ class SparsePolicy:
                 positions[name], values[name] = at.to("cpu"), value.to("cpu", copy=True)
         if ranks.is_main():
             dtype, stops = str(self.model.dtype).removeprefix("torch."), tuple(sorted(stop_tokens(self.model)))
-            delta = Delta(self.base, dtype, positions, values, stops)
+            delta = Delta(self.base, dtype, positions, values, stops, self.rounding_seed)
             (delta.over(Delta.load(before)) if before else delta).save(path)
 
     def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
@@ -254,19 +243,6 @@ class SparsePolicy:
         if name not in self.values or self.dense_gradients or not torch.is_grad_enabled():
             return None
         return weight, self.values[name], self.positions[name]
-
-
-def begin(model: PreTrainedModel, selection: Selection, start: Delta | None) -> str:
-    """The fingerprint of what a policy begins from: `model`, into which it sets `start`.
-
-    Raises UserError where selection or start was made for another model.
-    """
-    selection.check(model)
-    if start is None:
-        return selection.base
-    start.check(selection.base)
-    start.set_into(model)
-    return fingerprint(model)
 
 
 class DensePolicy:

@@ -130,7 +130,7 @@ STAGES = {
     "rewards": Stage(
         number=6,
         execute=rewards.execute,
-        settings=("rewards", *_PROMPTS),
+        settings=("rewards", "model.rounding", *_PROMPTS),
         needs=_needs("sample", "pairs"),
         keys=_seeds,
         files=lambda config: (
@@ -140,7 +140,7 @@ STAGES = {
     "forget": Stage(
         number=7,
         execute=forget.execute,
-        settings=("forget", "protocol", *_PROMPTS),
+        settings=("forget", "protocol", "model.rounding", *_PROMPTS),
         needs=_needs("locate", "rewards"),
         keys=_seeds,
         files=_reference_files("forget"),
@@ -148,7 +148,7 @@ STAGES = {
     "learn": Stage(
         number=8,
         execute=learn.execute,
-        settings=("learn", "protocol", *_PROMPTS),
+        settings=("learn", "protocol", "model.rounding", *_PROMPTS),
         needs=_learn_needs,
         keys=_seeds,
         files=_reference_files("learn"),

@@ -84,12 +84,14 @@ def sparse_policy(unit: Unit, config: SparseTrainConfig, start: Path | None = No
 def selected_policy(
     unit: Unit, path: str | Path, selection: Selection, start: Delta | None = None, clip: str = "selected"
 ) -> SparsePolicy:
-    """The model at `path`, of which `selection` trains."""
+    """The model at `path`, of which `selection` trains; rounding by chance is seeded as all else of the unit."""
     sharded = unit.zero is not None and unit.zero.sharded
     model = load_model(path, unit.config.model, sharded=sharded)
+    rounding_seed = unit.seed if unit.config.model.rounding == "stochastic" else None
     if sharded:
-        return ShardedPolicy(model, selection, start)
-    return SparsePolicy(model, selection, start, keep_dense_gradients=clip == "all")
+        return ShardedPolicy(model, selection, start, rounding_seed=rounding_seed)
+    keep_all = clip == "all"
+    return SparsePolicy(model, selection, start, keep_dense_gradients=keep_all, rounding_seed=rounding_seed)
 
 
 def save_trained(

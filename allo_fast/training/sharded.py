@@ -17,12 +17,13 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from allo_fast.method.alias import Alias, install_reads
-from allo_fast.method.delta import Delta
-from allo_fast.method.policy import SparsePolicy, begin, say_what_is_not_trained
+from allo_fast.method.delta import Delta, begin
+from allo_fast.method.policy import SparsePolicy, say_what_is_not_trained
 from allo_fast.method.selection import Selection
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
 from allo_kernels import Positions, gather, scatter_
+from allo_kernels.rounding import check_rounding_seed, rounded
 
 linear = torch.ops.aten.linear  # torch.nn.functional.linear as it was: DeepSpeed puts its own there, which rounds twice
 
@@ -35,9 +36,12 @@ class Entries:
     values: nn.Parameter  # fp32 [K]
     low: nn.Parameter  # uint8 [2 K]: the bytes of Positions.low; gloo and NCCL gather no uint16
     starts: Tensor
+    rounding_seed: int | None  # by which `set` rounds
 
     @classmethod
-    def of(cls, name: str, weight: nn.Parameter, at: Positions, start: Delta | None) -> "Entries":
+    def of(
+        cls, name: str, weight: nn.Parameter, at: Positions, start: Delta | None, rounding_seed: int | None
+    ) -> "Entries":
         at = at.to(weight.device)
         with whole(weight):
             values = nn.Parameter(gather(weight.data, at).float())
@@ -45,7 +49,7 @@ class Entries:
             start.carry_into(values.detach(), name, at)
         low = nn.Parameter(at.low.view(torch.uint8), requires_grad=False)
         divide(values, low)
-        return cls(weight, values, low, at.starts)
+        return cls(weight, values, low, at.starts, rounding_seed)
 
     def positions(self) -> Positions:
         """Where `low` is here."""
@@ -61,8 +65,12 @@ class Entries:
         # A small weight stays gathered for the reference to see, and a single rank gathers nothing: not ours to write.
         if weight.ds_persist or weight.data_ptr() == weight.ds_tensor.data_ptr():
             weight = weight.detach().clone()
-        scatter_(weight.data, self.positions(), self.values.data)
+        self.write(weight.data)
         return weight
+
+    def write(self, weight: Tensor) -> None:
+        """Sets the values, gathered, into the whole weight."""
+        scatter_(weight, self.positions(), self.values.data, rounding_seed=self.rounding_seed)
 
     def gather(self, gradient: Tensor) -> Tensor:
         """Of a dense gradient the selected entries -> fp32 [K]."""
@@ -76,14 +84,24 @@ class ShardedPolicy(SparsePolicy):
     The same interface as SparsePolicy. Raises UserError when selection or start was made for another model.
     """
 
-    def __init__(self, model: PreTrainedModel, selection: Selection, start: Delta | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selection: Selection,
+        start: Delta | None = None,
+        *,
+        rounding_seed: int | None = None,
+    ):
+        selection.check(model)
         self.model = model.requires_grad_(False)
-        self.base = begin(model, selection, start)
         self.every_weight = weights = named_weights(model)
+        self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
+        self.base = begin(model, selection.base, start, self.rounding_seed)
         self.parameters = sum(map(size_of, weights.values()))
         self.weights = {name: weights[name] for name in selection.names}
         self.entries = {
-            name: Entries.of(name, weight, selection.positions(name), start) for name, weight in self.weights.items()
+            name: Entries.of(name, weight, selection.positions(name), start, self.rounding_seed)
+            for name, weight in self.weights.items()
         }
         self.values = {name: entries.values for name, entries in self.entries.items()}
         self.dense_gradients = {}
@@ -140,8 +158,10 @@ class ShardedPolicy(SparsePolicy):
         count = 0
         for entries in self.entries.values():
             with whole(entries.weight, entries.values, entries.low):
-                before = gather(entries.weight.data, entries.positions())
-                count += int((entries.values.to(before.dtype) != before).sum())
+                at = entries.positions()
+                before = gather(entries.weight.data, at)
+                now = rounded(entries.values.data, at.low, before.dtype, self.rounding_seed)
+                count += int((now != before).sum())
         return count
 
     def trained(self) -> Iterator[tuple[str, Positions, Tensor]]:
@@ -155,7 +175,7 @@ class ShardedPolicy(SparsePolicy):
         entries = self.entries[name]
         weight = entries.weight.data.clone()
         with whole(entries.values, entries.low):
-            scatter_(weight, entries.positions(), entries.values.data)
+            entries.write(weight)
         return weight
 
     def _install(self, module: nn.Module) -> None:
