@@ -12,6 +12,7 @@ from collections import deque
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -541,17 +542,19 @@ def _refused_from_shares(folder: Path, model: LlamaForCausalLM) -> None:
 
 
 def deltas(folder: Path) -> None:
-    """Set into shares without a message, begun from in fp32 on any stage of ZeRO, saved, and rebuilt bit for bit.
+    _deltas(folder, None)
 
-    Rounded to nearest and by chance; a resumed run ends with the same bits.
-    """
-    ranks.start(120)
-    for seed in (None, 7):
-        (place := folder / f"rounded-{seed}").mkdir(exist_ok=True)
-        _deltas(place, seed)
+
+def deltas_by_chance(folder: Path) -> None:
+    _deltas(folder, seed=7)
 
 
 def _deltas(folder: Path, seed: int | None) -> None:
+    """Set into shares without a message, begun from in fp32 on any stage of ZeRO, saved, and rebuilt bit for bit.
+
+    A resumed run ends with the same bits. seed: of the rounding into the base; None: to nearest.
+    """
+    ranks.start(120)
     base, (first, second) = tiny_llama(**ODD).bfloat16(), (folder / "first.safetensors", folder / "second.safetensors")
     save_model(base, character_tokenizer(), folder / "base")
     trained = SparsePolicy(deepcopy(base), random_selection(base, 0.3), rounding_seed=seed)
@@ -591,10 +594,11 @@ def _deltas(folder: Path, seed: int | None) -> None:
 
 
 def _starting_from(delta: Path, folder: Path, stage: int, seed: int | None) -> Trainer:
-    model, zero = load_model(folder / "base", ModelConfig(), sharded=stage == 3), Zero(stage)
-    selection = random_selection(tiny_llama(**ODD).bfloat16(), 0.3, seed=2)
-    kind = ShardedPolicy if zero.sharded else SparsePolicy
-    policy = kind(model, selection, Delta.load(delta), rounding_seed=seed)
+    """As a stage of a unit of this seed does."""
+    zero, selection = Zero(stage), random_selection(tiny_llama(**ODD).bfloat16(), 0.3, seed=2)
+    config = SimpleNamespace(model=ModelConfig(rounding="stochastic" if seed else "nearest"))
+    unit = SimpleNamespace(config=config, zero=zero, seed=seed)
+    policy = models.selected_policy(unit, folder / "base", selection, Delta.load(delta))
     (place := folder / str(stage)).mkdir(exist_ok=True)
     settings = TrainConfig(**SETTINGS, save_steps=4)
     trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), settings, place, zero=zero)

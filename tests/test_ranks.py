@@ -125,6 +125,7 @@ def test_every_stage_agrees_with_one_process(work, world):
         "not_finite",
         "saved_from_shares",
         "deltas",
+        "deltas_by_chance",
     ],
 )
 def test_two_ranks(work, case):
