@@ -30,12 +30,15 @@ from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
+from allo_fast.stages.driving import hidden_updates
 from allo_fast.stages.evaluate import evaluate_alone
 from allo_fast.stages.export import STAGES_WITH_MODELS, export
 from allo_fast.stages.models import base_path
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
 from allo_kernels import memory
+
+logger = logging.getLogger("allo_fast")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,6 +229,8 @@ def _complete(unit: Unit) -> None:
     _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, int)))
     for line in _shown(facts.get("first_row", {})):
         _say(line)
+    if ranks.is_main() and (warning := hidden_updates(unit.config.model, facts)):
+        logger.warning("%s: %s", label, warning)
 
 
 def _shown(first_row: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import MICRO, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from allo_fast.__main__ import main
-from allo_fast.config import Config
+from allo_fast.config import Config, ModelConfig
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.method.delta import Delta
 from allo_fast.method.selection import Selection
@@ -18,10 +19,12 @@ from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.plan.job import disk_bytes
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.stages import STAGES, stages_of
+from allo_fast.stages.driving import hidden_updates
 from allo_fast.training.zero import training_sections
 
 pytestmark = pytest.mark.xdist_group("runs")
 FIRST, LAST = ["pretrain", "sample", "pairs"], ["evaluate"]
+SPARSE = ["method=sparse-dpo", "model.dtype=bfloat16"]
 DELTA, MIB = {"locate": {"score": "delta"}}, 1 << 20
 
 
@@ -115,8 +118,19 @@ def sparse(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
-        assert main(["run", str(path), "method=sparse-dpo", "model.dtype=bfloat16"]) == 0
+        assert main(["run", str(path), *SPARSE]) == 0
     return "\n".join(said), folder / "micro"
+
+
+@pytest.fixture
+def copied_sparse(sparse, tmp_path):
+    """A configuration and the folder of its run, a copy of `sparse`, to be changed."""
+    path, (_, folder) = tmp_path / "micro.yaml", sparse
+    path.write_text(MICRO.format(folder=tmp_path))
+    shutil.copytree(folder, tmp_path / "micro")
+    settings = tmp_path / "micro/config.yaml"
+    settings.write_text(settings.read_text().replace(str(folder.parent), str(tmp_path)))
+    return path, tmp_path / "micro"
 
 
 def test_sparse_dpo_trains_the_located_weights_from_the_base(sparse):
@@ -157,6 +171,62 @@ def test_sparse_dpo_is_compared_under_its_name(sparse):
     assert "share of weights selected for learn" in page and "selected for forget" not in page
     assert "<h2>Wrong responses, by token</h2>" not in page and "training curves of forget" not in page
     assert "training curves of warmup" in page and "training curves of learn" in page
+
+
+def test_updates_that_bfloat16_hides_are_said_once_a_unit(copied_sparse, caplog):
+    path, folder = copied_sparse
+    small = ["learn", str(path), *SPARSE, "learn.learning_rate=1e-7", "--rerun"]
+    for said in (2, 2):  # seeds; a complete stage says nothing again
+        assert main(small) == 0
+        lines = [record.message for record in caplog.records if "of the selected weights moved" in record.message]
+        assert len(lines) == said, lines
+    facts = json.loads((folder / "07-learn/seed-0/MANIFEST.json").read_text())["facts"]
+    assert lines[0] == (
+        f"learn seed-0: only {facts['changed'] / facts['selected']:.1%} of the selected weights moved: the updates of "
+        "the others are below bfloat16's rounding. A larger learning rate moves more of them; "
+        "model.rounding=stochastic or model.dtype=float32 lets all count"
+    )
+    caplog.clear()
+    assert main([*small, "model.rounding=stochastic"]) == 0
+    assert not caplog.records, "the advice was followed"
+
+
+@pytest.mark.parametrize(
+    "dtype, rounding, changed, warns",
+    [
+        ("bfloat16", "nearest", 49, True),
+        ("bfloat16", "nearest", 50, False),
+        ("bfloat16", "stochastic", 1, False),
+        ("float32", "nearest", 1, False),
+        ("bfloat16", "nearest", None, False),
+    ],
+)
+def test_who_is_told_of_hidden_updates(dtype, rounding, changed, warns):
+    facts = {"steps": 3} | ({} if changed is None else {"selected": 100, "changed": changed})
+    assert bool(hidden_updates(ModelConfig(dtype=dtype, rounding=rounding), facts)) == warns
+
+
+def test_rounding_by_chance_has_the_seed_of_its_unit(copied_sparse, capsys):
+    path, folder = copied_sparse
+    assert main(["run", str(path), *SPARSE, "model.rounding=stochastic"]) == 2
+    assert "model.rounding was nearest, now stochastic" in capsys.readouterr().err
+    assert main(["run", str(path), *SPARSE, "model.rounding=stochastic", "--rerun"]) == 0
+    said = capsys.readouterr().out
+    assert "locate seed-0: complete" in said and "warmup seed-1: complete" in said
+    assert "learn seed-0: complete" not in said and "evaluate sparse-dpo-seed-0: complete" not in said
+    for seed in (0, 1):
+        learned = folder / f"07-learn/seed-{seed}"
+        base, trained = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+            for path in (folder / "00-pretrain/base/model", learned / "model")
+        )
+        delta = Delta.load(learned / "delta.safetensors")
+        assert delta.rounding_seed == seed
+        delta.merge_into(base)
+        weights = named_weights(trained)
+        assert all(same_bits(weight.data, weights[name].data) for name, weight in named_weights(base).items())
+        parts = zip(delta.positions.items(), delta.values.values(), strict=True)
+        assert any((weights[name].view(-1)[at.unpack()] != value.bfloat16()).any() for (name, at), value in parts)
 
 
 def test_dense_dpo_alone_is_a_result(sparse, tmp_path, capsys):
