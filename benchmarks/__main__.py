@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | locate | positions | zero | architectures | gpu`"""
+"""`python -m benchmarks step | locate | positions | rounding | zero | architectures | gpu`"""
 
 import argparse
 import sys
@@ -27,6 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     command.set_defaults(command=_positions)
+    command = commands.add_parser("rounding", help="a bfloat16 base to nearest and by chance, against float32: losses")
+    command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
+    command.add_argument("--rates", type=float, nargs="+", default=[5e-7, 5e-6], help="learning rates")
+    command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that train")
+    command.add_argument("--steps", type=int, default=20, help="of each training")
+    command.add_argument("--out", type=Path, help="JSON file")
+    command.set_defaults(command=_rounding)
     command = commands.add_parser("zero", help="states per rank and traffic per step under DeepSpeed ZeRO 0-3")
     command.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, on this machine")
     command.add_argument("--dtype", default="bfloat16", help="of the frozen base")
@@ -62,6 +69,13 @@ def _positions(given: argparse.Namespace) -> int:
     from benchmarks import positions
 
     positions.run(given.weights, tuple(given.ratios))
+    return 0
+
+
+def _rounding(given: argparse.Namespace) -> int:
+    from benchmarks import rounding
+
+    rounding.run(given.model, tuple(given.rates), given.ratio, given.steps, given.out)
     return 0
 
 

@@ -44,7 +44,7 @@ def run(model: str | None, dtype: str, ratio: float, steps: int, out: Path | Non
     """Prints a table; writes JSON with the machine and versions when `out` is given."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        path = model or _random_llama(Path(folder))
+        path = model or random_llama(Path(folder))
         rows = []
         for method in ("dense", "sparse", "rows"):
             with context.Pool(1) as pool:
@@ -62,7 +62,7 @@ def run(model: str | None, dtype: str, ratio: float, steps: int, out: Path | Non
     return rows
 
 
-def _random_llama(folder: Path) -> Path:
+def random_llama(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4

@@ -7,8 +7,11 @@ from itertools import islice
 
 import pytest
 import torch
+from conftest import tiny_llama
 
 from allo_fast.config import UserError
+from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.model.saving import save_model
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.tools import bench
 from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
@@ -70,6 +73,20 @@ def test_positions(capsys):
     found = {name: float(size) for _, name, size, _ in rows}
     assert found["bitmask"] == 0.125 and found["int32"] == pytest.approx(0.2, rel=0.02)
     assert found["16bits"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_rounding(tmp_path, capsys):
+    """On a model small enough: by chance the losses are nearer to float32's, and more weights move."""
+    save_model(tiny_llama(), character_tokenizer(), tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--steps", "12", "--rates", "5e-6", "--ratio", "0.3"]
+    assert main(["rounding", *words, "--out", str(tmp_path / "rounding.json")]) == 0
+    written = json.loads((tmp_path / "rounding.json").read_text())
+    exact, nearest, stochastic = written["rows"]
+    assert [row["rounding"] for row in written["rows"]] == ["float32", "nearest", "stochastic"]
+    assert exact["difference"] == 0 < stochastic["difference"] < nearest["difference"]
+    assert nearest["moved"] < stochastic["moved"] < exact["moved"] <= 1
+    assert len(exact["losses"]) == written["steps"] == 12 and exact["losses"][-1] == exact["final_loss"]
+    assert "difference" in capsys.readouterr().out
 
 
 def test_architectures(tmp_path, capsys):
