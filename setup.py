@@ -10,6 +10,7 @@ setup(
     packages=[
         "allo_fast",
         "allo_fast.data",
+        "allo_fast.locating",
         "allo_fast.method",
         "allo_fast.model",
         "allo_fast.plan",

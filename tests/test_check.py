@@ -75,7 +75,7 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     [
         (["model.name_or_path={folder}/gone"], "gone: no such file or folder"),
         (["model.device=tpu"], "model.device: tpu"),
-        (["rewards.template=null"], "rewards.template: the rewriting prompt alone has"),
+        (["rewards.source=rewriter", "rewards.template=null"], "rewards.template: the rewriting prompt alone has"),
         (["data.chat_template=false", "data.prompt_template=none"], "data.prompt_template: expected 1 times {{}}"),
         (["locate.exclude=['*embd*']"], "locate.exclude: '*embd*' matches no tensor of the model"),
         (["forget.ratio=1e-9"], "nothing is selected: ratio 1e-09 of"),

@@ -13,7 +13,7 @@ import allo_fast
 import allo_kernels
 
 ROOT = Path(__file__).parents[1]
-FLOORS = "config config_file ranks data model method training plan runs stages report".split()
+FLOORS = "config config_file ranks data model method training locating plan runs stages report".split()
 SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
 
