@@ -90,8 +90,8 @@ class LocalBackend:
         tensors = {f"values.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
-        # A file cannot hold views of one vector, nor one step that all entries share.
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        # A file cannot hold views of one vector, nor one step that all entries share; nor has a device room for both.
+        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
         save_progress(path, tensors, step, self.scheduler, self.updated)
 
     @torch.no_grad()
