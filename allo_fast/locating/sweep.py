@@ -6,13 +6,16 @@ keep squares alone. Ranks that hold the whole base divide the passes and reduce 
 go through all of them together, each with its share of every step's micro-batches and of every window's sums.
 """
 
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_fast import ranks
@@ -30,6 +33,10 @@ from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import held_here, named_weights, whole
 from allo_fast.training.backend import learning_rates
 from allo_fast.training.examples import Examples
+
+logger = logging.getLogger(__name__)
+
+_DISK = 0.9  # of what is free, at most
 
 
 class Sweep:
@@ -94,7 +101,7 @@ class Sweep:
         if any(ranks.gather(any(left.values()))) and len(self.windows) > 1 and not self.sharded:
             self.segments = self._find_segments(taps)
         if self.segments:
-            yield self._capture([*squares, *self.windows])
+            yield self._capture()
         yield (more for number in left["squares"] for more in self._squares_pass(taps, number, squares))
         norms = self._norms() if squares else None
         yield (more for number in left["score"] for more in self._score_pass(taps, number, norms))
@@ -125,6 +132,14 @@ class Sweep:
         pieces = self.windows[number]
         shares = [piece.share(*self._place) for piece in pieces]
         states = [[torch.zeros(s.size, device=self.device) for _ in range(self.family.states)] for s in shares]
+        yield from self._update(taps, pieces, states, norms)  # after which scores take the place of the sums
+        scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
+        self._save("score", number, len(self.windows), scores, True)
+
+    def _update(
+        self, taps: Taps, pieces: list[Piece], states: list[list[Tensor]], norms: Tensor | None
+    ) -> Iterator[int]:
+        """Takes the states of this rank's shares through all steps."""
         with taps.open(pieces, self.device, head=self.segments is None) as sums:
             held = sum(tensor.nbytes for tensor in [*sums, *(state for group in states for state in group)])
             self.state_bytes["accumulators"] = max(held, self.state_bytes.get("accumulators", 0))
@@ -137,8 +152,6 @@ class Sweep:
                 for group, gradient in zip(states, gradients, strict=True):
                     self.family.update(group, gradient, step_settings)
                 yield len(self.examples.steps[step])
-        scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
-        self._save("score", number, len(self.windows), scores, True)
 
     def _steps(self, taps: Taps, pieces: list[Piece], sums: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """Per optimizer step its number, from 0, and the gradient of this rank's share of each piece."""
@@ -146,7 +159,7 @@ class Sweep:
         for number in range(len(self.examples.steps)):
             torch._foreach_zero_(sums)
             for micro, share in self._shares(number):
-                self._backward(taps, micro, share, runs)
+                self._backward(taps, pieces, micro, share, runs)
             if number == 0:
                 self._check_finite("gradient", zip(pieces, sums, strict=True))
             yield number, [ranks.reduce_share(total) for total in sums] if self.sharded else sums
@@ -157,7 +170,9 @@ class Sweep:
         micros = self.examples.share(step) if self.sharded else [(micro, 1.0) for micro in self.examples.steps[step]]
         return [(micro, weight * self.counts[micro] / total) for micro, weight in micros]
 
-    def _backward(self, taps: Taps, micro: int, share: float, runs: list[tuple[int, int]] | None) -> None:
+    def _backward(
+        self, taps: Taps, pieces: list[Piece], micro: int, share: float, runs: list[tuple[int, int]] | None
+    ) -> None:
         device = str(self.model.device)
         batch = self._collate(micro).to(device)
         loss = partial(self._loss, micro, share, batch)
@@ -166,12 +181,18 @@ class Sweep:
             if value.requires_grad:  # else nothing of the window is read
                 value.backward()
             return
-        # Copied, for what is computed may depend in its last bit on how memory is aligned, which a file's is not.
-        states = {name: tensor.clone() for name, tensor in load_file(self._captured(micro, share), device).items()}
-        taps.take_head(HeadPass(states["head"], batch.targets, states["lse"]), states["upstream"])
-        for first, last in reversed(runs):  # as one backward pass comes to them
-            start, end = states.get(f"states.{first - 1}"), states.get(f"gradients.{last}")
-            self.segments.backward(batch, loss, (first, last), start if first else None, end)
+        with safe_open(self._captured(micro, share), "pt", device=device) as file:
+
+            def read(name: str) -> Tensor:
+                # Copied: what is computed may depend in its last bit on how memory is aligned, which a file's is not.
+                return file.get_tensor(name).clone()
+
+            if taps.head in {piece.name for piece in pieces}:
+                taps.take_head(HeadPass(read("head"), batch.targets, read("lse")), read("upstream"))
+            for first, last in reversed(runs):  # as one backward pass comes to them
+                start = read(f"states.{first - 1}") if first else None
+                end = read(f"gradients.{last}") if last < self.segments.last_stage else None
+                self.segments.backward(batch, loss, (first, last), start, end)
 
     def _loss(self, micro: int, share: float, batch: Batch, logps: Tensor) -> Tensor:
         reference = self.reference.get(str(micro))
@@ -181,14 +202,35 @@ class Sweep:
     def _find_segments(self, taps: Taps) -> Segments | None:
         (micro, share), *_ = self._shares(0)
         batch = self._collate(micro).to(self.model.device)
-        return find_segments(taps, self.logps, batch, partial(self._loss, micro, share, batch))
+        segments = find_segments(taps, self.logps, batch, partial(self._loss, micro, share, batch))
+        return segments if segments and ranks.on_main(lambda: self._has_disk(segments)) else None
 
-    def _capture(self, windows: Sequence[Sequence[Piece]]) -> Iterator[int]:
-        """What enters and leaves the segments of these windows, a file for each micro-batch; ranks divide them."""
-        names = [[piece.name for piece in window] for window in windows]
-        cuts = sorted(set().union(*(self.segments.cuts(self.segments.runs(each)) for each in names)))
-        needed = sorted({share for step in range(len(self.examples.steps)) for share in self._shares(step)})
-        for micro, share in needed[ranks.rank() :: ranks.world_size()]:
+    def _has_disk(self, segments: Segments) -> bool:
+        """Whether the disk holds what enters and leaves the segments; where not, passes run the whole model: said."""
+        tokens = sum(self._collate(micro).input_ids.numel() for micro, _ in self._captures())
+        cut_bytes = 2 * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+        there = sum(path.stat().st_size for path in self.folder.glob("cuts-*"))
+        needed, free = tokens * cut_bytes * len(self._cuts(segments)) - there, shutil.disk_usage(self.folder).free
+        if needed <= _DISK * free:
+            return True
+        logger.warning(
+            f"locating: to run layers by themselves needs {needed / 1e9:.1f} GB in {self.folder}, which has "
+            f"{free / 1e9:.1f} GB left: every pass runs the whole model, which takes longer; locate.pairs limits it"
+        )
+        return False
+
+    def _cuts(self, segments: Segments) -> list[int]:
+        """Where the segments of any window begin and end."""
+        names = [[piece.name for piece in window] for window in [*self._square_windows(), *self.windows]]
+        return sorted(set().union(*(segments.cuts(segments.runs(each)) for each in names)))
+
+    def _captures(self) -> list[tuple[int, float]]:
+        return sorted({share for step in range(len(self.examples.steps)) for share in self._shares(step)})
+
+    def _capture(self) -> Iterator[int]:
+        """What enters and leaves the segments, a file for each micro-batch; ranks divide them."""
+        cuts = self._cuts(self.segments)
+        for micro, share in self._captures()[ranks.rank() :: ranks.world_size()]:
             path = self._captured(micro, share)
             if not path.exists():
                 batch = self._collate(micro).to(self.model.device)

@@ -5,7 +5,7 @@
 Pieces depend on the model alone and every sum is of one piece, so that the number of windows shows in no bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,7 +37,11 @@ class Piece:
 
 def pieces_of(model: nn.Module) -> list[Piece]:
     """All weights, tied ones once, from the embedding up: a pass goes no deeper than its lowest piece."""
-    sizes = {name: size_of(w) for name, w in model.named_parameters() if not name.startswith(f"{VALUES}.")}
+    return cut({n: size_of(w) for n, w in model.named_parameters() if not n.startswith(f"{VALUES}.")})
+
+
+def cut(sizes: Mapping[str, int]) -> list[Piece]:
+    """The pieces of weights of these sizes, by name."""
     step = min(_LARGEST, max(1, sum(sizes.values()) // _FEWEST))
     return [
         Piece(name, begin, min(begin + step, size)) for name, size in sizes.items() for begin in range(0, size, step)
@@ -56,14 +60,15 @@ def windows_of(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     smallest, largest = max(piece.size for piece in pieces), sum(piece.size for piece in pieces)
     while smallest < largest:  # the least capacity of which `count` are enough
         middle = (smallest + largest) // 2
-        if len(_filled(pieces, middle)) <= count:
+        if len(filled(pieces, middle)) <= count:
             largest = middle
         else:
             smallest = middle + 1
-    return _filled(pieces, largest)
+    return filled(pieces, largest)
 
 
-def _filled(pieces: Sequence[Piece], capacity: int) -> list[list[Piece]]:
+def filled(pieces: Sequence[Piece], capacity: float) -> list[list[Piece]]:
+    """The fewest runs of pieces with at most `capacity` weights each; a larger piece is a run of its own."""
     windows, room = [], 0
     for piece in pieces:
         if piece.size > room:
