@@ -13,12 +13,11 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.method.policy import DensePolicy
 from allo_fast.model.generation import generate, stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.stages import forget, models, pairs, rewards
+from allo_fast.stages import forget, implicit, models, pairs, responses, rewards, rewriting
 
 
 def test_json_lines_survive_every_line_separator(tmp_path):
@@ -27,14 +26,16 @@ def test_json_lines_survive_every_line_separator(tmp_path):
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
+ARITHMETIC = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
+
+
 def run_pairs(tmp_path, rows, seed=0, **settings):
     """The pairs stage on given responses."""
     write_jsonl(tmp_path / "responses.jsonl", rows)
-    data = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
     unit = types.SimpleNamespace(
         folder=tmp_path,
         seed=seed,
-        config=Config(name="x", data=data, pairs=settings),
+        config=Config(name="x", data=ARITHMETIC, pairs=settings),
         needed=lambda stage: tmp_path,
     )
     list(pairs.execute(unit))
@@ -110,29 +111,47 @@ def text(ids):
 
 def test_a_correction_is_the_nearest_correct_response():
     row = {"rewrite_ids": [5, 6], "response_ids": [1, 2, 3], "correct": [[9, 9, 9], [1, 2, 9], [1, 2, 3, 4, 5]]}
-    corpus = rewards._corrections([row])
+    corpus = rewriting._corrections([row])
     assert corpus.prompts == [[5, 6]] and corpus.responses[0].tokens == [1, 2, 9]
 
 
 def test_rewrites_are_rendered_with_solution_and_response():
     row = {"prompt": "1+1", "solution": "2", "response": "123"}
-    (rewrite,) = rewards._rewrites([row], PROMPTS)
+    (rewrite,) = rewriting._rendered([row], PROMPTS)
     assert text(rewrite["rewrite_ids"]) == "1+1#2?123>"
     refusing = Prompts(TOKENIZER, template="{}", rewrite="{}{}{}")
-    assert rewards._rewrites([{"prompt": "", "solution": "", "response": ""}], refusing) == [], "a prompt of no token"
+    assert rewriting._rendered([{"prompt": "", "solution": "", "response": ""}], refusing) == [], "a prompt of no token"
 
 
-def test_rewards_are_the_rewriters_probability_of_each_token():
-    torch.manual_seed(0)
+def test_rewards_are_the_probability_of_each_token(tmp_path):
     model = tiny_llama(vocab_size=len(TOKENIZER))
     about = {"id": "p", "prompt": "1", "prompt_ids": [7], "response": "x"}
     rows = [{**about, "rewrite_ids": [5, 6, 7], "response_ids": [8, 1]}]
     rows += [{**about, "rewrite_ids": [9, 9, 4, 5], "response_ids": [5, 6, 7, 8, 1]}]
-    for row, scored in zip(rows, rewards._score(DensePolicy(model), rows), strict=True):
+    unit = types.SimpleNamespace(folder=tmp_path, config=Config(name="x", data=ARITHMETIC, rewards={"batch_size": 2}))
+    logps = ResponseLogps(model)
+    list(responses.rewarded(unit, rows, lambda batch: logps(batch).exp(), model.device, "rewrite_ids"))
+    for row, scored in zip(rows, read_jsonl(tmp_path / "rewards.jsonl"), strict=True):
         ids, first = row["rewrite_ids"] + row["response_ids"], len(row["rewrite_ids"])
         probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
         expected = [probabilities[i - 1, ids[i]].item() for i in range(first, len(ids))]
         assert scored == {**about, "response_ids": row["response_ids"], "rewards": pytest.approx(expected, rel=1e-4)}
+
+
+def test_implicit_rewards_are_on_the_responses_own_scale():
+    rewards = torch.tensor([[1.0, 3.0, 9.0], [2.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
+    valid = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0]]).bool()
+    scaled = implicit.on_its_own_scale(rewards, valid)
+    # Standard scores -1 and 1; where all are equal, or there is one, 0.
+    assert scaled[valid].tolist() == pytest.approx([0.26894, 0.73106, 0.5, 0.5, 0.5], abs=1e-5)
+
+
+def test_a_threshold_may_be_the_responses_own_mean():
+    rows = [{"id": "a", "prompt_ids": [1], "response_ids": [2, 3, 4], "rewards": [0.9, 0.8, 0.1]}]
+    assert forget.weighted_corpus(rows, "mean")[1] == [[0.0, 0.0, 1.0]]
+    assert forget.weighted_corpus(rows, 0.85)[1] == [[0.0, 1.0, 1.0]]
+    rows[0]["rewards"] = [0.2, 0.2, 0.2]
+    assert forget.weighted_corpus(rows, "mean")[0].examples == [], "nothing is below the mean of equal rewards"
 
 
 def test_the_tokens_a_rewriter_would_change_are_forgotten():
@@ -215,6 +234,6 @@ def test_bad_reward_files(tmp_path):
     ):
         path.write_text(line)
         with pytest.raises(UserError, match=message):
-            rewards._from_file(str(path), [])
+            rewards.read_rewards(str(path))
     with pytest.raises(UserError, match="no such file"):
-        rewards._from_file(str(tmp_path / "none"), [])
+        rewards.read_rewards(str(tmp_path / "none"))

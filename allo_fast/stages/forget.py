@@ -8,7 +8,7 @@ kept tokens most and contradicts the paper's figure. Writes delta.safetensors, w
 """
 
 from collections.abc import Generator
-from statistics import fmean
+from math import fsum
 from typing import Literal
 
 from allo_fast.config import Config, UserError
@@ -61,8 +61,9 @@ def token_weights(rewards: list[float], threshold: Threshold) -> list[float]:
     """Of a response's tokens; "mean": 1 below the mean of their rewards (ConfPO's rule, arXiv 2506.08712)."""
     if threshold is None:
         return rewards
-    bound = fmean(rewards) if threshold == "mean" else threshold
-    return [float(reward < bound) for reward in rewards]
+    if threshold == "mean":  # in sums, of which equal rewards make an exact one
+        return [float(reward * len(rewards) < fsum(rewards)) for reward in rewards]
+    return [float(reward < threshold) for reward in rewards]
 
 
 def weighted_corpus(rows: list[dict], threshold: Threshold) -> tuple[Corpus, list[list[float]]]:
