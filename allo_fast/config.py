@@ -89,7 +89,7 @@ class PretrainConfig(TrainConfig):
 
 
 class SftConfig(TrainConfig):
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(2e-5, gt=0)  # the usual one for all weights; a few percent bear ten times as much
     num_train_epochs: int = Field(3, gt=0)
     per_device_train_batch_size: int = Field(4, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
