@@ -25,7 +25,7 @@ from allo_fast.locating.families import Step, make_family
 from allo_fast.locating.files import is_done, load_passes, passes_begun, read_piece, save_pass
 from allo_fast.locating.segments import Segments, find_segments
 from allo_fast.locating.taps import Taps
-from allo_fast.locating.windows import Piece, pieces_of, windows_of
+from allo_fast.locating.windows import Piece, pieces_of, square_windows, windows_of
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.optim import clip_scale
 from allo_fast.model.logps import HeadPass, ResponseLogps
@@ -107,10 +107,10 @@ class Sweep:
         yield (more for number in left["score"] for more in self._score_pass(taps, number, norms))
 
     def _square_windows(self) -> list[list[Piece]]:
-        """Where no pass for scores sees all weights: as large as their sums then are."""
+        """Where no pass for scores sees all weights."""
         if not self.clips or len(self.windows) == 1:
             return []
-        return windows_of(self.pieces, -(-len(self.windows) // (1 + self.family.states)))
+        return square_windows(self.windows, self.family.states, self._place[1])
 
     def _left(self, kind: str, windows: Sequence[Sequence[Piece]]) -> list[int]:
         """The passes that this rank has to do."""

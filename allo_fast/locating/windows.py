@@ -57,7 +57,8 @@ def windows_of(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
         raise UserError(
             f"locate.windows: expected 1..{len(pieces)}, the pieces that this model is cut into; got {count}"
         )
-    smallest, largest = max(piece.size for piece in pieces), sum(piece.size for piece in pieces)
+    piece, mean = max(piece.size for piece in pieces), -(-sum(piece.size for piece in pieces) // count)
+    smallest, largest = max(piece, mean), piece + mean  # of which `count` are enough: each but the last has the mean
     while smallest < largest:  # the least capacity of which `count` are enough
         middle = (smallest + largest) // 2
         if len(filled(pieces, middle)) <= count:
@@ -67,13 +68,30 @@ def windows_of(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     return filled(pieces, largest)
 
 
+def largest_of(windows: Sequence[Sequence[Piece]]) -> int:
+    """Weights of the largest window."""
+    return max((sum(piece.size for piece in window) for window in windows), default=0)
+
+
+def square_windows(windows: Sequence[Sequence[Piece]], states: int, shares: int = 1) -> list[list[Piece]]:
+    """The fewest passes that keep squares alone, with sums no larger than those of `windows` for scores.
+
+    states: of a weight's score. shares: ranks that share them; a step's gradient each of them has whole, and beside it
+    its share of what they reduce.
+    """
+    reduced = int(shares > 1)
+    capacity = largest_of(windows) * (shares + states + reduced) // (shares + reduced)
+    return filled([piece for window in windows for piece in window], capacity)
+
+
 def filled(pieces: Sequence[Piece], capacity: float) -> list[list[Piece]]:
     """The fewest runs of pieces with at most `capacity` weights each; a larger piece is a run of its own."""
     windows, room = [], 0
     for piece in pieces:
-        if piece.size > room:
+        size = piece.end - piece.begin
+        if size > room:
             windows.append([])
             room = capacity
         windows[-1].append(piece)
-        room -= piece.size
+        room -= size
     return windows
