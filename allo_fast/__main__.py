@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
 from allo_fast.model.saving import check_new, save_model
-from allo_fast.plan import job as plan
-from allo_fast.plan.shapes import model_config, shape_of
+from allo_fast.plan.advice import advised
+from allo_fast.plan.job import job_of, zeros_of
+from allo_fast.plan.phase import DEVICES
+from allo_fast.plan.rows import count_rows
+from allo_fast.plan.table import table as plan_table
 from allo_fast.report.page import write_report
 from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.run import Progress, Run, Unit, alone_in, versions
@@ -35,7 +39,7 @@ from allo_fast.stages.evaluate import evaluate_alone
 from allo_fast.stages.export import STAGES_WITH_MODELS, export
 from allo_fast.stages.models import base_path
 from allo_fast.training.engine import TrainingError
-from allo_fast.training.zero import Zero, check_divides, read_zero, training_sections
+from allo_fast.training.zero import Zero, check_divides, training_sections
 from allo_kernels import memory
 
 logger = logging.getLogger("allo_fast")
@@ -92,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     command.add_argument("--gpus", type=int, default=1, help="devices of all nodes together")
     command.add_argument("--gpu-memory", type=float, default=80, help="of one device, in GB (10^9 bytes)")
-    command.add_argument("--device", choices=plan.DEVICES, default="h100", help="whose speed step times assume")
+    command.add_argument("--device", choices=DEVICES, default="h100", help="whose speed times assume")
+    command.add_argument("--host-memory", type=float, help="of a node of up to 8 devices, in GB")
     command.add_argument("--model-config", help="config.json of the model, where the model itself is not at hand")
     command.add_argument("--json", action="store_true")
     command.set_defaults(command=_plan)
@@ -165,13 +170,18 @@ def _open_run(options: argparse.Namespace) -> Iterator[Run]:
         ranks.start(config.ddp_timeout)
         ranks.agree(inputs_of(config))
         _check_ranks(config, ranks.world_size())
-        zeros = ranks.on_main(lambda: _zeros(config, ranks.world_size(), memory.device_bytes()))
+        zeros = ranks.on_main(lambda: _zeros(config))
     folder = Path(config.output_dir) / config.name
     if options.name == "run" and (options.rerun or not was_checked(folder)):
         for note in ranks.on_main(lambda: require(config)):
             _say(note)
     with alone_in(folder):
         yield Run(config, STAGES, options.rerun, zeros)
+
+
+def _zeros(config: Config) -> dict[str, Zero | None]:
+    """How dense and sparse stages run on these devices."""
+    return zeros_of(config, lambda: job_of(config, ranks.world_size(), memory.device_bytes()))
 
 
 def _check_ranks(config: Config, world: int) -> None:
@@ -191,32 +201,25 @@ def _check(options: argparse.Namespace) -> int:
     return 2 if findings.problems else 0
 
 
-def _zeros(config: Config, gpus: int, gpu_bytes: float, model: str | None = None) -> dict[str, Zero | None]:
-    """How dense and sparse stages train."""
-    if config.deepspeed == "auto":
-        return plan.choose(config, shape_of(model_config(config, model), config.model.dtype), gpus, gpu_bytes)
-    zero = read_zero(config.deepspeed, config) if config.deepspeed else None
-    return {"dense": zero, "sparse": zero}
-
-
 def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.gpus < 1 or not 0 < options.gpu_memory < 1e6:
         raise UserError(
             f"--gpus, --gpu-memory: expected devices, and GB of each; got {options.gpus}, {options.gpu_memory:g}"
         )
+    if options.host_memory is not None and not 0 < options.host_memory < 1e6:
+        raise UserError(f"--host-memory: expected GB of a node, got {options.host_memory:g}")
     if options.gpus > 1 and config.deepspeed is None:
         raise UserError(
             f"--gpus {options.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
         )
     _check_ranks(config, options.gpus)
-    shape = shape_of(model_config(config, options.model_config), config.model.dtype)
-    gpu_bytes = options.gpu_memory * 1e9
-    zeros = _zeros(config, options.gpus, gpu_bytes, options.model_config)
-    device = plan.DEVICES[options.device]
-    job_plan = plan.make_plan(config, shape, zeros, gpus=options.gpus, gpu_bytes=gpu_bytes, device=device)
-    print(json.dumps(job_plan.to_dict(), indent=1) if options.json else plan.table(job_plan))
-    return 0 if job_plan.fits else 1
+    job = job_of(config, options.gpus, options.gpu_memory * 1e9, options.model_config)
+    host_bytes = options.host_memory and options.host_memory * 1e9
+    job = replace(job, host_bytes=host_bytes, device=DEVICES[options.device], rows=count_rows(config))
+    planned = advised(job, zeros_of(config, lambda: job))
+    print(json.dumps(planned.to_dict(), indent=1) if options.json else plan_table(planned))
+    return 0 if planned.fits else 1
 
 
 def _complete(unit: Unit) -> None:

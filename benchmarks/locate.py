@@ -23,6 +23,7 @@ from allo_fast.data.batch import Corpus
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
+from allo_fast.locating.windows import Piece, pieces_of
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.scores import Given, Random
 from allo_fast.method.selection import Selection, changes
@@ -91,7 +92,7 @@ def _measured(unit: Unit, names: list[str]) -> Iterator[tuple[Row, list[Selectio
     yield Row(unit.seed, "delta", everything, len(steps), 1, (1.0,) * 3, seconds, None, bytes_per_weight), truth
     del after
     logps = ResponseLogps(base)
-    for name, count, clip, window_count in _variants(names, config, everything, sum(map(size_of, base.parameters()))):
+    for name, count, clip, window_count in _variants(names, config, everything, pieces_of(base)):
         if name in GRADIENT_SCORES:
             part = drawn(corpus, count, config.warmup, unit.seed)
             row, selections = _swept(unit, logps, part, name, clip, window_count)
@@ -106,7 +107,9 @@ def _measured(unit: Unit, names: list[str]) -> Iterator[tuple[Row, list[Selectio
         yield Row(**asdict(row) | {"overlap": overlaps}), selections
 
 
-def _variants(names: list[str], config: Config, pairs: int, weights: int) -> Iterator[tuple[str, int, bool, int]]:
+def _variants(
+    names: list[str], config: Config, pairs: int, pieces: list[Piece]
+) -> Iterator[tuple[str, int, bool, int]]:
     """Score, pairs, clipping, windows."""
     per_step = config.warmup.per_device_train_batch_size * config.warmup.gradient_accumulation_steps
     for name in names:
@@ -115,7 +118,7 @@ def _variants(names: list[str], config: Config, pairs: int, weights: int) -> Ite
     for part in (2, 4, 8):
         if pairs // part >= per_step:
             yield "linear", pairs // part, True, 1
-    yield "linear", pairs, True, windows(config.locate, "linear", weights, None)
+    yield "linear", pairs, True, windows(config.locate, "linear", pieces, None)
 
 
 def _swept(

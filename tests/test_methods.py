@@ -98,15 +98,16 @@ def test_the_disk_of_a_run_is_what_it_keeps():
     def mib(**changes):
         return disk_bytes(Config(name="x", data=data, **ratios, **changes), MIB) / MIB
 
-    deltas, selections, dense_checkpoint = 6 * (0.05 + 0.15), 2 * (0.05 + 0.1), 12
-    allo = deltas + selections + dense_checkpoint
-    assert mib(save_models="none") == pytest.approx(allo, rel=1e-4)
-    assert mib() == pytest.approx(allo + 2, rel=1e-4), "the last model in bfloat16"
-    assert mib(save_models="all", seeds=[0, 1]) == pytest.approx(2 * (deltas + selections + 4) + 12, rel=1e-4)
-    assert mib(rivals=["dpo"]) == pytest.approx(allo + 2 + 4, rel=1e-4), "dense DPO in float32"
+    deltas, selections = 6 * (0.05 + 0.15), 2 * (0.05 + 0.1)
+    rewriter = 2 * 0.05  # its selection; beside its checkpoint lie the scores that it was made of
+    allo, passing = deltas + selections + rewriter, 12 * 0.05 + 4
+    assert mib(save_models="none") == pytest.approx(allo + passing, rel=1e-4)
+    assert mib() == pytest.approx(allo + passing + 2, rel=1e-4), "the last model in bfloat16"
+    assert mib(save_models="all", seeds=[0, 1]) == pytest.approx(2 * (allo + 4) + passing, rel=1e-4)
+    assert mib(rivals=["dpo"]) == pytest.approx(allo + 2 + 4 + 12, rel=1e-4), "dense DPO in float32, and its checkpoint"
+    assert mib(rewards={"ratio": 1}) == pytest.approx(allo - rewriter + 2 + 12, rel=1e-4), "a dense rewriter"
     assert mib(method="dpo") == pytest.approx(4 + 12)
-    checkpoint = 12 * 0.1
-    assert mib(method="sparse-dpo") == pytest.approx(6 * 0.1 + 2 * 0.1 + 2 + checkpoint, rel=1e-4)
+    assert mib(method="sparse-dpo") == pytest.approx(6 * 0.1 + 2 * 0.1 + 2 + 4, rel=1e-4), "scores, more than 12 * 0.1"
 
 
 @pytest.fixture(scope="module")

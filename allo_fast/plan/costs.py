@@ -6,6 +6,10 @@ from allo_fast.config import ModelConfig
 from allo_fast.plan.shapes import BYTES, Shape, Weights
 from allo_fast.training.zero import PERSISTENT, Zero
 from allo_kernels.positions import blocks_of
+from allo_kernels.token_logps import CHUNK_BYTES
+
+USABLE = 0.92  # of a device's or node's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
+HEAD_BYTES = 3 * CHUNK_BYTES["cuda"]  # the head's workspace: tiles of logits and what is made of them
 
 
 def states(
@@ -45,6 +49,17 @@ def states(
     return memory
 
 
+def activation_bytes(shape: Shape, model: ModelConfig, tokens: int) -> int:
+    """What a forward pass keeps for its backward pass; tokens: padding included."""
+    layers, inputs = shape.layers * shape.layer_bytes, shape.layers * shape.hidden * BYTES[model.dtype]
+    return tokens * ((inputs + shape.layer_bytes if model.gradient_checkpointing else layers) + shape.others_bytes)
+
+
+def gathered_bytes(shape: Shape, zero: Zero | None, width: int) -> int:
+    """Of the weights that ZeRO-3 has whole at once; zero: None where nothing trains, and DeepSpeed's defaults hold."""
+    return width * min(shape.parameters, int(zero.options.get("stage3_max_live_parameters", 10**9)) if zero else 10**9)
+
+
 def traffic(
     weights: Weights, model: ModelConfig, micros: int, ratio: float | None, zero: Zero | None, world: int
 ) -> dict[str, int]:
@@ -74,11 +89,15 @@ def _passes(weights: Weights, model: ModelConfig) -> list[int]:
     return [3 if again and model.gradient_checkpointing else 2 for again in weights.recomputed]
 
 
-def dense_dpo_states(parameters: int, zero: Zero | None, world: int) -> int:
-    """What others need: bfloat16 weights, gradients and reference (2 bytes each), float32 master and moments (12)."""
-    stage = zero.stage if zero else 0
-    shared = {0: 0, 1: 12, 2: 14, 3: 18}[stage]
-    return parameters * (18 - shared) + parameters * shared // world
+def dense_dpo_states(parameters: int, zero: Zero | None, world: int, low: bool = False) -> int:
+    """What others need: bfloat16 weights, gradients and reference (2 bytes each), float32 master and moments (12).
+
+    low: DeepSpeed's bfloat16 master weights and optimizer states instead: no master, and moments of 2 bytes each.
+    """
+    stage, optimizer = zero.stage if zero else 0, 4 if low else 12
+    every = 6 + optimizer
+    shared = {0: 0, 1: optimizer, 2: optimizer + 2, 3: every}[stage]
+    return parameters * (every - shared) + parameters * shared // world
 
 
 def dense_dpo_traffic(weights: Weights, model: ModelConfig, micros: int, zero: Zero | None, world: int) -> int:

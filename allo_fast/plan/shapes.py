@@ -4,11 +4,14 @@ Both come from the model's own code, run on the meta device.
 """
 
 import copy
+import weakref
 from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,12 +36,21 @@ class Weights:
 
 @dataclass(frozen=True)
 class Shape(Weights):
-    """A model on paper. layer_bytes: what autograd saves per token and layer; others_bytes: outside the layers."""
+    """A model on paper; bytes are per token.
+
+    layer_bytes: what autograd saves in a layer; others_bytes: outside the layers. forward_bytes: the most that a
+    forward pass without gradients holds at once. cache_bytes: keys and values of all layers; cache_bound: whether the
+    model keeps less than that.
+    """
 
     layers: int
     hidden: int
     layer_bytes: int
     others_bytes: int
+    forward_bytes: int = 0
+    cache_bytes: int = 0
+    cache_bound: bool = False
+    vocabulary: int = 0
 
 
 def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
@@ -74,12 +86,44 @@ def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
     weights, text = weights_of(config, dtype), config.get_text_config()
     try:
         one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
+        forward_bytes = _forward_bytes(config, dtype)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         why = first_line(error)
         raise UserError(
             f"{config.model_type} in {dtype}: its activations cannot be estimated on paper: {why}"
         ) from None
-    return Shape(weights.sizes, weights.recomputed, text.num_hidden_layers, text.hidden_size, two - one, 2 * one - two)
+    return Shape(
+        weights.sizes,
+        weights.recomputed,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        layer_bytes=two - one,
+        others_bytes=2 * one - two,
+        forward_bytes=forward_bytes,
+        cache_bytes=BYTES[dtype] * text.num_hidden_layers * _cached_entries(text),
+        cache_bound=_keeps_less(text),
+        vocabulary=text.vocab_size,
+    )
+
+
+def _cached_entries(text: PretrainedConfig) -> int:
+    """Of a token's key and value in one layer, at most."""
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or not heads:
+        return 2 * text.hidden_size
+    compressed = getattr(text, "qk_nope_head_dim", 0)  # of latent attention, which expands them for every head
+    if isinstance(compressed, int) and compressed:
+        return heads * (compressed + text.qk_rope_head_dim + text.v_head_dim)
+    groups = getattr(text, "num_key_value_heads", None)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * (groups if isinstance(groups, int) else heads) * width
+
+
+def _keeps_less(text: PretrainedConfig) -> bool:
+    """Whether some layers slide, recur or compress, or have no attention heads at all."""
+    kinds = set(getattr(text, "layer_types", None) or ())
+    compressed = getattr(text, "kv_lora_rank", None) or getattr(text, "sliding_window", None)
+    return bool(kinds - {"full_attention"} or compressed) or not getattr(text, "num_attention_heads", None)
 
 
 def empty_model(config: PretrainedConfig, dtype: str, attention: str | None = None) -> nn.Module:
@@ -96,30 +140,79 @@ def _on_meta(config: PretrainedConfig, dtype: str, attention: str | None = None)
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **settings)
 
 
-def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
-    """Bytes per token that a forward pass of this many layers keeps for its backward pass."""
+def _with_layers(config: PretrainedConfig, dtype: str, layers: int) -> nn.Module:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    model, total, counted = _on_meta(config, dtype), 0, set()
+    return _on_meta(config, dtype)
+
+
+def _probe(model: nn.Module) -> None:
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
+    mask = torch.ones(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=torch.bool, device="meta")
+    model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def _is_scores(tensor: torch.Tensor) -> bool:
+    """Attention scores exist only where the meta device has no fused attention."""
+    return tensor.shape[-2:] == (_PROBE_TOKENS, _PROBE_TOKENS)
+
+
+def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
+    """Bytes per token that a forward pass of this many layers keeps for its backward pass."""
+    model, total, counted = _with_layers(config, dtype, layers), 0, set()
     weights = {id(weight) for weight in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal total
-        owner = tensor if tensor._base is None else tensor._base
-        # Attention scores exist only where the meta device has no fused attention; weights are there anyway.
-        scores = tensor.shape[-2:] == (_PROBE_TOKENS, _PROBE_TOKENS)
-        if id(owner) not in weights and id(owner) not in counted and not scores:
+        owner = tensor if tensor._base is None else tensor._base  # weights are there anyway
+        if id(owner) not in weights and id(owner) not in counted and not _is_scores(tensor):
             counted.add(id(owner))
             owners.append(owner)  # alive, so that no other takes its id
             total += tensor.nbytes
         return tensor
 
     owners: list[torch.Tensor] = []
-    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.ones(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=torch.bool, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        _probe(model)
     return total // _PROBE_TOKENS
+
+
+def _forward_bytes(config: PretrainedConfig, dtype: str) -> int:
+    """Bytes per token that a forward pass holds at once, at most; layers come one after another."""
+    model = _with_layers(config, dtype, 1)
+    with torch.no_grad(), _Live() as live:
+        _probe(model)
+    return live.most // _PROBE_TOKENS
+
+
+class _Live(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that operations make, until they are gone. most: at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not _is_scores(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in before and id(storage) not in self._storages:  # a view makes nothing
+                    self._add(storage)
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, gone)

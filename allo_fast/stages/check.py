@@ -14,6 +14,7 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
+from allo_fast.locating.windows import pieces_of, windows_of
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import load_tokenizer, pick_device
@@ -24,7 +25,7 @@ from allo_fast.runs.run import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
-from allo_fast.training.zero import read_zero, trained_ratio, training_sections
+from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ def check(config: Config) -> Findings:
         findings.attempt(lambda key=key, path=path: _check_other(findings, config, key, path, tokenizer))
     if model:
         findings.attempt(lambda: _check_architecture(config, model))
+        findings.attempt(lambda: _check_windows(config, model))
         _check_disk(findings, config, weights_of(model, config.model.dtype).parameters)
     return findings
 
@@ -166,6 +168,13 @@ def _check_architecture(config: Config, model: PretrainedConfig) -> None:
     for name in training_sections(config):
         if ratio := trained_ratio(config, name):
             check_ratio(sizes, ratio, tuple(config.locate.exclude))
+
+
+def _check_windows(config: Config, model: PretrainedConfig) -> None:
+    """A model that is located in by gradients has as many pieces as windows are asked for."""
+    if locates_by_gradients(config) and config.locate.windows != "auto":
+        pieces = pieces_of(empty_model(model, config.model.dtype, config.model.attn_implementation))
+        windows_of(pieces, config.locate.windows)
 
 
 def _check_after(config: Config, model: PretrainedConfig, path: str) -> None:

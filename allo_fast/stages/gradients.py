@@ -1,5 +1,6 @@
 """Scores of weights by gradients at the frozen base, for whichever stage trains a selection of them."""
 
+import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,22 +14,29 @@ from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import Batch, Corpus
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
+from allo_fast.locating.windows import pieces_of
 from allo_fast.method.objectives import Dpo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import fingerprint, named_weights, size_of
-from allo_fast.plan.windows import windows
+from allo_fast.plan.shapes import model_config, shape_of
+from allo_fast.plan.windows import room_beside, windows
 from allo_fast.runs.run import SCRATCH, Progress, Unit
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples, reference_logps
+from allo_kernels import memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """compute: its response log-probabilities, with a graph for backward."""
+    """compute: its response log-probabilities, with a graph for backward. path: where it came from."""
 
+    path: str | Path
     logps: ResponseLogps
     compute: Callable[[Batch], Tensor]
     fingerprint: str
@@ -41,12 +49,12 @@ def frozen_base(unit: Unit, path: str | Path) -> Iterator[FrozenBase]:
     model = load_model(path, unit.config.model, sharded=sharded).requires_grad_(False)
     base, logps = fingerprint(model), ResponseLogps(model)
     if not sharded:
-        yield FrozenBase(logps, logps, base)
+        yield FrozenBase(path, logps, logps, base)
         return
     from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 
     with frozen_engine(logps) as engine:
-        yield FrozenBase(logps, differentiable(engine), base)
+        yield FrozenBase(path, logps, differentiable(engine), base)
 
 
 def gradient_scores(
@@ -73,7 +81,7 @@ def gradient_scores(
         train,
         score,
         unit.folder / SCRATCH,
-        windows=windows(unit.config.locate, score, total, None, ranks.world_size()),
+        windows=_windows(unit, base, examples, score),
         clip=unit.config.locate.clip,
         host=unit.config.locate.accumulators == "host",
         compute=base.compute,
@@ -85,6 +93,29 @@ def gradient_scores(
     facts = {"examples": len(examples.corpus.examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
     facts |= {"passes": sweep.passes, "state_bytes": sweep.state_bytes, "state_bytes_per_parameter": states / total}
     return stored_scores(unit.folder / SCRATCH, sizes), facts
+
+
+def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> int:
+    """As `allo-fast plan` counts them, of the rows that there are."""
+    model, world = base.logps.model, ranks.world_size()
+    whole, shares = (1, world) if is_sharded(model) else (world, 1)
+    pieces, room = pieces_of(model), None
+    if model.device.type == "cuda" and unit.config.locate.windows == "auto":
+        room = ranks.on_main(lambda: _room(unit, base, examples, shares))
+    return windows(unit.config.locate, score, pieces, room, whole, shares)
+
+
+def _room(unit: Unit, base: FrozenBase, examples: Examples, shares: int) -> float | None:
+    """Bytes that this device has for sums; None where the model's activations cannot be estimated."""
+    settings, share_prompts = unit.config.model, base.logps.share_prompts
+    micros = range(len(examples.micro_batches))
+    tokens = max(examples.collate(micro, share_prompts).input_ids.numel() for micro in micros)
+    try:
+        shape = shape_of(model_config(unit.config, str(base.path)), settings.dtype)
+    except UserError as error:
+        logger.warning("locating: as many windows as on a CPU: %s", error)
+        return None
+    return room_beside(shape, settings, tokens, memory.device_bytes(), shares)
 
 
 def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> Corpus:

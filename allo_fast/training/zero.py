@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from allo_fast import ranks
-from allo_fast.config import Config, TrainConfig, UserError
+from allo_fast.config import GRADIENT_SCORES, Config, SparseTrainConfig, TrainConfig, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,22 @@ def training_sections(config: Config) -> dict[str, TrainConfig]:
 
 def trained_ratio(config: Config, section: str) -> float | None:
     """Of the weights, what a section trains; None: all of them, densely."""
-    return None if trains_densely(config, section) else getattr(training_sections(config)[section], "ratio", None)
+    stage = section.partition(".")[0]
+    if trains_densely(config, stage):
+        return None
+    return config.rewards.ratio if stage == "rewards" else training_sections(config)[section].ratio
+
+
+def locates_itself(config: Config, section: str) -> bool:
+    """Whether a section trains a selection that its stage makes, and not the run's `locate`."""
+    train = training_sections(config)[section]
+    return trained_ratio(config, section) is not None and not isinstance(train, SparseTrainConfig)
+
+
+def locates_by_gradients(config: Config) -> bool:
+    """Whether any stage does."""
+    located = config.method != "dpo" and config.located_by in GRADIENT_SCORES
+    return located or any(locates_itself(config, section) for section in training_sections(config))
 
 
 def check_divides(train: TrainConfig, world: int, name: str = "") -> None:

@@ -1,0 +1,99 @@
+"""Sampling, scoring and evaluating as phases: a frozen model, what is cached of its responses, and its logits."""
+
+import math
+from dataclasses import dataclass
+
+from allo_fast.plan.costs import HEAD_BYTES, gathered_bytes
+from allo_fast.plan.phase import Job, Phase, loading
+from allo_fast.plan.rows import SAMPLED
+from allo_fast.plan.shapes import BYTES, Shape
+from allo_fast.plan.training import scoring_tokens
+from allo_fast.training.zero import Zero
+
+_LOGIT_BYTES = 32  # of an entry: float32, and what temperature and top-p make of it: sorted, its index, sums, masks
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a frozen model does: bytes beside it by kind, seconds, and its forward passes one after another."""
+
+    memory: dict[str, int]
+    seconds: float
+    passes: int
+
+
+def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
+    """None where responses are given."""
+    settings = job.config.sample
+    if job.config.data.format not in SAMPLED:
+        return None
+    chunks = math.ceil(job.rows.problems / settings.batch_size)
+    work = _generating(job, settings.batch_size * settings.num_return_sequences, settings.max_new_tokens, chunks)
+    return _frozen(job, "sample", zero, work, len(job.config.seeds))
+
+
+def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
+    """Of one model; a run evaluates the base, and what it trains with each seed."""
+    config, settings, rows = job.config, job.config.evaluate, job.rows
+    if config.data.format in SAMPLED:
+        chunks = math.ceil(rows.tests / settings.batch_size)
+        work = _generating(job, settings.batch_size, settings.max_new_tokens, chunks)
+    else:
+        tokens = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens  # a row at a time
+        work = _scoring(job, job.shape, tokens, rows.tests)
+    return _frozen(job, "evaluate", zero, work, 1 + len(config.trained) * len(config.seeds))
+
+
+def rewards_phase(job: Job, zero: Zero | None) -> Phase | None:
+    """Of what trains nothing; None where rewards are given, or come out of training."""
+    source = job.config.reward_source
+    if source not in ("confidence", "prompted") or job.config.method != "allo":
+        return None
+    batches = math.ceil(job.rows.wrong / job.config.rewards.batch_size)
+    work = _scoring(job, job.shape_in("rewards"), scoring_tokens(job, source), batches)
+    return _frozen(job, "rewards", zero, work, len(job.config.seeds))
+
+
+def _scoring(job: Job, shape: Shape, tokens: int, batches: int) -> _Work:
+    """Log-probabilities of so many tokens at once."""
+    memory = {"activations": tokens * shape.forward_bytes, "head workspace": HEAD_BYTES}
+    passes = math.ceil(batches / job.gpus)
+    return _Work(memory, passes * 2.0 * shape.parameters * tokens / (job.device.mfu * job.device.peak_flops), passes)
+
+
+def _generating(job: Job, sequences: int, new: int, chunks: int) -> _Work:
+    """So many sequences at once, of `new` tokens behind the longest prompt."""
+    shape, prompt, device = job.shape, job.config.data.max_prompt_tokens, job.device
+    # A layer's keys grow by a copy of themselves.
+    cache = shape.cache_bytes * (prompt + new) * sequences * (2 * shape.layers + 1) // (2 * shape.layers)
+    memory = {
+        "KV cache": cache,
+        "activations": sequences * prompt * shape.forward_bytes,
+        "logits": _LOGIT_BYTES * sequences * shape.vocabulary,
+    }
+    read = BYTES[job.config.model.dtype] * shape.parameters + cache / 2  # by every token, in the mean
+    token_s = max(read / (device.mbu * device.memory_bytes_per_s), device.layer_s * shape.layers)
+    prompt_s = 2.0 * shape.parameters * sequences * prompt / (device.mfu * device.peak_flops)
+    rounds = math.ceil(chunks / job.gpus)
+    return _Work(memory, rounds * (prompt_s + new * token_s), rounds * (new + 1))
+
+
+def _frozen(job: Job, stage: str, zero: Zero | None, work: _Work, times: int) -> Phase:
+    shape, width = job.shape_in(stage), BYTES[job.config.model.dtype]
+    whole = width * shape.parameters
+    # As `stages.models.inference` decides.
+    shared = zero is not None and job.gpus > 1 and whole > job.gpu_bytes / 2
+    memory, seconds = {"base": whole, **work.memory}, work.seconds
+    if shared:
+        memory |= {"base": math.ceil(whole / job.gpus), "gathered weights": gathered_bytes(shape, None, width)}
+        seconds += work.passes * whole / job.bandwidth
+    return Phase(
+        stage=stage,
+        placement="shares" if shared else "whole",
+        zero_stage=3 if shared else None,
+        memory=memory,
+        seconds=seconds,
+        times=times,
+        sizes=(f"{stage}.batch_size",),
+        **loading(whole, shared),
+    )
