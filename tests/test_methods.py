@@ -181,7 +181,7 @@ def test_updates_that_bfloat16_hides_are_said_once_a_unit(copied_sparse, caplog)
         assert main(small) == 0
         lines = [record.message for record in caplog.records if "of the selected weights moved" in record.message]
         assert len(lines) == said, lines
-    facts = json.loads((folder / "07-learn/seed-0/MANIFEST.json").read_text())["facts"]
+    facts = json.loads((folder / "08-learn/seed-0/MANIFEST.json").read_text())["facts"]
     assert lines[0] == (
         f"learn seed-0: only {facts['changed'] / facts['selected']:.1%} of the selected weights moved: the updates of "
         "the others are below bfloat16's rounding. A larger learning rate moves more of them; "
@@ -216,7 +216,7 @@ def test_rounding_by_chance_has_the_seed_of_its_unit(copied_sparse, capsys):
     assert "locate seed-0: complete" in said and "warmup seed-1: complete" in said
     assert "learn seed-0: complete" not in said and "evaluate sparse-dpo-seed-0: complete" not in said
     for seed in (0, 1):
-        learned = folder / f"07-learn/seed-{seed}"
+        learned = folder / f"08-learn/seed-{seed}"
         base, trained = (
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
             for path in (folder / "00-pretrain/base/model", learned / "model")
