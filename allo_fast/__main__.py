@@ -202,21 +202,16 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
-    if options.gpus < 1 or not 0 < options.gpu_memory < 1e6:
-        raise UserError(
-            f"--gpus, --gpu-memory: expected devices, and GB of each; got {options.gpus}, {options.gpu_memory:g}"
-        )
-    if options.host_memory is not None and not 0 < options.host_memory < 1e6:
-        raise UserError(f"--host-memory: expected GB of a node, got {options.host_memory:g}")
-    if options.gpus > 1 and config.deepspeed is None:
-        raise UserError(
-            f"--gpus {options.gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto"
-        )
-    _check_ranks(config, options.gpus)
-    job = job_of(config, options.gpus, options.gpu_memory * 1e9, options.model_config)
-    host_bytes = options.host_memory and options.host_memory * 1e9
-    job = replace(job, host_bytes=host_bytes, device=DEVICES[options.device], rows=count_rows(config))
+    config, gpus, host = load_config(options.config, options.overrides), options.gpus, options.host_memory
+    if gpus < 1 or not 0 < options.gpu_memory < 1e6:
+        raise UserError(f"--gpus, --gpu-memory: expected devices, and GB of each; got {gpus}, {options.gpu_memory:g}")
+    if host is not None and not 0 < host < 1e6:
+        raise UserError(f"--host-memory: expected GB of a node, got {host:g}")
+    if gpus > 1 and config.deepspeed is None:
+        raise UserError(f"--gpus {gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto")
+    _check_ranks(config, gpus)
+    job = job_of(config, gpus, options.gpu_memory * 1e9, options.model_config)
+    job = replace(job, device=DEVICES[options.device], rows=count_rows(config), host_bytes=host and host * 1e9)
     planned = advised(job, zeros_of(config, lambda: job))
     print(json.dumps(planned.to_dict(), indent=1) if options.json else plan_table(planned))
     return 0 if planned.fits else 1

@@ -183,7 +183,7 @@ def test_where_the_disk_is_too_small_passes_run_the_whole_model(tmp_path, monkey
         sizes = {key: weight.numel() for key, weight in named_weights(sweep.model).items()}
         scores = stored_scores(tmp_path / name, sizes)
         found[name] = torch.cat([scores[key].part(0, size) for key, size in sizes.items()])
-    assert "lower locate.pairs" in caplog.text
+    assert "locate.pairs limits it" in caplog.text
     torch.testing.assert_close(found["small"], found["large"], rtol=1e-3, atol=1e-9)
 
 
@@ -194,8 +194,8 @@ def test_scores_take_the_place_of_the_sums(tmp_path, monkeypatch):
     taps = sweeping.Taps.open
 
     @contextmanager
-    def watched(self, pieces, device):
-        with taps(self, pieces, device) as sums:
+    def watched(self, pieces, device, **options):
+        with taps(self, pieces, device, **options) as sums:
             opened.append(weakref.ref(sums[0].untyped_storage()))
             yield sums
 
