@@ -9,7 +9,8 @@ pass for the weights of one layer runs that layer alone, and all passes together
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from allo_fast.config import first_line
 from allo_fast.data.batch import Batch
 from allo_fast.locating.taps import Taps
+from allo_fast.locating.windows import Piece
 from allo_fast.model.logps import HeadPass, ResponseLogps
+from allo_fast.model.weights import named_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class Segments:
             head.append((given, logps))
             return logps
 
-        with self._entered({cut: keep for cut in cuts}):
+        with self.entered({cut: keep for cut in cuts}):
             self.logps.head.on_logps = keep_head
             try:
                 value = loss(self.logps(batch))
@@ -115,7 +118,7 @@ class Segments:
             entered[first - 1] = lambda cut, hidden: start
         if last < self.last_stage:
             entered[last] = stop
-        with self._entered(entered, passed=range(first - 1)):
+        with self.entered(entered, passed=range(first - 1)):
             try:
                 reached = loss(self.logps(batch))
             except _Reached:
@@ -125,17 +128,21 @@ class Segments:
         return reached
 
     @contextmanager
-    def _entered(
+    def entered(
         self, entered: Mapping[int, Callable[[int, Tensor], Tensor]], passed: Sequence[int] = ()
     ) -> Iterator[None]:
         """Inside, what enters at a cut is what a function makes of it; passed: layers that give back what entered."""
-        for cut, change in entered.items():
-            self.entrances[cut].forward = self._bent(cut, change, cut in passed)
+        modules = [self.entrances[cut] for cut in entered]
+        plain = [vars(module).get("forward") for module in modules]  # of its own, as accelerate gives it
+        for module, (cut, change) in zip(modules, entered.items(), strict=True):
+            module.forward = self._bent(cut, change, cut in passed)
         try:
             yield
         finally:
-            for cut in entered:
-                del self.entrances[cut].forward
+            for module, forward in zip(modules, plain, strict=True):
+                del module.forward
+                if forward:
+                    module.forward = forward
 
     def _bent(self, cut: int, change: Callable[[int, Tensor], Tensor], passed: bool) -> Callable:
         plain = self.entrances[cut].forward
@@ -190,8 +197,9 @@ class _Trace:
                 inside = None
         return [*layers, after] if layers and after is not None and len(set(layers)) == len(layers) else []
 
-    def stages(self, entrances: Sequence[nn.Module]) -> dict[str, set[int]]:
-        """How many entrances lie before each read of a weight."""
+    def stages(self, model: nn.Module, entrances: Sequence[nn.Module]) -> dict[str, set[int]]:
+        """How many entrances lie before each read of a weight; one that was not read, as an expert that no token went
+        to, is read where its layer is, or may be anywhere."""
         stages: dict[str, set[int]] = {}
         stage, left = 0, list(entrances)
         for kind, what in self.events:
@@ -200,7 +208,9 @@ class _Trace:
                 left.pop(0)
             elif kind == "read":
                 stages.setdefault(what, set()).add(stage)
-        return stages
+        layers = {id(w): {number} for number, layer in enumerate(entrances, start=1) for w in layer.parameters()}
+        anywhere = set(range(len(entrances) + 1))
+        return {name: layers.get(id(w), anywhere) for name, w in named_weights(model).items()} | stages
 
 
 def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable[[Tensor], Tensor]) -> Segments | None:
@@ -210,26 +220,52 @@ def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable
         logps(batch)
     if entrances := trace.entrances():
         in_tuples = [trace.in_tuples[module] for module in entrances]
-        stages = trace.stages(entrances)
+        stages = trace.stages(logps.model, entrances)
         stages[taps.head] = stages[taps.head] - {len(entrances)}
         segments = Segments(logps, entrances, stages, in_tuples)
         try:
-            worst = _worst_difference(segments, batch, loss)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:  # of the model's own code, bent like this
-            worst = first_line(error)
-        if isinstance(worst, float) and worst <= _TOLERANCE:
+            fault = _fault(segments, taps, batch, loss)
+        except Exception as error:  # a model's own code may raise anything where it is bent like this
+            fault = first_line(error)
+        if fault is None:
             return segments
-        logger.info("%s: its layers cannot run by themselves (%s)", type(logps.model).__name__, worst)
+        logger.info("%s: its layers cannot run by themselves: %s", type(logps.model).__name__, fault)
     logger.warning("locating: every pass runs the whole model, which takes longer")
     return None
+
+
+def _fault(segments: Segments, taps: Taps, batch: Batch, loss: Callable[[Tensor], Tensor]) -> str | None:
+    """What a segment does not know of."""
+    if segments.logps.findings.together is not None:
+        return "rows run one at a time"
+    if _goes_round(segments, taps, batch, loss):
+        return "a weight before them reaches the loss past the first of them"
+    worst = _worst_difference(segments, batch, loss)
+    return None if worst <= _TOLERANCE else f"states or gradients differ by {worst:.1e} of their norm"
+
+
+def _goes_round(segments: Segments, taps: Taps, batch: Batch, loss: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a weight that is read before the first layer has another way to the loss than into it."""
+    before = [Piece(name, 0, 0) for name, stages in segments.stages.items() if 0 in stages]
+    with ExitStack() as tapped:
+        tapped.enter_context(taps.open(before, batch.input_ids.device))
+
+        def part(cut: int, hidden: Tensor) -> Tensor:
+            tapped.close()
+            return hidden.detach()
+
+        with segments.entered({0: part}):
+            return loss(segments.logps(batch)).requires_grad
 
 
 def _worst_difference(segments: Segments, batch: Batch, loss: Callable[[Tensor], Tensor]) -> float:
     """Of states and gradients at every cut, layer by layer and in one pass: the largest norm, relative to its own."""
     cuts = range(segments.last_stage)
     states, gradients, *_ = segments.capture(batch, loss, cuts)
+    with torch.no_grad():  # what a layer leaves in the model for another is that of other tokens now
+        segments.logps(replace(batch, input_ids=batch.input_ids.flip(1)))
     differences = []
-    for cut in cuts:
+    for cut in reversed(cuts):
         start = states[cut].clone().requires_grad_()
         last = cut + 1 == segments.last_stage
         end = segments.backward(batch, loss, (cut + 1, cut + 1), start, None if last else gradients[cut + 1])
