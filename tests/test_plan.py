@@ -61,7 +61,8 @@ def test_a_shape_has_the_model_s_weights():
     model = tiny_llama(tie_word_embeddings=True)
     shape = shape_of(model.config, "float32")
     assert shape.parameters == sum(weight.numel() for weight in model.parameters())
-    assert shape_of(EIGHT, "bfloat16").parameters == 8_030_261_248
+    eight = shape_of(EIGHT, "bfloat16")
+    assert (eight.parameters, eight.largest) == (8_030_261_248, 4096 * 14336)
 
 
 def test_activations_are_what_autograd_saves():

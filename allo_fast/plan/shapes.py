@@ -40,7 +40,7 @@ class Shape(Weights):
 
     layer_bytes: what autograd saves in a layer; others_bytes: outside the layers. forward_bytes: the most that a
     forward pass without gradients holds at once. cache_bytes: keys and values of all layers; cache_bound: whether the
-    model keeps less than that.
+    model keeps less than that. largest: entries of the largest weight that is neither looked up nor the head.
     """
 
     layers: int
@@ -51,6 +51,7 @@ class Shape(Weights):
     cache_bytes: int = 0
     cache_bound: bool = False
     vocabulary: int = 0
+    largest: int = 0
 
 
 def model_config(config: Config, path: str | None = None) -> PretrainedConfig:
@@ -103,7 +104,19 @@ def shape_of(config: PretrainedConfig, dtype: str) -> Shape:
         cache_bytes=BYTES[dtype] * text.num_hidden_layers * _cached_entries(text),
         cache_bound=_keeps_less(text),
         vocabulary=text.vocab_size,
+        largest=_largest(_on_meta(config, dtype)),
     )
+
+
+def _largest(model: nn.Module) -> int:
+    """Entries of the largest weight but embedding and head, of which a gradient is made row by row where asked for."""
+    apart = {
+        id(weight)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part is not None
+        for weight in part.parameters()
+    }
+    return max((weight.numel() for weight in model.parameters() if id(weight) not in apart), default=0)
 
 
 def _cached_entries(text: PretrainedConfig) -> int:

@@ -78,7 +78,7 @@ def beside_sums(shape: Shape, model: ModelConfig, tokens: int, sharded: bool) ->
     return {
         "activations": activation_bytes(shape, model, tokens),
         "cut states": 0 if sharded else 2 * tokens * shape.hidden * width,
-        "transient dW": width * max(shape.sizes),
+        "transient dW": width * (shape.largest or max(shape.sizes)),
         "head workspace": HEAD_BYTES,
         "gathered weights": gathered_bytes(shape, None, width) if sharded else 0,
     }
