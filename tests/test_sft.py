@@ -144,7 +144,8 @@ def test_all_weights_train_at_ratio_1(tuned, tmp_path, capsys):
 @pytest.mark.parametrize("ratio", [0.2, 1])
 def test_a_killed_stage_continues_to_the_same_model(tuned, tmp_path, ratio):
     model, settings = f"model.name_or_path={tuned[1] / '00-pretrain/base/model'}", [f"sft.ratio={ratio}"]
-    unit = unit_of(job(tmp_path), "sft", SFT, *settings, model, "save_models=none")
+    settings += ["model.rounding=stochastic", "save_models=none"]
+    unit = unit_of(job(tmp_path), "sft", SFT, *settings, model)
     list(unit.execute())
     expected = unit.contents()
     assert "model/model.safetensors" in expected, "there is no run without its base"
@@ -155,6 +156,10 @@ def test_a_killed_stage_continues_to_the_same_model(tuned, tmp_path, ratio):
     assert not unit.is_complete()
     steps = [progress.done for progress in unit.execute() if progress.noun != "reference batch"]
     assert steps[0] in (3, 4) and unit.contents() == expected, "neither located again nor trained from the start"
+    if ratio < 1:
+        delta, given = Delta.load(unit.folder / "delta.safetensors"), loaded(tuned[1] / "00-pretrain/base/model")
+        delta.merge_into(given)
+        assert same_weights(given, loaded(unit.folder / "model")) and delta.rounding_seed == 3
 
 
 def test_other_seeds_are_other_models(tuned, tmp_path):
