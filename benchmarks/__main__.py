@@ -1,9 +1,10 @@
-"""`python -m benchmarks step | locate | positions | rounding | zero | architectures | gpu`"""
+"""`python -m benchmarks step | locate | rewards | positions | rounding | zero | architectures | gpu`"""
 
 import argparse
 import sys
 from pathlib import Path
 
+SOURCES = ["rewriter", "confidence", "prompted", "implicit"]
 SCORES = ["linear", "snr", "grad_sum", "fisher", "magnitude", "random"]
 
 
@@ -23,6 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--scores", nargs="+", default=SCORES, choices=SCORES)
     command.add_argument("--out", type=Path, help="folder for locate.json and locate.svg")
     command.set_defaults(command=_locate)
+    command = commands.add_parser(
+        "rewards", help="token rewards by each source: which tokens, what follows, at what cost"
+    )
+    command.add_argument("config", type=Path, help="of a run, which is run with each source")
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES)
+    command.add_argument("--out", type=Path, help="JSON file")
+    command.set_defaults(command=_rewards)
     command = commands.add_parser("positions", help="formats for the selected positions: bytes and decoding time")
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
@@ -62,6 +71,13 @@ def _locate(given: argparse.Namespace) -> int:
     from benchmarks import locate
 
     locate.run(given.config, given.overrides, given.scores, given.out)
+    return 0
+
+
+def _rewards(given: argparse.Namespace) -> int:
+    from benchmarks import rewards
+
+    rewards.run(given.config, given.overrides, given.sources, given.out)
     return 0
 
 

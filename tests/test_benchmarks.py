@@ -11,12 +11,13 @@ from conftest import tiny_llama
 
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.tools import bench
 from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.tools.check_cases import cases
-from benchmarks import architectures, gpu, zero
+from benchmarks import architectures, gpu, locate, rewards, zero
 from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
@@ -132,3 +133,14 @@ def test_zero_compares_with_dense_of_the_same_world_and_stage():
     dense = zero.Row(2, 1, "dense", 1400, 1400, 800, 800, 100)
     lines = zero.table([dense, zero.Row(2, 1, "resident", 290, 280, 40, 41, 100)]).splitlines()
     assert lines[2].split() == ["2", "1", "resident", "2.900", "2.800", "0.207", "0.0", "0.0", "0.0500"]
+
+
+def test_how_often_a_wrong_tokens_reward_is_the_lower():
+    scores, wrong = torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False])
+    assert rewards.auc(scores, wrong) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+
+
+def test_overlap_is_the_share_of_the_first():
+    first = Selection.from_scores({"a": torch.tensor([4.0, 3.0, 2.0, 1.0])}, 0.5, base="")
+    second = Selection.from_scores({"a": torch.tensor([4.0, 1.0, 3.0, 2.0])}, 0.75, base="")
+    assert locate.overlap(first, second) == 0.5 and locate.overlap(second, first) == pytest.approx(1 / 3)
