@@ -85,6 +85,8 @@ def test_rounding(tmp_path, capsys):
     exact, nearest, stochastic = written["rows"]
     assert [row["rounding"] for row in written["rows"]] == ["float32", "nearest", "stochastic"]
     assert exact["difference"] == 0 < stochastic["difference"] < nearest["difference"]
+    lost = [abs(row["loss_in_float32"] - exact["loss_in_float32"]) for row in (nearest, stochastic)]
+    assert lost[1] < 0.5 * lost[0] and exact["loss_in_float32"] == pytest.approx(exact["final_loss"], abs=1e-4)
     assert nearest["moved"] < stochastic["moved"] < exact["moved"] <= 1
     assert len(exact["losses"]) == written["steps"] == 12 and exact["losses"][-1] == exact["final_loss"]
     assert "difference" in capsys.readouterr().out
