@@ -92,7 +92,7 @@ def _measure(method: str, path: str, dtype: str, ratio: float, steps: int) -> Ro
     return Row(
         method=method,
         parameters=policy.parameters,
-        selected=sum(len(at) for at in policy.positions.values()) if method == "sparse" else policy.parameters,
+        selected=sum(len(at) for at in policy.positions.values()) if method != "dense" else policy.parameters,
         median_ms=statistics.median(times),
         spread_ms=max(times) - min(times),
         tokens=metrics[0].tokens,
