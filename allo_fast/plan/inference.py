@@ -33,7 +33,7 @@ def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
 
 
 def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
-    """Of one model; a run evaluates the base, and what it trains with each seed."""
+    """Of one model; a run evaluates the given one where it makes its base, the base, and what it aligns of each seed."""
     config, settings, rows = job.config, job.config.evaluate, job.rows
     if config.data.format in SAMPLED:
         chunks = math.ceil(rows.tests / settings.batch_size)
@@ -41,7 +41,8 @@ def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
     else:
         tokens = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens  # a row at a time
         work = _scoring(job, job.shape, tokens, rows.tests)
-    return _frozen(job, "evaluate", zero, work, 1 + len(config.trained) * len(config.seeds))
+    times = 1 + bool(config.sft) + len(config.trained) * len(config.seeds)
+    return _frozen(job, "evaluate", zero, work, times)
 
 
 def rewards_phase(job: Job, zero: Zero | None) -> Phase | None:
