@@ -33,7 +33,7 @@ def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
 
 
 def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
-    """Of one model; a run evaluates the given one where it makes its base, the base, and what it aligns of each seed."""
+    """Of one model; a run evaluates the base, the given one where that is another, and what each seed aligns."""
     config, settings, rows = job.config, job.config.evaluate, job.rows
     if config.data.format in SAMPLED:
         chunks = math.ceil(rows.tests / settings.batch_size)
