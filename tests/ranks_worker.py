@@ -34,10 +34,11 @@ from transformers import (
 
 from allo_fast import ranks
 from allo_fast.__main__ import main
-from allo_fast.config import ModelConfig, TrainConfig, UserError
+from allo_fast.config import Config, ModelConfig, TrainConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
+from allo_fast.locating.sweep import Sweep
 from allo_fast.method.delta import Delta
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
@@ -47,10 +48,15 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import divide, fingerprint, whole_weights
 from allo_fast.model.weights import same_bits as same_bits_of
+from allo_fast.plan.locating import locate_phase
+from allo_fast.plan.phase import DEVICES, Job
+from allo_fast.plan.rows import unknown_rows
+from allo_fast.plan.shapes import shape_of
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, evaluate, models
-from allo_fast.training.backend_deepspeed import frozen_engine
+from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
+from allo_fast.training.examples import Examples
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import _OPTIONS, Zero
 from allo_kernels import memory
@@ -325,6 +331,33 @@ def as_planned(folder: Path) -> None:
             assert row.traffic_bytes == pytest.approx(row.planned_traffic_bytes, rel=0.01), f"{zero} {row}"
         if zero.stage < 3 and ranks.world_size() > 1:
             assert rows[1].traffic_bytes < rows[0].traffic_bytes / 9
+
+
+def locating_as_planned(folder: Path) -> None:
+    """Whole or in shares, a sweep holds base and sums within 5 % of the plan, in as many windows and passes."""
+    ranks.start(120)
+    data, model = {"train": "a", "test": "b"}, {"name_or_path": "m", "dtype": "float32"}
+    train = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ranks.world_size()}
+    for windows in (1, 6):
+        config = Config(name="x", data=data, model=model, warmup=train, locate={"windows": windows})
+        for zero in (Zero(0), Zero(3)):
+            logps = ResponseLogps(tiny_llama(num_hidden_layers=4).requires_grad_(False))
+            with ExitStack() as stack:
+                engine = stack.enter_context(frozen_engine(logps)) if zero.sharded else None
+                examples = Examples(pair_corpus(), config.warmup)
+                options = {"windows": windows, "compute": differentiable(engine) if engine else None}
+                place = folder / f"{windows}-{zero.stage}"
+                sweep = Sweep(logps, examples, Dpo(0.1), config.warmup, "linear", place, **options)
+                deque(sweep.run(), maxlen=0)
+            shape = shape_of(logps.model.config, "float32")
+            job = Job(config, shape, ranks.world_size(), 80e9, DEVICES["h100"], unknown_rows(config))
+            planned = locate_phase(job, zero)
+            assert (planned.windows, planned.passes) == (len(sweep.windows), sweep.passes)
+            if windows >= ranks.world_size() or zero.sharded:  # else this rank may have had nothing to do
+                assert planned.state_bytes - planned.memory["accumulators"] == pytest.approx(
+                    sweep.state_bytes["base"], rel=0.05
+                )
+                assert sweep.state_bytes["accumulators"] == pytest.approx(planned.memory["accumulators"], rel=0.05)
 
 
 def closed(folder: Path) -> None:

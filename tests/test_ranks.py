@@ -138,6 +138,11 @@ def test_memory_and_traffic_are_as_planned(work, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_locating_is_as_planned(work, world):
+    work(world, "locating_as_planned")
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_the_selection_is_the_same_from_shards(work, world):
     work(world, "located")
 
