@@ -284,7 +284,9 @@ def located(folder: Path) -> None:
 def other_reference(folder: Path) -> None:
     """A frozen reference of its own gives the log-probabilities that the same model gives in one process."""
     corpus = pair_corpus()
-    micros = Trainer(DensePolicy(tiny_llama()), corpus, Dpo(0.5), TrainConfig(**SETTINGS), folder).micro_batches
+    micros = Trainer(
+        DensePolicy(tiny_llama()), corpus, Dpo(0.5), TrainConfig(**SETTINGS), folder
+    ).examples.micro_batches
     plain = ResponseLogps(tiny_llama(seed=5))
     with torch.no_grad():
         wanted = {str(n): plain(collate(corpus, micro)) for n, micro in enumerate(micros)}
