@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
@@ -27,8 +28,9 @@ from allo_fast.stages.rewriting import prompted, rewriter
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     source, responses = unit.config.reward_source, wrong_responses(unit)
     facts = yield from _SOURCES[source](unit, responses)
-    rows = read_jsonl(unit.folder / REWARDS)
-    return {**facts, "responses": len(rows), "left_out": len(responses) - len(rows), "source": source}
+    rewarded_responses = ranks.on_main(lambda: len(read_jsonl(unit.folder / REWARDS)))  # which rank 0 has written
+    left_out = len(responses) - rewarded_responses
+    return {**facts, "responses": rewarded_responses, "left_out": left_out, "source": source}
 
 
 def _confidence(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
