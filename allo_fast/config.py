@@ -76,6 +76,10 @@ class TrainConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)  # added to the root of it
     save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
 
+    @property
+    def examples_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 class PretrainConfig(TrainConfig):
     learning_rate: float = Field(2e-3, gt=0)
@@ -220,6 +224,12 @@ class Config(Section):
             raise ValueError("locate.after takes the place of locate.score: set one of them")
         if self.protocol == "release" and self.located_by not in ("delta", "after"):
             raise ValueError(f"locate.score: protocol: release has delta alone, got {self.locate.score}")
+        if self.protocol == "release" and self.locate.last:
+            raise ValueError("locate.last: protocol: release has the highest alone")
+        for key, train in self.located_sections.items():
+            if self.locate.pairs and self.locate.pairs < train.examples_per_step:
+                expected = f"expected at least the {train.examples_per_step} of a step of {key}"
+                raise ValueError(f"locate.pairs: {expected}, got {self.locate.pairs}")
         return self
 
     @property
@@ -228,6 +238,18 @@ class Config(Section):
         if self.locate.after:
             return "after"
         return self.locate.score or ("delta" if self.protocol == "release" else "linear")
+
+    @property
+    def located_sections(self) -> dict[str, TrainConfig]:
+        """Those by whose steps gradients rank the weights, by key."""
+        rewards = self.rewards
+        sections = {
+            "warmup": (self.warmup, self.method != "dpo" and self.located_by in GRADIENT_SCORES),
+            "rewards.train": (rewards.train, self.reward_source == "rewriter" and rewards.ratio < 1),
+            "rewards.dpo": (rewards.dpo, self.reward_source == "implicit"),
+        }
+        names = sections if self.method == "allo" else ["warmup"]
+        return {name: sections[name][0] for name in names if sections[name][1]}
 
     @property
     def warms_up(self) -> bool:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +20,10 @@ from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  (what DeepSpeed imports with its first engine)
 from rank_server import serve
 from safetensors.torch import save_file
+from sweeps import make_sweep, same, scores_of
+from sweeps import settings as sweep_settings
+from test_rewards import run as run_rewards
+from test_rewards import unit_in, write_earlier_stages
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -42,6 +46,7 @@ from allo_fast.locating.sweep import Sweep
 from allo_fast.method.delta import Delta
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.scores import Random
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
@@ -269,8 +274,12 @@ def located(folder: Path) -> None:
     for weight in before.parameters():
         weight.data.copy_((weight.data * 64).round() / 64)
     settings = [{"ratio": 0.05}, {"ratio": 0.3, "skip": 0.2}, {"ratio": 0.1, "exclude": ("*norm*",)}]
+    settings += [{"ratio": 0.1, "scope": "per_tensor"}, {"ratio": 0.1, "skip": 0.01, "last": True}]
     wanted = [Selection.from_delta(before, after, **setting).sha256() for setting in settings]
+    drawn = {name: Random(name, weight.numel(), seed=1) for name, weight in before.named_parameters()}
+    at_random = Selection.from_scores(drawn, 0.1, base="").sha256()
     ranks.start(120)
+    assert Selection.from_scores(drawn, 0.1, base="").sha256() == at_random
     assert [Selection.from_delta(before, after, **setting).sha256() for setting in settings] == wanted
     import deepspeed
 
@@ -279,6 +288,63 @@ def located(folder: Path) -> None:
     sharded = [Selection.from_delta(before, after, **setting) for setting in settings]
     assert [selection.sha256() for selection in sharded] == wanted
     assert len({selection.base for selection in sharded}) == 1
+
+
+def sweep_of(kind: str, folder: Path, score: str = "linear") -> Sweep:
+    """kind: whole, or in shares of all ranks."""
+    model = tiny_llama(**ODD, tie_word_embeddings=True)
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_train_epochs": 1}
+    given = {"windows": 3, "config": sweep_settings(**cut), "corpus": pair_corpus(3)}
+    if kind == "whole":
+        return make_sweep(model, folder, score, **given)
+    divide(*model.parameters())
+    engine = OPEN.enter_context(frozen_engine(logps := ResponseLogps(model.requires_grad_(False))))
+    return make_sweep(logps, folder, score, compute=differentiable(engine), **given)
+
+
+def swept(folder: Path, *names: str) -> None:
+    """Ranks with the whole base divide the passes and give the bits of one process; in shares the same to rounding."""
+    alone = {name: scores_of(sweep_of("whole", folder / f"{name} {rank()}", name)) for name in names}
+    ranks.start(120)
+    for name in names:
+        for kind in ("whole", "shares"):
+            sweep = sweep_of(kind, folder / f"{name} {kind}", name)
+            ours = scores_of(sweep)
+            assert kind == "shares" or same(ours, alone[name]), name
+            for weight, score in alone[name].items():
+                assert (ours[weight] - score).abs().mean() < 1e-6 * score.max(), f"{name} {kind} {weight}"
+            files = Counter(path.name.partition(".")[0] for path in sweep.folder.glob("score-*.safetensors"))
+            assert files == {f"score-00{n}": 1 if kind == "whole" else ranks.world_size() for n in range(3)}
+            OPEN.close()
+
+
+def swept_until(folder: Path, kind: str, until: str) -> None:
+    """Continues what lies in `folder`, for so many micro-batches of a rank; at the end writes the scores."""
+    if ranks.launched_world_size() > 1:
+        ranks.start(120)
+    running = (sweep := sweep_of(kind, folder)).run()
+    for number, _ in enumerate(running):
+        if number == int(until):
+            running.close()
+            return
+    scores = scores_of(sweep)
+    if ranks.is_main():
+        torch.save(scores, folder / "scores.pt")
+
+
+def rewarded(folder: Path) -> None:
+    """By what DPO teaches, which is located and trained on all ranks."""
+    if rank() == 0:
+        write_earlier_stages(folder)
+    while not (folder / "pairs.jsonl").exists():
+        time.sleep(0.1)
+    _, expected = run_rewards(unit_in(folder / f"alone-{rank()}", folder, source="implicit", ratio=0.2))
+    ranks.start(120)
+    for zero in (Zero(2), Zero(3)):
+        facts, rows = run_rewards(unit_in(folder / f"zero-{zero.stage}", folder, zero, source="implicit", ratio=0.2))
+        for row, other in zip(rows, expected, strict=True):
+            assert row == {**other, "rewards": pytest.approx(other["rewards"], abs=1e-3)}
+        assert (facts["zero_stage"], facts["world_size"]) == (zero.stage, 2) and facts["selected"] == facts["changed"]
 
 
 def other_reference(folder: Path) -> None:

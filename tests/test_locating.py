@@ -1,166 +1,261 @@
-"""Scores of weights from gradients at the frozen base, against definitions in float64 and for any number of windows."""
+"""Scores of weights from gradients at the frozen base, against plain float64, and however they are made."""
+
+from itertools import chain
 
 import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
+from sweeps import displacement, few, make_sweep, same, scores_of, settings, step_gradients, swept
 
-from allo_fast.config import GRADIENT_SCORES, TrainConfig, UserError
-from allo_fast.locating.files import stored_scores
-from allo_fast.locating.sweep import Sweep
-from allo_fast.locating.windows import pieces_of, windows_of
-from allo_fast.method.objectives import Dpo, Npo
-from allo_fast.model.logps import ResponseLogps
+from allo_fast.config import GRADIENT_SCORES, UserError
+from allo_fast.locating.families import FAMILIES
+from allo_fast.locating.taps import Taps
+from allo_fast.locating.windows import Piece, pieces_of, windows_of
+from allo_fast.method.alias import Alias
+from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.model.weights import named_weights
-from allo_fast.training.backend import learning_rates
-from allo_fast.training.examples import Examples
-
-SETTINGS = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-TRAIN = TrainConfig(**SETTINGS, num_train_epochs=2, warmup_steps=1, max_grad_norm=0.5, weight_decay=0.1)
+from allo_kernels import memory
 
 
-def swept(folder, score="linear", model=None, objective=None, examples=None, **settings):
-    """A finished sweep over the tiny pairs."""
-    model = model or tiny_llama(tie_word_embeddings=True)
-    examples = examples or Examples(pair_corpus(), TRAIN)
-    sweep = Sweep(ResponseLogps(model), examples, objective or Dpo(0.5), TRAIN, score, folder, **settings)
-    done, total = [*sweep.run()][-1]
-    assert done == total
-    return sweep
+def test_every_score_that_the_configuration_knows_is_made():
+    assert tuple(FAMILIES) == GRADIENT_SCORES
 
 
-def scores_of(sweep):
-    sizes = {name: weight.numel() for name, weight in named_weights(sweep.model).items()}
-    return {name: score.part(0, score.size) for name, score in stored_scores(sweep.folder, sizes).items()}
+@pytest.mark.parametrize("tied, clip, decay", [(False, True, 0.0), (True, True, 0.1), (True, False, 0.0)])
+def test_linear_is_what_adamw_adds_up_to_when_weights_are_put_back(tmp_path, tied, clip, decay):
+    ours = swept(
+        tiny_llama(tie_word_embeddings=tied), tmp_path, windows=3, clip=clip, config=settings(weight_decay=decay)
+    )
+    expected = displacement(tied, clip, decay)
+    assert ours.keys() == expected.keys()
+    # Adam turns a gradient's rounding into a fraction of the rates' sum, 3e-3, where the gradient is nearly zero.
+    errors = torch.cat([ours[name].double() - moved.abs() for name, moved in expected.items()]).abs()
+    assert errors.mean() < 1e-9 and errors.max() < 1e-6
 
 
-def plain_gradients(model, examples):
-    """Of each step, by transformers' own logits in float64: the DPO gradient where policy and reference are equal."""
-    corpus, weights = examples.corpus, named_weights(model)
-
-    def logp(index):
-        tokens, prompt = corpus.responses[index].tokens, corpus.prompts[corpus.responses[index].prompt]
-        logits = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
-        return logits[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None]).sum()
-
-    for step in examples.steps:
-        model.zero_grad()
-        pairs = [pair for micro in step for pair in examples.micro_batches[micro]]
-        for chosen, rejected in pairs:
-            margin = 0.5 * (logp(chosen) - logp(rejected))
-            (-torch.nn.functional.logsigmoid(margin - margin.detach()) / len(pairs)).backward()
-        yield {name: weight.grad.clone() for name, weight in weights.items()}
+@pytest.mark.parametrize("score", ["snr", "grad_sum", "fisher"])
+def test_other_scores_are_what_their_definitions_say(tmp_path, score):
+    gradients = {name: torch.stack([step[name].view(-1) for step in step_gradients(False)]) for name in step_names()}
+    definitions = {
+        "snr": lambda g: (g.sum(0).abs() / g.square().sum(0).sqrt()).nan_to_num(0.0),
+        "grad_sum": lambda g: g.sum(0).abs(),
+        "fisher": lambda g: g.square().sum(0),
+    }
+    ours = swept(tiny_llama(), tmp_path, score, windows=3)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name].double(), definitions[score](gradient), rtol=1e-3, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def gradients():
-    return list(plain_gradients(tiny_llama(tie_word_embeddings=True).double(), Examples(pair_corpus(), TRAIN)))
+def step_names() -> list[str]:
+    return list(step_gradients(False)[0])
 
 
-def test_linear_is_adamw_whose_weights_are_put_back_after_every_step(tmp_path, gradients):
-    model, rates = tiny_llama(tie_word_embeddings=True).double(), learning_rates(TRAIN, len(gradients))
-    weights = named_weights(model)
-    base = {name: weight.detach().clone() for name, weight in weights.items()}
-    moved = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=TRAIN.weight_decay)
-    for rate, gradient in zip(rates, gradients, strict=True):
-        for name, weight in weights.items():
-            weight.grad = gradient[name].clone()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        with torch.no_grad():
-            for name, weight in weights.items():
-                moved[name] += weight - base[name]
-                weight.copy_(base[name])
-    largest = max(float(change.abs().max()) for change in moved.values())
-    for name, score in scores_of(swept(tmp_path)).items():
-        assert (score.double() - moved[name].abs().view(-1)).abs().max() < 1e-4 * largest, name
+def recomputing(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():  # as `load_model` leaves it
+        module.training = getattr(module, "gradient_checkpointing", False)
+    return model
 
 
-def test_the_other_scores_are_their_definitions(tmp_path, gradients):
-    for score in ("snr", "grad_sum", "fisher"):
-        for name, found in scores_of(swept(tmp_path / score, score)).items():
-            steps = torch.stack([gradient[name].view(-1) for gradient in gradients])
-            squares = (steps**2).sum(0)
-            truth = {"grad_sum": steps.sum(0).abs(), "fisher": squares, "snr": steps.sum(0).abs() / squares.sqrt()}
-            expected = truth[score].nan_to_num().float()
-            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.max()))
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_number_of_windows_shows_in_no_bit(tmp_path, caplog, recompute, tied, clip):
+    def build():
+        model = tiny_llama(tie_word_embeddings=tied, num_hidden_layers=3)
+        return recomputing(model) if recompute else model
+
+    whole = scores_of(few(build(), tmp_path / "1", clip=clip))
+    for count in (2, 7):
+        sweep = few(build(), tmp_path / str(count), windows=count, clip=clip, host=count == 2)
+        assert same(scores_of(sweep), whole), f"{count} windows"
+        assert len(sweep.windows) == count and sweep.passes == count + clip * -(-count // 4)
+    assert "every pass runs the whole model" not in caplog.text
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_as_many_windows_as_pieces(tmp_path):
+    whole = scores_of(few(tiny_llama(), tmp_path / "1"))
+    sweep = few(tiny_llama(), tmp_path / "all", windows=(count := len(pieces_of(tiny_llama()))))
+    assert same(scores_of(sweep), whole)
+    assert 128 < len(sweep.windows) <= count, "windows are as large as the largest piece"
+
+
+def test_a_tensor_may_lie_in_several_windows(tmp_path):
+    sweep = few(tiny_llama(), tmp_path, "grad_sum", windows=16)
+    places = {name: {n for n, window in enumerate(sweep.windows) for p in window if p.name == name} for name in names()}
+    assert max(map(len, places.values())) > 1
+    whole = scores_of(few(tiny_llama(), tmp_path / "1", "grad_sum"))
+    assert same(scores_of(sweep), whole)
+
+
+def names() -> list[str]:
+    return list(named_weights(tiny_llama()))
+
+
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
+
+
+def test_scores_do_not_depend_on_how_a_step_is_cut(tmp_path):
+    whole, cut = (settings(num_train_epochs=1, **how) for how in ({}, ONE_BY_ONE))
+    whole, other = (swept(tiny_llama(), tmp_path / name, config=c) for name, c in (("a", whole), ("b", cut)))
+    for name, score in whole.items():
+        assert (other[name] - score).abs().mean() < 1e-8, name
+
+
 @pytest.mark.parametrize("score", GRADIENT_SCORES)
-def test_windows_show_in_no_bit(tmp_path, score, tied):
-    def scores(windows, **settings):
-        folder = tmp_path / "-".join([str(windows), *settings])
-        sweep = swept(folder, score, tiny_llama(tie_word_embeddings=tied), windows=windows, **settings)
-        assert len(sweep.windows) <= windows and sweep.segments is None or windows > 1
-        return scores_of(sweep), sweep
-
-    whole, one = scores(1)
-    for windows in (2, 7, len(one.pieces)):
-        parts, sweep = scores(windows)
-        assert all(torch.equal(whole[name], parts[name]) for name in whole), windows
-        largest = max(sum(piece.size for piece in window) for window in sweep.windows)
-        assert sweep.state_bytes["accumulators"] == 4 * (1 + sweep.family.states) * largest
-    parts, _ = scores(3, host=True)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+def test_bytes_are_those_of_live_tensors(tmp_path, score):
+    sweep = few(tiny_llama(), tmp_path, score, windows=3)
+    before = memory.live_bytes()
+    live = next(memory.live_bytes() - before for done, total in sweep.run() if done == total)
+    states = {"linear": 3, "snr": 2, "grad_sum": 1, "fisher": 1}[score]
+    *_, last = sizes = [sum(piece.size for piece in window) for window in sweep.windows]
+    assert live == pytest.approx(4 * (1 + states) * last, rel=0.02)
+    assert sweep.state_bytes["accumulators"] == 4 * (1 + states) * max(sizes)
+    weights = sum(weight.numel() for weight in tiny_llama().parameters())
+    assert max(sizes) <= weights / 3 + max(piece.size for piece in sweep.pieces)
+    assert sweep.state_bytes["base"] == 4 * weights
 
 
-def test_clipping_counts(tmp_path):
-    clipped, free = scores_of(swept(tmp_path / "a")), scores_of(swept(tmp_path / "b", clip=False))
-    assert any(not torch.equal(clipped[name], free[name]) for name in clipped)
+def test_windows_are_as_even_as_pieces_allow():
+    pieces = [Piece("a", begin, begin + size) for begin, size in ((0, 5), (5, 1), (6, 1), (7, 5), (12, 2))]
+    assert [[piece.size for piece in window] for window in windows_of(pieces, 2)] == [[5, 1, 1], [5, 2]]
+    assert [[piece.size for piece in window] for window in windows_of(pieces, 3)] == [[5, 1], [1, 5], [2]]
+    assert windows_of(pieces, 1) == [pieces]
+    assert [[piece.size for piece in window] for window in windows_of(pieces, 5)] == [[5], [1, 1], [5], [2]]
+    with pytest.raises(UserError, match=r"locate.windows: expected 1..5, the pieces .*; got 6"):
+        windows_of(pieces, 6)
 
 
-def test_the_model_is_as_before(tmp_path):
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shares_of_a_piece_are_all_of_it(world):
+    for size in (1, 2, 3, 7, 8):
+        piece = Piece("a", 10, 10 + size)
+        shares = [piece.share(rank, world) for rank in range(world)]
+        assert list(chain(*(range(share.begin, share.end) for share in shares))) == list(range(10, 10 + size))
+
+
+@pytest.mark.parametrize("score", ["linear", "snr"])
+def test_a_weight_that_is_not_read_scores_nothing(tmp_path, score):
     model = tiny_llama()
-    before = {module: (type(module), *vars(module)) for module in model.modules()}
-    swept(tmp_path, model=model, windows=5)
-    after = {module: (type(module), *vars(module)) for module in model.modules()}
-    assert after == before and all(weight.grad is None for weight in model.parameters())
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(300)))
+    model.model.layers[1].register_parameter("unused", torch.nn.Parameter(torch.ones(30)))
+    scores = scores_of(few(model, tmp_path, score, windows=5))
+    assert not scores["unused"].any() and not scores["model.layers.1.unused"].any()
+    assert scores["model.norm.weight"].any()
 
 
-def test_a_killed_sweep_goes_on_with_the_next_pass(tmp_path):
-    whole = scores_of(swept(tmp_path / "whole", windows=4))
-    examples = Examples(pair_corpus(), TRAIN)
-    for steps in (1, 13, 30):
-        folder = tmp_path / str(steps)
-        logps = ResponseLogps(tiny_llama(tie_word_embeddings=True))
-        first = Sweep(logps, examples, Dpo(0.5), TRAIN, "linear", folder, windows=4)
-        for _, _ in zip(range(steps), first.run(), strict=False):
-            pass
-        written = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-        # Other windows than the first session's would make its files useless.
-        again = swept(folder, windows=2) if any("score" in path.name for path in written) else swept(folder, windows=4)
-        assert all(path.stat().st_mtime_ns == when for path, when in written.items())
-        assert all(torch.equal(whole[name], score) for name, score in scores_of(again).items())
+@pytest.fixture
+def passes(monkeypatch):
+    """Of every pass the names in its window, and what happened in it: a name for a gradient, a number for a layer."""
+    seen = []
+    takes, open_window, alias = (Taps._take, Taps._take_rows, Taps.take_head), Taps.open, Alias.forward
+
+    def taken(how):
+        def take(self, *given):
+            name = given[0] if isinstance(given[0], str) else self.head
+            if name in self._sums:
+                seen[-1][1].append(name)
+            how(self, *given)
+
+        return take
+
+    def opened(self, pieces, device, head=True):
+        seen.append(({piece.name for piece in pieces}, []))
+        return open_window(self, pieces, device, head)
+
+    def made(*given):
+        seen[-1][1].append("differentiable")
+        return alias(*given)
+
+    for take in takes:
+        monkeypatch.setattr(Taps, take.__name__, taken(take))
+    monkeypatch.setattr(Taps, "open", opened)
+    monkeypatch.setattr(Alias, "forward", made)
+    return seen
 
 
-def test_pieces_cover_every_weight_once_and_windows_are_even():
-    model = tiny_llama(tie_word_embeddings=True)
-    pieces = pieces_of(model)
-    for name, weight in named_weights(model).items():
-        ends = [(piece.begin, piece.end) for piece in pieces if piece.name == name]
-        assert ends[0][0] == 0 and ends[-1][1] == weight.numel()
-        assert all(end == begin for (_, end), (begin, _) in zip(ends, ends[1:], strict=False))
-    windows = windows_of(pieces, 4)
-    assert [piece for window in windows for piece in window] == pieces and len(windows) == 4
-    largest, total = max(sum(piece.size for piece in window) for window in windows), sum(p.size for p in pieces)
-    assert largest <= total / 4 + max(piece.size for piece in pieces)
-    with pytest.raises(UserError, match=f"locate.windows: expected 1..{len(pieces)}, .*; got {len(pieces) + 1}"):
-        windows_of(pieces, len(pieces) + 1)
+def watch_layers(model, passes):
+    def entered(number):
+        return lambda module, inputs: passes[-1][1].append(number) if passes else None
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(entered(number))
 
 
-def test_gradients_that_cannot_rank_are_refused(tmp_path):
-    class Broken(Dpo):
-        def __call__(self, *given):
-            loss, metrics = super().__call__(*given)
-            return loss * float("inf"), metrics
+@pytest.mark.parametrize("windows", [1, 6])
+def test_a_pass_computes_its_windows_layers_and_gradients_alone(tmp_path, passes, windows):
+    sweep = few(tiny_llama(num_hidden_layers=4), tmp_path, "grad_sum", windows=windows)
+    watch_layers(sweep.model, passes)
+    scores_of(sweep)
+    assert not any(weight.requires_grad for weight in sweep.model.parameters())
+    scored = passes[-windows:]
+    assert [names for names, _ in scored] == [{piece.name for piece in window} for window in sweep.windows]
+    for names, happened in scored:
+        layers = {int(name.split(".")[2]) for name in names if ".layers." in name}
+        assert set(happened) - {"differentiable"} == names | layers
+        products = [name for name in happened if name in names - {"model.embed_tokens.weight", "lm_head.weight"}]
+        assert happened.count("differentiable") == len(products), "each is asked for; rows need none of their own"
 
-    with pytest.raises(UserError, match="locate.score: linear: the gradient of .* is not finite"):
-        swept(tmp_path / "a", objective=Broken(0.5))
-    weights = [[0.0] * len(response.tokens) for response in pair_corpus().responses]
-    corpus = pair_corpus()
+
+def anatomy(model) -> list:
+    """Everything that a module's class and attributes say of how it computes."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        (type(module), module.training, sorted(vars(module)), vars(module).get("forward"))
+        + tuple(list(getattr(module, name).values()) for name in hooks)
+        for module in model.modules()
+    ]
+
+
+class Counted(Dpo):
+    calls, fails_at = 0, None
+
+    def __call__(self, logps, ref, batch):
+        Counted.calls += 1
+        if Counted.calls == self.fails_at:
+            raise RuntimeError("in the middle")
+        return super().__call__(logps, ref, batch)
+
+
+def test_the_model_is_as_it_was_whatever_happened(tmp_path):
+    sweep = few(tiny_llama(), tmp_path / "finished", windows=4, objective=Counted(0.5))
+    norm = sweep.model.model.norm
+    norm.forward = own = norm.forward  # as accelerate's, an attribute of its own
+    before = anatomy(sweep.logps)
+    scores_of(sweep)
+    assert anatomy(sweep.logps) == before and norm.forward is own
+    killed = (sweep := few(sweep.model, tmp_path / "killed", windows=4)).run()
+    before = anatomy(sweep.logps)
+    next(killed)
+    assert anatomy(sweep.logps) != before
+    killed.close()
+    assert anatomy(sweep.logps) == before
+    sweep = few(sweep.model, tmp_path / "failed", windows=4, objective=Counted(0.5))
+    before, Counted.fails_at, Counted.calls = anatomy(sweep.logps), Counted.calls, 0  # in the last segment
+    with pytest.raises(RuntimeError, match="in the middle"):
+        scores_of(sweep)
+    assert anatomy(sweep.logps) == before and sweep.captured
+
+
+ONE_STEP = settings(per_device_train_batch_size=99, gradient_accumulation_steps=1, num_train_epochs=1)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_other_objectives_and_references(tmp_path, windows):
+    """Against autograd through the model's own weights."""
+    corpus = pair_corpus(2)
     corpus.examples = [(index,) for index in range(len(corpus.responses))]
-    none = Examples(corpus, TRAIN, token_weights=weights)
-    with pytest.raises(UserError, match="every gradient is zero"):
-        scores_of(swept(tmp_path / "b", "grad_sum", objective=Npo(0.1), examples=none))
+    weights = [[float(column % 2) for column in range(len(r.tokens))] for r in corpus.responses]
+    for objective, reference in ((Sft(), None), (Npo(0.5), None), (Npo(0.5), tiny_llama(seed=3))):
+        place = tmp_path / f"{type(objective).__name__}-{reference is None}"
+        given = {"config": ONE_STEP, "corpus": corpus, "objective": objective, "token_weights": weights}
+        sweep = make_sweep(tiny_llama(), place, "grad_sum", windows=windows, **given)
+        batch = sweep.losses.of(0, 1.0)[0]
+        if reference:
+            sweep.losses.reference = {"0": make_sweep(reference, place, **given).logps(batch).detach()}
+        ours = scores_of(sweep)
+        model = make_sweep(tiny_llama(), place, **given)
+        logps = model.logps(batch)
+        objective(logps, sweep.losses.reference.get("0", logps.detach()), batch)[0].backward()
+        for name, weight in named_weights(model.model).items():
+            torch.testing.assert_close(ours[name], weight.grad.view(-1).abs(), rtol=1e-4, atol=1e-7)

@@ -91,6 +91,12 @@ def test_a_located_change_depends_on_the_other_models_files(tmp_path):
     assert tmp_path / "after/model.safetensors" in STAGES["locate"].files(made)
 
 
+def test_locating_depends_on_the_files_of_another_reference(tmp_path):
+    save_model(tiny_llama(), character_tokenizer(), tmp_path / "other")
+    made = config(warmup={"reference": str(tmp_path / "other")})
+    assert tmp_path / "other/model.safetensors" in STAGES["locate"].files(made)
+
+
 def test_the_disk_of_a_run_is_what_it_keeps():
     ratios = {"model": {"name_or_path": "m"}, "forget": {"ratio": 0.05}, "learn": {"ratio": 0.1}}
     data = {"train": "a", "test": "b"}

@@ -118,6 +118,7 @@ def test_every_stage_agrees_with_one_process(work, world):
         "cuts",
         "offload",
         "other_reference",
+        "rewarded",
         "options",
         "generator",
         "closed",
@@ -145,6 +146,27 @@ def test_locating_is_as_planned(work, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_selection_is_the_same_from_shards(work, world):
     work(world, "located")
+
+
+@pytest.mark.parametrize("world, scores", [(2, ["linear", "snr"]), (4, ["linear"])])
+def test_scores_are_those_of_one_process(work, world, scores):
+    work(world, "swept", *scores)
+
+
+def test_locating_goes_on_with_another_number_of_ranks(work, tmp_path):
+    moved, straight = tmp_path / "moved", tmp_path / "straight"
+    work(0, "swept_until", "whole", 999, folder=straight)
+    for world, kind, until in (
+        (4, "shares", 9),
+        (2, "shares", 9),
+        (2, "whole", 13),
+        (4, "whole", 5),
+        (2, "shares", 999),
+    ):
+        work(world, "swept_until", kind, until, folder=moved)
+    expected, ours = (torch.load(folder / "scores.pt") for folder in (straight, moved))
+    for name, score in expected.items():
+        assert (ours[name] - score).abs().mean() < 1e-6 * score.max(), name
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])

@@ -1,6 +1,5 @@
 """What single stages do, on inputs small enough to work out by hand."""
 
-import json
 import types
 
 import pytest
@@ -12,12 +11,11 @@ from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
-from allo_fast.data.prompts import Prompts
 from allo_fast.model.generation import generate, stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.stages import forget, implicit, models, pairs, responses, rewards, rewriting
+from allo_fast.stages import models, pairs
 
 
 def test_json_lines_survive_every_line_separator(tmp_path):
@@ -26,16 +24,14 @@ def test_json_lines_survive_every_line_separator(tmp_path):
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
-ARITHMETIC = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
-
-
 def run_pairs(tmp_path, rows, seed=0, **settings):
     """The pairs stage on given responses."""
     write_jsonl(tmp_path / "responses.jsonl", rows)
+    data = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
     unit = types.SimpleNamespace(
         folder=tmp_path,
         seed=seed,
-        config=Config(name="x", data=ARITHMETIC, pairs=settings),
+        config=Config(name="x", data=data, pairs=settings),
         needed=lambda stage: tmp_path,
     )
     list(pairs.execute(unit))
@@ -102,69 +98,6 @@ def test_gold_stands_in_only_where_nothing_is_correct(tmp_path):
 
 
 TOKENIZER = character_tokenizer()
-PROMPTS = Prompts(TOKENIZER, template="{}=", rewrite="{}#{}?{}>")
-
-
-def text(ids):
-    return "".join(TOKENIZER.convert_ids_to_tokens(ids))
-
-
-def test_a_correction_is_the_nearest_correct_response():
-    row = {"rewrite_ids": [5, 6], "response_ids": [1, 2, 3], "correct": [[9, 9, 9], [1, 2, 9], [1, 2, 3, 4, 5]]}
-    corpus = rewriting._corrections([row])
-    assert corpus.prompts == [[5, 6]] and corpus.responses[0].tokens == [1, 2, 9]
-
-
-def test_rewrites_are_rendered_with_solution_and_response():
-    row = {"prompt": "1+1", "solution": "2", "response": "123"}
-    (rewrite,) = rewriting._rendered([row], PROMPTS)
-    assert text(rewrite["rewrite_ids"]) == "1+1#2?123>"
-    refusing = Prompts(TOKENIZER, template="{}", rewrite="{}{}{}")
-    assert rewriting._rendered([{"prompt": "", "solution": "", "response": ""}], refusing) == [], "a prompt of no token"
-
-
-def test_rewards_are_the_probability_of_each_token(tmp_path):
-    model = tiny_llama(vocab_size=len(TOKENIZER))
-    about = {"id": "p", "prompt": "1", "prompt_ids": [7], "response": "x"}
-    rows = [{**about, "rewrite_ids": [5, 6, 7], "response_ids": [8, 1]}]
-    rows += [{**about, "rewrite_ids": [9, 9, 4, 5], "response_ids": [5, 6, 7, 8, 1]}]
-    unit = types.SimpleNamespace(folder=tmp_path, config=Config(name="x", data=ARITHMETIC, rewards={"batch_size": 2}))
-    logps = ResponseLogps(model)
-    list(responses.rewarded(unit, rows, lambda batch: logps(batch).exp(), model.device, "rewrite_ids"))
-    for row, scored in zip(rows, read_jsonl(tmp_path / "rewards.jsonl"), strict=True):
-        ids, first = row["rewrite_ids"] + row["response_ids"], len(row["rewrite_ids"])
-        probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
-        expected = [probabilities[i - 1, ids[i]].item() for i in range(first, len(ids))]
-        assert scored == {**about, "response_ids": row["response_ids"], "rewards": pytest.approx(expected, rel=1e-4)}
-
-
-def test_implicit_rewards_are_on_the_responses_own_scale():
-    rewards = torch.tensor([[1.0, 3.0, 9.0], [2.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
-    valid = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0]]).bool()
-    scaled = implicit.on_its_own_scale(rewards, valid)
-    # Standard scores -1 and 1; where all are equal, or there is one, 0.
-    assert scaled[valid].tolist() == pytest.approx([0.26894, 0.73106, 0.5, 0.5, 0.5], abs=1e-5)
-
-
-def test_a_threshold_may_be_the_responses_own_mean():
-    rows = [{"id": "a", "prompt_ids": [1], "response_ids": [2, 3, 4], "rewards": [0.9, 0.8, 0.1]}]
-    assert forget.weighted_corpus(rows, "mean")[1] == [[0.0, 0.0, 1.0]]
-    assert forget.weighted_corpus(rows, 0.85)[1] == [[0.0, 1.0, 1.0]]
-    rows[0]["rewards"] = [0.2, 0.2, 0.2]
-    assert forget.weighted_corpus(rows, "mean")[0].examples == [], "nothing is below the mean of equal rewards"
-
-
-def test_the_tokens_a_rewriter_would_change_are_forgotten():
-    rows = [
-        {"id": "a", "prompt_ids": [1], "response_ids": [2, 3, 1], "rewards": [0.9, 0.1, 0.5]},
-        {"id": "b", "prompt_ids": [2], "response_ids": [4, 1], "rewards": [0.6, 0.7]},
-        {"id": "a", "prompt_ids": [1], "response_ids": [5, 1], "rewards": [0.2, 0.9]},
-    ]
-    corpus, weights = forget.weighted_corpus(rows, 0.5)
-    assert weights == [[0, 1, 0], [1, 0]] and corpus.prompts == [[1]], "nothing is forgotten of the second problem"
-    assert [response.tokens for response in corpus.responses] == [[2, 3, 1], [5, 1]]
-    _, release = forget.weighted_corpus(rows, None)
-    assert sorted(release) == sorted(row["rewards"] for row in rows)
 
 
 def respond(model, **settings):
@@ -223,17 +156,3 @@ def test_padding_needs_no_token_of_its_own():
     model = tiny_llama(vocab_size=len(tokenizer))
     tokenizer.add_special_tokens({"pad_token": "<outside the embedding>"})
     assert len(generate(model, tokenizer, [[5, 6], [7]], {1}, max_new_tokens=3)) == 2
-
-
-def test_bad_reward_files(tmp_path):
-    path = tmp_path / "rewards.jsonl"
-    for line, message in (
-        ("{", "rewards.jsonl:1: not JSON"),
-        ('{"response": "x", "rewards": []}', "expected the fields prompt, response and rewards"),
-        (json.dumps({"prompt": "p", "response": "x", "rewards": [2.0]}), "expected numbers in 0..1"),
-    ):
-        path.write_text(line)
-        with pytest.raises(UserError, match=message):
-            rewards.read_rewards(str(path))
-    with pytest.raises(UserError, match="no such file"):
-        rewards.read_rewards(str(tmp_path / "none"))

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,47 +15,59 @@ from torch import Tensor
 from allo_fast.config import UserError
 from allo_fast.locating.windows import Piece
 
-_NAME = re.compile(r"(\w+)-(\d+)-of-(\d+)\.rank-(\d+)-of-(\d+)\.safetensors")
+_NAME = re.compile(r"[\w-]+-(\d+)\.rank-\d+-of-(\d+)\.safetensors")
+_PLAN = "windows"
 
 
-def passes_begun(folder: Path, kind: str) -> int | None:
-    """How many passes of a kind were planned, by what the first of them left."""
-    matches = [_NAME.fullmatch(path.name) for path in sorted(folder.glob(f"{kind}-*.safetensors"))]
-    return next((int(match[3]) for match in matches if match), None)
+def planned_windows(folder: Path) -> int | None:
+    """Of an earlier session, whose files are of that many."""
+    plan = folder / _PLAN
+    return int(plan.read_text()) if plan.is_file() else None
 
 
-def is_done(folder: Path, kind: str, number: int, count: int) -> bool:
-    """Whether every rank that had a part in a pass has left its file."""
-    matches = [_NAME.fullmatch(path.name) for path in folder.glob(f"{kind}-{number:03d}-of-{count:03d}.*.safetensors")]
-    worlds = [int(match[5]) for match in matches if match]
-    return any(worlds.count(world) == world for world in worlds)
+def plan_windows(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    appear(folder / _PLAN, lambda partial: partial.write_text(str(count)))
+
+
+def finished(folder: Path, kind: str) -> dict[int, list[Path]]:
+    """The files of each pass of which every rank that had a part in it has left one."""
+    files: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        if match := _NAME.fullmatch(path.name):
+            files.setdefault((int(match[1]), int(match[2])), []).append(path)
+    return {number: paths for (number, world), paths in files.items() if len(paths) == world}
 
 
 def save_pass(
-    folder: Path, kind: str, number: int, count: int, results: Mapping[Piece, Tensor], rank: int = 0, world: int = 1
+    folder: Path, kind: str, number: int, results: Mapping[Piece, Tensor], rank: int = 0, world: int = 1
 ) -> None:
-    """results: one tensor a piece. Appears at once or not at all."""
-    path = folder / f"{kind}-{number:03d}-of-{count:03d}.rank-{rank}-of-{world}.safetensors"
+    """results: one tensor a piece."""
     tensors = {f"{piece.begin} {piece.end} {piece.name}": tensor.cpu() for piece, tensor in results.items()}
-    save_file(tensors, partial := path.with_suffix(".partial"))
+    path = folder / f"{kind}-{number:03d}.rank-{rank}-of-{world}.safetensors"
+    appear(path, lambda partial: save_file(tensors, partial))
+
+
+def appear(path: Path, write: Callable[[Path], object]) -> None:
+    """What `write` writes appears at once or not at all."""
+    write(partial := path.with_name(f"{path.name}.partial"))
     os.rename(partial, path)
 
 
 def load_passes(folder: Path, kind: str) -> dict[Piece, tuple[Path, str]]:
     """Where the result of each piece lies: its file, and its name there."""
-    found = {}
-    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+    places = {}
+    for path in chain(*finished(folder, kind).values()):
         with safe_open(path, "pt") as file:
             for key in file.keys():
                 begin, end, name = key.split(" ", 2)
-                found[Piece(name, int(begin), int(end))] = path, key
-    return found
+                places[Piece(name, int(begin), int(end))] = path, key
+    return places
 
 
 def read_piece(path: Path, key: str, begin: int = 0, end: int | None = None) -> Tensor:
-    with safe_open(
-        path, "pt"
-    ) as file:  # opened anew: what was read of a mapped file stays in memory until it is closed
+    # Opened anew each time: what was read of a mapped file stays in memory until it is closed.
+    with safe_open(path, "pt") as file:
         return file.get_slice(key)[begin:end]
 
 

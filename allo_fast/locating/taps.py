@@ -47,7 +47,7 @@ class Taps:
         for piece, total in zip(pieces, sums, strict=True):
             self._sums.setdefault(piece.name, []).append((piece, total))
         module, entries = self._logps.head, self._logps.head.entries
-        if self.head in self._sums:
+        if self.has_head:
             module.entries, module.on_logps = lambda weight: (weight, None, None), self._tap_head if head else None
         try:
             yield sums
@@ -67,6 +67,11 @@ class Taps:
     def close(self) -> None:
         for module in self._logps.modules():
             install_reads(module, [], self._read)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether some of the head is asked for."""
+        return self.head in self._sums
 
     def take_head(self, given: HeadPass, upstream: Tensor) -> None:
         """Adds the gradients of the head's pieces, if any; upstream: that of the head's result, fp32 [N]."""

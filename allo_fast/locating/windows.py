@@ -2,7 +2,8 @@
 
     window 0: | embedding 0..p | embedding p..2p | layer 0 q_proj |     window 1: | layer 0 k_proj | ...
 
-Pieces depend on the model alone and every sum is of one piece, so that the number of windows shows in no bit.
+Pieces depend on the model alone and every sum is of one piece, so that the number of windows shows in no bit, except of
+models whose operations round otherwise where another weight has a gradient (torch.matmul, as in Mamba).
 """
 
 from collections.abc import Mapping, Sequence

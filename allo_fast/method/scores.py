@@ -79,6 +79,11 @@ class Random:
 
 def parts(score: Score) -> Iterator[Tensor]:
     """|score| of this rank's share of a tensor, a part at a time."""
-    begin, end = ranks.bounds(score.numel())
-    for first in range(begin, end, _LOOK):
+    _, end = ranks.bounds(score.numel())
+    for first in starts(score):
         yield score.part(first, min(first + _LOOK, end))
+
+
+def starts(score: Score) -> range:
+    """Where each part begins."""
+    return range(*ranks.bounds(score.numel()), _LOOK)

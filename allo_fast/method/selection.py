@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.method.delta import load_positions, save_positions
 from allo_fast.method.rows import row_positions
-from allo_fast.method.scores import Change, Given, Score, parts
+from allo_fast.method.scores import Change, Given, Score, parts, starts
 from allo_fast.model.weights import as_bytes, fingerprint, named_weights, size_of
 from allo_kernels import Positions, topk_threshold
 
@@ -187,21 +188,22 @@ def _exact_positions(
     skipped, until = _floor(skip, total), _floor(skip, total) + _floor(ratio, total)
     if last:
         skipped, until = total - until, total - skipped
-    for (name, score), top, passed in zip(scores.items(), _top(scores, until), _top(scores, skipped), strict=True):
-        begin, _ = ranks.bounds(score.numel())
+    tops = _top(scores, until, warns=not last)
+    for (name, score), top, passed in zip(scores.items(), tops, _top(scores, skipped), strict=True):
         places = [torch.empty(0, dtype=torch.int64)]
-        for kept, over in zip(top, passed, strict=True):
-            places.append((kept & ~over).nonzero().squeeze(1).cpu() + begin)
-            begin += len(kept)
+        for first, among_top, among_passed in zip(starts(score), top, passed, strict=True):
+            places.append((among_top & ~among_passed).view(-1).nonzero().squeeze(1).cpu() + first)
         yield name, Positions.pack(ranks.concatenate(torch.cat(places)), score.numel())
 
 
-def _top(scores: Mapping[str, Score], k: int) -> Iterator[Iterator[Tensor]]:
+def _top(scores: Mapping[str, Score], k: int, warns: bool = False) -> Iterator[Iterator[Tensor]]:
     """Per tensor and part, which of its scores are among the k highest; ties go to the lower (name, index)."""
-    every = _Parts(scores)
-    value, above, _ = topk_threshold(every, k, add_up=ranks.add_up) if k else (float("inf"), 0, 0)
+    if not k:  # without a look at any
+        yield from (repeat(torch.tensor(False), len(starts(score))) for score in scores.values())
+        return
+    value, above, _ = topk_threshold(_Parts(scores), k, add_up=ranks.add_up)
     threshold, tie_count = float(value), k - above
-    if 0 < above < k and threshold == 0:
+    if warns and 0 < above < k and threshold == 0:
         logger.warning("only %d weights have a score above 0; others fill the selection of %d", above, k)
     # In the order of (name, index), how many ties come before those of this rank's share of a tensor.
     ties_here = [sum(int((part == threshold).sum()) for part in parts(score)) for score in scores.values()]

@@ -98,7 +98,7 @@ def _costs(summary: dict) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{stage['seconds']:.1f} s</td>"
         f"<td>{stage['peak_bytes'] / 2**20:,.0f} MiB</td>"
         f"<td>{_number(stage.get('tokens_per_second'))}</td><td>{_share(stage)}</td>"
-        f"<td>{_number(stage.get('state_bytes_per_parameter'), 2)}</td></tr>"
+        f"<td>{_states(stage)}</td></tr>"
         for name, stage in summary["stages"].items()
     )
     head = "".join(
@@ -107,6 +107,13 @@ def _costs(summary: dict) -> str:
     )
     text = "Peak memory is the whole process's, or the GPU's where one is used. States are counted from live tensors."
     return _section("Cost", text, f"<table><tr>{head}</tr>{rows}</table>")
+
+
+def _states(stage: dict) -> str:
+    states = _number(stage.get("state_bytes_per_parameter"), 2)
+    if locating := stage.get("locating"):  # of a stage that locates for itself
+        states += f", locating {_number(locating['state_bytes_per_parameter'], 2)}"
+    return states
 
 
 def _curves(run: Run) -> str:

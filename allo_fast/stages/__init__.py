@@ -125,12 +125,14 @@ STAGES = {
         settings=("locate", "warmup", "forget.ratio", "learn.ratio", "method", "protocol", *_MODEL),
         needs=_locate_needs,
         keys=_seeds,
-        files=lambda config: _base_files(config) + _model_files(config.locate.after),
+        files=lambda config: (
+            _base_files(config) + _model_files(config.locate.after) + _model_files(config.warmup.reference)
+        ),
     ),
     "rewards": Stage(
         number=6,
         execute=rewards.execute,
-        settings=("rewards", "model.rounding", *_PROMPTS),
+        settings=("rewards", "model.rounding", *_LOCATED, *_PROMPTS),
         needs=_needs("sample", "pairs"),
         keys=_seeds,
         files=lambda config: (

@@ -1,7 +1,9 @@
 """Scores of weights by gradients at the frozen base, for whichever stage trains a selection of them."""
 
+import json
 import logging
 import random
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,9 +124,8 @@ def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> C
     """With `count` of its examples, in their order. Raises UserError for fewer than an optimizer step has."""
     if count is None or count >= len(corpus.examples):
         return corpus
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    if count < per_step:
-        raise UserError(f"locate.pairs: expected at least the {per_step} of an optimizer step, got {count}")
+    if count < train.examples_per_step:
+        raise UserError(f"locate.pairs: expected at least the {train.examples_per_step} of a step, got {count}")
     chosen = sorted(random.Random(seed).sample(range(len(corpus.examples)), count))
     return replace(corpus, examples=[corpus.examples[index] for index in chosen])
 
@@ -136,7 +137,8 @@ def _reference(
     opened = frozen_reference(unit, model)
     if opened is None:
         return None
-    path, share, device = unit.folder / "reference_logps.safetensors", logps.share_prompts, logps.model.device
+    (scratch := unit.folder / SCRATCH).mkdir(exist_ok=True)
+    path, share, device = scratch / "reference_logps.safetensors", logps.share_prompts, logps.model.device
     return (yield from _batches(reference_logps(path, examples, opened(share), share, device)))
 
 
@@ -150,31 +152,32 @@ def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress
 
 def located(
     unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
-) -> Generator[Progress, None, Selection]:
-    """What a stage trains that locates for itself: by `linear`, in one epoch; kept with the unit."""
-    kept = unit.folder / "selection.safetensors"
+) -> Generator[Progress, None, tuple[Selection, dict]]:
+    """What a stage trains that locates for itself: by `linear`, in one epoch; kept with the unit. And how it did."""
+    kept, facts = unit.folder / "selection.safetensors", unit.folder / "locating.json"
     if not ranks.on_main(kept.exists):
         once = train.model_copy(update={"num_train_epochs": 1})
         with frozen_base(unit, path) as base:
-            scores, _ = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
-        selection = Selection.from_scores(
-            scores, ratio, base=base.fingerprint, exclude=tuple(unit.config.locate.exclude)
-        )
-        ranks.on_main(lambda: _keep(selection, kept))
-    return Selection.load(kept)
+            scores, how = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
+        exclude = tuple(unit.config.locate.exclude)
+        selection = Selection.from_scores(scores, ratio, base=base.fingerprint, exclude=exclude)
+        ranks.on_main(lambda: _keep(selection, kept, how, facts))
+    return Selection.load(kept), {"locating": ranks.on_main(lambda: json.loads(facts.read_text()))}
 
 
 def located_policy(
     unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
-) -> Generator[Progress, None, DensePolicy | SparsePolicy]:
+) -> Generator[Progress, None, tuple[DensePolicy | SparsePolicy, dict]]:
     """The model at `path`, of which `ratio` trains, located by its own objective; 1: all of it, densely."""
     if ratio == 1:
-        return dense_policy(unit, path)
-    selection = yield from located(unit, path, corpus, objective, train, ratio)
-    return selected_policy(unit, path, selection)
+        return dense_policy(unit, path), {}
+    selection, facts = yield from located(unit, path, corpus, objective, train, ratio)
+    return selected_policy(unit, path, selection), facts
 
 
-def _keep(selection: Selection, path: Path) -> None:
-    """Appears at once or not at all."""
+def _keep(selection: Selection, path: Path, how: dict, facts: Path) -> None:
+    """Appears at once or not at all; the scores, many times its size, go."""
+    facts.write_text(json.dumps(how, indent=1))
     selection.save(partial := path.with_suffix(".partial"))
     partial.rename(path)
+    shutil.rmtree(path.parent / SCRATCH)

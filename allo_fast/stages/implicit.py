@@ -26,7 +26,9 @@ from allo_fast.training.engine import Trainer
 def implicit(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
     settings, path = unit.config.rewards.dpo, unit.config.rewards.model or base_path(unit)
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
-    selection = yield from located(unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio)
+    selection, locating = yield from located(
+        unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio
+    )
     policy = selected_policy(unit, path, selection)
     trainer = Trainer(policy, corpus, Dpo(settings.beta), settings, unit.folder, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
@@ -39,13 +41,13 @@ def implicit(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
 
     yield from rewarded(unit, responses, score, policy.model.device)
     trainer.backend.close()
-    return facts
+    return {**facts, **locating}
 
 
 def on_its_own_scale(rewards: Tensor, valid: Tensor) -> Tensor:
     """sigma of each response's standard scores, 0.5 where all are equal; rewards fp32 [R, L], valid bool [R, L]."""
-    count = valid.sum(1, keepdim=True)
+    count, rewards = valid.sum(1, keepdim=True), rewards.double()  # where the mean of equal numbers is that number
     mean = (rewards * valid).sum(1, keepdim=True) / count
     deviations = torch.where(valid, rewards - mean, 0.0)
     spread = (deviations.square().sum(1, keepdim=True) / count).sqrt()
-    return torch.where(spread > 0, deviations / spread, 0.0).sigmoid()
+    return torch.where(spread > 0, deviations / spread, 0.0).sigmoid().float()

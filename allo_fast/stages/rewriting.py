@@ -34,13 +34,13 @@ def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
     settings, path = unit.config.rewards, unit.config.rewards.model or base_path(unit)
     readable = _rewrites(unit, responses, path)
     corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed))
-    policy = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
+    policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
     trainer = Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
     device = policy.model.device
     yield from rewarded(unit, readable, lambda batch: policy.response_logps(batch).exp(), device, "rewrite_ids")
     trainer.backend.close()
-    return facts
+    return {**facts, **locating}
 
 
 def prompted(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:

@@ -28,13 +28,13 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = prompts_of(unit.config, load_tokenizer(path))
     rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
     corpus = corpus_of_right_responses(rows, settings.max_examples, unit.seed)
-    policy = yield from located_policy(unit, path, corpus, Sft(), settings, settings.ratio)
+    policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings, settings.ratio)
     trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts, dtype=unit.config.model.dtype)
     trainer.backend.close()
     first = first_row(rows, prompts, right_responses)
-    return {**facts, "problems": len(rows), "quarantined": quarantined, "first_row": first}
+    return {**facts, **locating, "problems": len(rows), "quarantined": quarantined, "first_row": first}
 
 
 def corpus_of_right_responses(rows: list[dict], limit: int | None, seed: int) -> Corpus:

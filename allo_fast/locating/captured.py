@@ -1,0 +1,72 @@
+"""What enters and leaves a model's segments, in files: computed once, read by every pass. Ranks divide the work."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from allo_fast import ranks
+from allo_fast.locating.files import appear
+from allo_fast.locating.losses import Losses
+from allo_fast.locating.segments import Segments
+from allo_fast.locating.taps import Taps
+from allo_fast.model.logps import HeadPass
+
+logger = logging.getLogger(__name__)
+
+
+class Captured:
+    """At `cuts`, in every micro-batch. cuts: all that a pass begins or ends at."""
+
+    def __init__(self, segments: Segments, cuts: Sequence[int], losses: Losses, folder: Path):
+        self.segments, self.cuts, self.losses, self.folder = segments, cuts, losses, folder
+
+    def has_room(self) -> bool:
+        """Whether the files that are not there yet fit on the disk; said where they do not."""
+        missing = [(micro, share) for micro, share in self.losses.parts() if not self._path(micro, share).exists()]
+        if not missing:
+            return True
+        batch, loss = self.losses.of(*missing[0])
+        (states,), (gradients,), *_ = self.segments.capture(batch, loss, self.cuts[:1])
+        at_one_cut = states.nbytes + gradients.nbytes
+        positions = sum(self.losses.positions[micro] for micro, _ in missing)
+        needed = len(self.cuts) * at_one_cut * positions / batch.input_ids.numel()
+        if fits := needed <= (free := shutil.disk_usage(self.folder).free):
+            return fits
+        sizes = needed / 1e9, self.folder, free / 1e9
+        logger.warning("locating: every pass runs the whole model: its states take %.1f GB, %s has %.1f left", *sizes)
+        return fits
+
+    def capture(self) -> Iterator[None]:
+        """Yields after each micro-batch of this rank."""
+        for micro, share in self.losses.parts()[ranks.rank() :: ranks.world_size()]:
+            if not (path := self._path(micro, share)).exists():
+                states, gradients, head, upstream = self.segments.capture(*self.losses.of(micro, share), self.cuts)
+                tensors = {"head": head.hidden, "lse": head.lse, "upstream": upstream}
+                tensors |= {f"states.{cut}": tensor for cut, tensor in zip(self.cuts, states, strict=True)}
+                tensors |= {f"gradients.{cut}": tensor for cut, tensor in zip(self.cuts, gradients, strict=True)}
+                appear(path, lambda partial, tensors=tensors: save_file(tensors, partial))
+            yield
+
+    def backward(self, micro: int, share: float, runs: Sequence[tuple[int, int]], taps: Taps) -> None:
+        """Through the head and the segments `runs`, the last first, as one backward pass comes to them."""
+        batch, loss = self.losses.of(micro, share)
+        with safe_open(self._path(micro, share), "pt", str(batch.input_ids.device)) as file:
+
+            def read(name: str) -> Tensor:
+                # Copied: what is computed may depend in its last bit on how memory is aligned, which a file's is not.
+                return file.get_tensor(name).clone()
+
+            if taps.has_head:
+                taps.take_head(HeadPass(read("head"), batch.targets, read("lse")), read("upstream"))
+            for first, last in reversed(runs):
+                start = read(f"states.{first - 1}") if first else None
+                gradient = read(f"gradients.{last}") if last < self.segments.last_stage else None
+                self.segments.backward(batch, loss, (first, last), start, gradient)
+
+    def _path(self, micro: int, share: float) -> Path:
+        return self.folder / f"cuts-{micro}-{share.hex()}.safetensors"
