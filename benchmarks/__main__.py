@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("config", type=Path, help="of a run, whose stages up to the warm-up are run first")
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
     command.add_argument("--scores", nargs="+", default=SCORES, choices=SCORES)
+    command.add_argument(
+        "--variants", action=argparse.BooleanOptionalAction, default=True, help="of linear: clipping, order, pairs, ..."
+    )
     command.add_argument("--out", type=Path, help="folder for locate.json and locate.svg")
     command.set_defaults(command=_locate)
     command = commands.add_parser(
@@ -70,7 +73,7 @@ def _step(given: argparse.Namespace) -> int:
 def _locate(given: argparse.Namespace) -> int:
     from benchmarks import locate
 
-    locate.run(given.config, given.overrides, given.scores, given.out)
+    locate.run(given.config, given.overrides, given.scores, given.variants, given.out)
     return 0
 
 

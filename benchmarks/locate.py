@@ -54,8 +54,19 @@ class Row:
     bytes_per_weight: float | None = None  # states, counted from live tensors
 
 
-def run(path: Path, overrides: list[str], scores: list[str], out: Path | None) -> list[Row]:
-    """Prints a table; with `out`, a folder, writes locate.json and locate.svg there."""
+@dataclass(frozen=True)
+class Variant:
+    score: str
+    pairs: int
+    clip: bool = True
+    reordered: bool = False
+    windows: int = 1
+    dtype: str | None = None  # of the base; None: the job's
+    note: str = ""
+
+
+def run(path: Path, overrides: list[str], scores: list[str], variants: bool, out: Path | None) -> list[Row]:
+    """Prints a table; with `out`, a folder, writes locate.json and locate.svg there. variants: of `linear`, too."""
     overrides = [*overrides, "rivals=[dpo]"]
     config = load_config(path, overrides)
     for stage in ("pretrain", "sample", "pairs", "warmup"):
@@ -63,7 +74,7 @@ def run(path: Path, overrides: list[str], scores: list[str], out: Path | None) -
             raise SystemExit(f"{stage} failed")
     owner, rows, chosen = Run(config, STAGES), [], {}
     for seed in config.seeds:
-        for row, selections in _measured(Unit(owner, "warmup", f"seed-{seed}"), scores):
+        for row, selections in _measured(Unit(owner, "warmup", f"seed-{seed}"), scores, variants):
             rows.append(row)
             chosen[seed, row.score, row.pairs] = selections
             _print(row)
@@ -79,7 +90,7 @@ def run(path: Path, overrides: list[str], scores: list[str], out: Path | None) -
     return rows
 
 
-def _measured(unit: Unit, names: list[str]) -> Iterator[tuple[Row, list[Selection]]]:
+def _measured(unit: Unit, names: list[str], variants: bool) -> Iterator[tuple[Row, list[Selection]]]:
     config, folder = unit.config, unit.folder
     base = load_model(base_path(unit), config.model)
     after = load_model(folder / "model", config.model, dtype="float32")
@@ -91,52 +102,50 @@ def _measured(unit: Unit, names: list[str]) -> Iterator[tuple[Row, list[Selectio
     everything = len(corpus.examples)
     yield Row(unit.seed, "delta", everything, len(steps), 1, (1.0,) * 3, seconds, None, bytes_per_weight), truth
     del after
-    logps = ResponseLogps(base)
-    for name, count, clip, window_count in _variants(names, config, everything, pieces_of(base)):
-        if name in GRADIENT_SCORES:
-            part = drawn(corpus, count, config.warmup, unit.seed)
-            row, selections = _swept(unit, logps, part, name, clip, window_count)
+    tried = [Variant(name, everything) for name in names]
+    tried += _variants(config, everything, pieces_of(base)) if variants else []
+    for variant in tried:
+        if variant.score in GRADIENT_SCORES:
+            model = load_model(base_path(unit), config.model, dtype=variant.dtype) if variant.dtype else base
+            row, selections = _swept(unit, ResponseLogps(model), corpus, variant)
         else:
             weights = named_weights(base)
             scores = {
                 "magnitude": {key: Given(weight) for key, weight in weights.items()},
                 "random": {key: Random(key, weight.numel(), unit.seed) for key, weight in weights.items()},
-            }[name]
-            row, selections = Row(unit.seed, name, 0, 0, 0, ()), _selections(scores)
+            }[variant.score]
+            row, selections = Row(unit.seed, variant.score, 0, 0, 0, ()), _selections(scores)
         overlaps = tuple(overlap(mine, its) for mine, its in zip(selections, truth, strict=True))
         yield Row(**asdict(row) | {"overlap": overlaps}), selections
 
 
-def _variants(
-    names: list[str], config: Config, pairs: int, pieces: list[Piece]
-) -> Iterator[tuple[str, int, bool, int]]:
-    """Score, pairs, clipping, windows."""
-    per_step = config.warmup.per_device_train_batch_size * config.warmup.gradient_accumulation_steps
-    for name in names:
-        yield name, pairs, True, 1
-    yield "linear", pairs, False, 1
+def _variants(config: Config, pairs: int, pieces: list[Piece]) -> Iterator[Variant]:
+    yield Variant("linear", pairs, clip=False, note="no clipping")
+    yield Variant("linear", pairs, reordered=True, note="pairs in another order")
+    if config.model.dtype != "bfloat16":
+        yield Variant("linear", pairs, dtype="bfloat16", note="bfloat16")
     for part in (2, 4, 8):
-        if pairs // part >= per_step:
-            yield "linear", pairs // part, True, 1
-    yield "linear", pairs, True, windows(config.locate, "linear", pieces, None)
+        if pairs // part >= config.warmup.examples_per_step:
+            yield Variant("linear", pairs // part)
+    yield Variant("linear", pairs, windows=windows(config.locate, "linear", pieces, None))
 
 
-def _swept(
-    unit: Unit, logps: ResponseLogps, corpus: Corpus, name: str, clip: bool, window_count: int
-) -> tuple[Row, list[Selection]]:
-    train = unit.config.warmup
+def _swept(unit: Unit, logps: ResponseLogps, corpus: Corpus, variant: Variant) -> tuple[Row, list[Selection]]:
+    train, seed = unit.config.warmup, unit.seed
     with tempfile.TemporaryDirectory() as folder:
-        examples = Examples(corpus, train, unit.seed)
+        part = drawn(corpus, variant.pairs, train, seed)
+        examples = Examples(part, train, seed + 1000 if variant.reordered else seed)
         started, cpu = time.perf_counter(), time.process_time()
-        sweep = Sweep(logps, examples, Dpo(train.beta), train, name, Path(folder), windows=window_count, clip=clip)
+        objective, how = Dpo(train.beta), {"windows": variant.windows, "clip": variant.clip}
+        sweep = Sweep(logps, examples, objective, train, variant.score, Path(folder), **how)
         for _ in sweep.run():
             pass
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         sizes = {key: size_of(weight) for key, weight in named_weights(logps.model).items()}
         selections = _selections(stored_scores(Path(folder), sizes))
-    label = name if clip else f"{name}, no clipping"
+    label = ", ".join(filter(None, (variant.score, variant.note)))
     held = sum(sweep.state_bytes.values()) / sum(sizes.values())
-    counts = len(corpus.examples), len(examples.steps), len(sweep.windows)
+    counts = len(part.examples), len(examples.steps), len(sweep.windows)
     return Row(unit.seed, label, *counts, (), seconds, cpu, held), selections
 
 
