@@ -113,7 +113,8 @@ class WarmupConfig(PreferenceTrainConfig):
 class LocateConfig(Section):
     score: Score | None = None  # what ranks the weights; null: linear, with protocol: release delta
     after: str | None = None  # folder or hub id: rank by what changed from the base to this model instead
-    pairs: int | None = Field(None, gt=0)  # that gradients are taken of, drawn at random; null: all
+    # Pairs that gradients are taken of, drawn at random; of sft and a rewriter, which locate for themselves, examples.
+    pairs: int | None = Field(None, gt=0)  # null: all
     clip: bool = True  # linear: scale each step's gradient down to warmup.max_grad_norm, as training would
     windows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # passes over the pairs, each for some weights
     accumulators: Literal["device", "host"] = "device"  # where sums of gradients lie
@@ -121,7 +122,9 @@ class LocateConfig(Section):
     exclude: list[str] = []  # tensors never selected, as shell patterns: "*embed_tokens*"
     skip: float = Field(0.0, ge=0, lt=1)  # fraction of the highest passed over first (the band of the ablation)
     last: bool = False  # the lowest instead of the highest (the ablation)
-    rows: bool = False  # whole output rows by their mean score: of linear layers only their gradient is computed then
+    # Whole rows of each weight as it is stored, by their mean score; of linear layers, where a row makes one output,
+    # only their gradient is computed then.
+    rows: bool = False
 
 
 class RewriterConfig(TrainConfig):
@@ -224,8 +227,9 @@ class Config(Section):
             raise ValueError("locate.after takes the place of locate.score: set one of them")
         if self.protocol == "release" and self.located_by not in ("delta", "after"):
             raise ValueError(f"locate.score: protocol: release has delta alone, got {self.locate.score}")
-        if self.protocol == "release" and self.locate.last:
-            raise ValueError("locate.last: protocol: release has the highest alone")
+        for key in ("last", "rows", "scope"):
+            if self.protocol == "release" and getattr(self.locate, key) not in (False, "global"):
+                raise ValueError(f"locate.{key}: protocol: release ranks single weights, all together, by the highest")
         for key, train in self.located_sections.items():
             if self.locate.pairs and self.locate.pairs < train.examples_per_step:
                 expected = f"expected at least the {train.examples_per_step} of a step of {key}"
@@ -249,7 +253,8 @@ class Config(Section):
             "rewards.dpo": (rewards.dpo, self.reward_source == "implicit"),
         }
         names = sections if self.method == "allo" else ["warmup"]
-        return {name: sections[name][0] for name in names if sections[name][1]}
+        fine_tuned = {"sft": self.sft} if self.sft and self.sft.ratio < 1 else {}
+        return fine_tuned | {name: sections[name][0] for name in names if sections[name][1]}
 
     @property
     def warms_up(self) -> bool:

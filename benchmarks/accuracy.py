@@ -39,6 +39,8 @@ def run(
 ) -> list[Row]:
     """Prints a table; writes JSON when `out` is given."""
     config, right, chosen = load_config(path, overrides), {}, {}
+    if config.data.format == "preference":
+        raise SystemExit("data.format: preference has no right answers to count")
     seeds = f"seeds={config.seeds[:TRIED]}"
     for score in scores:
         tried = {}
@@ -91,4 +93,4 @@ def _print(row: Row, against: list[str]) -> None:
             points, (least, most) = row.minus[name]
             minus += f"{f'{points:+.1%} ({least:+.1%} .. {most:+.1%})':>28}"
     interval = f"{low:.1%} .. {high:.1%}"
-    print(f"{row.score:<10}{row.learning_rate:>8.0e}{row.accuracy:>10.1%}{interval:>18}{minus}", flush=True)
+    print(f"{row.score:<10}{row.learning_rate:>8g}{row.accuracy:>10.1%}{interval:>18}{minus}", flush=True)

@@ -69,7 +69,7 @@ def run(path: Path, overrides: list[str], scores: list[str], variants: bool, out
     """Prints a table; with `out`, a folder, writes locate.json and locate.svg there. variants: of `linear`, too."""
     overrides = [*overrides, "rivals=[dpo]"]
     config = load_config(path, overrides)
-    for stage in ("pretrain", "sample", "pairs", "warmup"):
+    for stage in ("pretrain", "sft", "sample", "pairs", "warmup"):
         if STAGES[stage].keys(config) and main([stage, str(path), *overrides]):
             raise SystemExit(f"{stage} failed")
     owner, rows, chosen = Run(config, STAGES), [], {}

@@ -1,9 +1,9 @@
 """Token rewards by each source, on one job: do they tell wrong tokens from right ones, what follows, what it costs.
 
 A token of a wrong response is wrong where the smallest edit to a correct response of its problem (the nearest of those
-that were sampled and the gold solution) replaces or removes it. auc: how often a wrong token has a lower reward than a
-right one, ties as a half. shaded: at the job's threshold. The whole method runs with each source after another, in the
-job's own run and from the same responses.
+that were sampled, or the gold solution where none was) replaces or removes it. auc: how often a wrong token has a lower
+reward than a right one, ties as a half. shaded: at the job's threshold. The whole method runs with each source after
+another, in the job's own run and from the same responses.
 """
 
 import json
@@ -24,6 +24,8 @@ from allo_fast.stages import STAGES
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.responses import REWARDS, wrong_responses
 
+Weights = dict[tuple, list[float]]  # of a response's tokens in forgetting
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,6 +42,8 @@ class Row:
 def run(path: Path, overrides: list[str], sources: list[str], out: Path | None) -> list[Row]:
     """Prints a table; writes JSON when `out` is given."""
     config, rows, weights = load_config(path, overrides), [], {}
+    if config.data.format == "preference":
+        raise SystemExit("data.format: preference has no right answers to compare with")
     print(
         f"{'source':<12}{'auc':>7}{'wrong_shaded':>14}{'right_shaded':>14}{'accuracy':>10}{'seconds':>9}{'peak_mib':>10}"
     )
@@ -60,15 +64,14 @@ def run(path: Path, overrides: list[str], sources: list[str], out: Path | None) 
     return rows
 
 
-def _measured(path: Path, config: Config, overrides: list[str], source: str) -> tuple[Row, Tensor]:
-    """The row, and of each token whether it is shaded."""
+def _measured(path: Path, config: Config, overrides: list[str], source: str) -> tuple[Row, Weights]:
     words = [*overrides, f"rewards.source={source}"]
     if main(["run", str(path), *words, "--rerun"]):
         raise SystemExit(f"{source} failed")
     owner = Run(load_config(path, words), STAGES)
     units = [Unit(owner, "rewards", f"seed-{seed}") for seed in config.seeds]
-    tokens = [token for unit in units for token in _tokens(unit)]
-    wrong, rewards, weights = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    responses = {(unit.seed, *response): tokens for unit in units for response, tokens in _tokens(unit).items()}
+    wrong, rewards, weights = torch.tensor([token for tokens in responses.values() for token in tokens]).T
     manifests, summary = [unit.manifest() for unit in units], json.loads((owner.folder / "summary.json").read_text())
     row = Row(
         source=source,
@@ -80,19 +83,19 @@ def _measured(path: Path, config: Config, overrides: list[str], source: str) -> 
         peak_mib=max(manifest["peak_bytes"] for manifest in manifests) / 2**20,
         bytes_per_weight=manifests[0]["facts"].get("state_bytes_per_parameter"),
     )
-    return row, weights
+    return row, {response: [weight for _, _, weight in tokens] for response, tokens in responses.items()}
 
 
-def _tokens(unit: Unit) -> list[tuple[float, float, float]]:
-    """Of each token: is it wrong, its reward, its weight in forgetting."""
+def _tokens(unit: Unit) -> dict[tuple, list[tuple[float, float, float]]]:
+    """Of each response's tokens: is it wrong, its reward, its weight in forgetting."""
     correct = {(row["id"], tuple(row["response_ids"])): row["correct"] for row in wrong_responses(unit)}
-    tokens = []
+    tokens = {}
     for row in read_jsonl(unit.folder / REWARDS):
         ids = row["response_ids"]
         nearest = min(correct[row["id"], tuple(ids)], key=lambda other: Levenshtein.distance(ids, other))
         wrong = {edit.src_pos for edit in Levenshtein.editops(ids, nearest) if edit.tag != "insert"}
         weights = token_weights(row["rewards"], threshold_of(unit.config))
-        tokens += [(float(i in wrong), row["rewards"][i], weights[i]) for i in range(len(ids))]
+        tokens[row["id"], *ids] = [(float(i in wrong), row["rewards"][i], weights[i]) for i in range(len(ids))]
     return tokens
 
 
@@ -105,7 +108,8 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     return float(won / (positive.sum() * (~positive).sum()))
 
 
-def _agreement(first: Tensor, second: Tensor) -> float:
-    """Of the tokens that either shades, the share that both do."""
-    either = (first > 0) | (second > 0)
-    return float(((first > 0) & (second > 0)).sum() / either.sum())
+def _agreement(first: Weights, second: Weights) -> float:
+    """Of the tokens that either shades, the share that both do; of responses that both have rewards of."""
+    both = [response for response in first if response in second]
+    one, other = (torch.tensor([w > 0 for r in both for w in weights[r]]) for weights in (first, second))
+    return float((one & other).sum() / (one | other).sum())

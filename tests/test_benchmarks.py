@@ -142,6 +142,20 @@ def test_how_often_a_wrong_tokens_reward_is_the_lower():
     assert rewards.auc(scores, wrong) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
 
 
+def test_agreement_is_of_responses_that_both_sources_reward():
+    first = {("a",): [1.0, 0.0, 1.0], ("left out by the second",): [1.0]}
+    assert rewards._agreement(first, {("a",): [1.0, 0.5, 0.0]}) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("command", [["rewards"], ["accuracy", "--development", "d"]])
+def test_preferences_have_no_right_answers(tmp_path, command):
+    (config := tmp_path / "c.yaml").write_text(
+        "{name: x, model: {name_or_path: m}, data: {train: a, test: b, format: preference}}"
+    )
+    with pytest.raises(SystemExit, match="data.format: preference has no right answers"):
+        main([command[0], str(config), *command[1:]])
+
+
 def test_overlap_is_the_share_of_the_first():
     first = Selection.from_scores({"a": torch.tensor([4.0, 3.0, 2.0, 1.0])}, 0.5, base="")
     second = Selection.from_scores({"a": torch.tensor([4.0, 1.0, 3.0, 2.0])}, 0.75, base="")

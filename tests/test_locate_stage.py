@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sweeps import few, scores_of
 from transformers import AutoModelForCausalLM
 
 from allo_fast.__main__ import main
-from allo_fast.config import Config, UserError
+from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus
@@ -20,9 +21,9 @@ from allo_fast.method.objectives import Npo, Sft
 from allo_fast.method.scores import Random
 from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
-from allo_fast.model.weights import named_weights
+from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.run import MANIFEST, SCRATCH, Run, Unit
-from allo_fast.stages import STAGES, gradients
+from allo_fast.stages import STAGES, gradients, locate
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -141,6 +142,22 @@ def test_what_another_training_changed(located, tmp_path, copied):
     assert set(json.loads((folder / MANIFEST).read_text())["inputs"]) == {"pretrain/base"}
 
 
+def test_a_change_below_the_bases_rounding_counts(tmp_path):
+    """It is between the models as they lie there, whatever the dtype in which the base is trained."""
+    base, after = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        for weight in after.parameters():
+            weight.view(-1)[::10] += 1e-6
+    for name, model in (("base", base), ("after", after)):
+        save_model(model, character_tokenizer(), tmp_path / name)
+    data, model = {"train": "a", "test": "b"}, {"name_or_path": str(tmp_path / "base"), "dtype": "bfloat16"}
+    config = Config(name="x", data=data, model=model, locate={"after": str(tmp_path / "after")})
+    scored = locate._without_gradients(SimpleNamespace(config=config, zero=None), tmp_path / "base")
+    chosen = locate.select(config, scored, 0.05)
+    assert chosen.base == fingerprint(base.bfloat16())
+    assert all(int(position) % 10 == 0 for name in chosen.names for position in chosen.positions(name).unpack())
+
+
 def test_another_architecture_is_refused(located, tmp_path):
     save_model(tiny_llama(), character_tokenizer(), tmp_path / "after")
     said = located("locate.score=null", f"locate.after={tmp_path / 'after'}", code=2)
@@ -169,11 +186,15 @@ ABOUT = {"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "a", "te
     "changes, message",
     [
         ({"protocol": "release", "locate": {"score": "linear"}}, "locate.score: .*release has delta alone, got linear"),
-        ({"protocol": "release", "locate": {"last": True}}, "locate.last"),
+        *(
+            ({"protocol": "release", "locate": {key: value}}, f"locate.{key}: protocol: release ranks single weights")
+            for key, value in (("last", True), ("rows", True), ("scope", "per_tensor"))
+        ),
         ({"locate": {"skip": 0.97}}, "locate.skip plus a stage's ratio is more than 1"),
         ({"locate": {"score": "snr", "after": "m"}}, "locate.after takes the place of locate.score"),
         ({"locate": {"pairs": 31}}, "locate.pairs: expected at least the 32 of a step of warmup, got 31"),
         ({"locate": {"pairs": 100}}, "locate.pairs: .* the 128 of a step of rewards.train, got 100"),
+        ({"locate": {"pairs": 31}, "sft": {}}, "locate.pairs: .* of a step of sft, got 31"),
         ({"locate": {"windows": 0}}, "locate.windows"),
     ],
 )
@@ -251,3 +272,19 @@ def test_what_is_not_finite(tmp_path, windows):
     with pytest.raises(UserError, match="locate.score: snr: the gradient of .* is not finite"):
         scores_of(few(tiny_llama(), tmp_path / "gradient", "snr", objective=Steep(), windows=windows))
     assert not list((tmp_path / "gradient").glob("score*"))
+
+
+@pytest.mark.parametrize("score", GRADIENT_SCORES)
+def test_what_is_not_finite_later(tmp_path, score):
+    """Only the first step's gradients are looked at; a later one's reach the score."""
+
+    class SteepLater(Sft):
+        steps = 0
+
+        def __call__(self, logps, ref, batch):
+            type(self).steps += 1
+            loss = (logps - logps.detach()).abs().sqrt().nan_to_num().sum() if self.steps > 2 else 0.0
+            return logps.sum() + loss, {}
+
+    with pytest.raises(UserError, match=f"locate.score: {score}: the score of .* is not finite"):
+        scores_of(few(tiny_llama(), tmp_path, score, objective=SteepLater(), clip=False))

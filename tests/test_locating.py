@@ -106,7 +106,9 @@ def test_scores_do_not_depend_on_how_a_step_is_cut(tmp_path):
 def test_bytes_are_those_of_live_tensors(tmp_path, score):
     sweep = few(tiny_llama(), tmp_path, score, windows=3)
     before = memory.live_bytes()
-    live = next(memory.live_bytes() - before for done, total in sweep.run() if done == total)
+    running = sweep.run()
+    live = next(memory.live_bytes() - before for done, total in running if done == total)
+    list(running)
     states = {"linear": 3, "snr": 2, "grad_sum": 1, "fisher": 1}[score]
     *_, last = sizes = [sum(piece.size for piece in window) for window in sweep.windows]
     assert live == pytest.approx(4 * (1 + states) * last, rel=0.02)
@@ -142,6 +144,24 @@ def test_a_weight_that_is_not_read_scores_nothing(tmp_path, score):
     scores = scores_of(few(model, tmp_path, score, windows=5))
     assert not scores["unused"].any() and not scores["model.layers.1.unused"].any()
     assert scores["model.norm.weight"].any()
+
+
+def test_a_row_of_padding_does_not_train(tmp_path):
+    """As torch has it: the embedding of the padding token gets no gradient, though a prompt has the token."""
+    corpus = pair_corpus(3)
+    corpus.prompts = [[0, *prompt] for prompt in corpus.prompts]
+    scores = scores_of(few(tiny_llama(), tmp_path, "grad_sum", corpus=corpus, windows=5))
+    rows = scores["model.embed_tokens.weight"].view(61, -1)
+    assert not rows[0].any() and rows[corpus.prompts[0][1]].any()
+
+
+def test_an_embedding_that_scales_by_frequency_is_read_whole(tmp_path):
+    model = tiny_llama()
+    model.model.embed_tokens.scale_grad_by_freq = True
+    sweep = few(model, tmp_path, "grad_sum", windows=3)
+    scaled = scores_of(sweep)["model.embed_tokens.weight"]
+    plain = scores_of(few(tiny_llama(), tmp_path / "plain", "grad_sum", windows=3))["model.embed_tokens.weight"]
+    assert ((scaled > 0) == (plain > 0)).all() and not torch.allclose(scaled, plain)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from sweeps import few, same, scores_of
 from torch import Tensor
 
 from allo_fast.config import UserError
+from allo_fast.locating import sweep as sweeping
 from allo_fast.locating.files import StoredScore, finished, load_passes, save_pass, stored_scores
-from allo_fast.locating.windows import Piece
+from allo_fast.locating.windows import Piece, square_windows
 
 WINDOWS, SQUARES, PARTS = 5, 2, 2  # and with them passes for the norm, and micro-batches whose states are kept
 
@@ -51,6 +52,22 @@ def test_what_is_complete_is_not_computed_again(tmp_path, expected):
     again = few(tiny_llama(), tmp_path, windows=WINDOWS)
     again.logps = again.compute = None
     assert list(again.run()) == [] and same(scores_of(again), expected)
+    assert again.state_bytes["accumulators"] == 16 * max(sum(p.size for p in window) for window in again.windows)
+
+
+def test_passes_for_the_norm_that_were_cut_otherwise_are_made_again(tmp_path, expected, monkeypatch):
+    """As by another number of ZeRO-3 ranks, which may give as many passes."""
+    plain = square_windows
+    monkeypatch.setattr(sweeping, "square_windows", lambda windows, *given: plain(windows, 2))
+    first = few(tiny_llama(), tmp_path, windows=WINDOWS)
+    running = first.run()
+    while not any("squares" in name for name in files(tmp_path)):
+        next(running)
+    running.close()
+    monkeypatch.setattr(sweeping, "square_windows", plain)
+    second = few(tiny_llama(), tmp_path, windows=WINDOWS)
+    assert len(first.square_windows) == len(second.square_windows) and first.square_windows != second.square_windows
+    assert same(scores_of(second), expected)
 
 
 def test_the_states_that_were_kept_are_those_of_the_first_sessions_windows(tmp_path, expected):

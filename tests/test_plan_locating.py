@@ -17,6 +17,7 @@ from allo_fast.__main__ import main
 from allo_fast.config import GRADIENT_SCORES, Config, LocateConfig, UserError, WarmupConfig
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.locating import captured
 from allo_fast.locating import sweep as sweeping
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
@@ -163,7 +164,7 @@ def test_cuts_on_the_disk_are_as_planned(tmp_path):
     written = sum(path.stat().st_size for path in tmp_path.glob("cuts-*"))
     config = settings(windows=6)
     shape = shape_of(tiny().config, "float32")
-    lengths = [sweep._collate(micro).input_ids.numel() for micro, _ in sweep._captures()]
+    lengths = [sweep.losses.positions[micro] for micro, _ in sweep.losses.parts()]
     config.data.max_prompt_tokens, config.data.max_response_tokens = max(lengths), 1
     config.sample.max_new_tokens = 1
     rows = Rows(1, 1, len(lengths), 1, 1)
@@ -177,13 +178,13 @@ def test_cuts_on_the_disk_are_as_planned(tmp_path):
 def test_where_the_disk_is_too_small_passes_run_the_whole_model(tmp_path, monkeypatch, caplog):
     found = {}
     for name, free in (("large", 1e12), ("small", 100)):
-        monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(captured.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         sweep = swept(tmp_path / name, tiny(), windows=6)
-        assert (sweep.segments is None) == (name == "small") == (not list((tmp_path / name).glob("cuts-*")))
+        assert (sweep.captured is None) == (name == "small") == (not list((tmp_path / name).glob("cuts-*")))
         sizes = {key: weight.numel() for key, weight in named_weights(sweep.model).items()}
         scores = stored_scores(tmp_path / name, sizes)
         found[name] = torch.cat([scores[key].part(0, size) for key, size in sizes.items()])
-    assert "locate.pairs limits it" in caplog.text
+    assert "locate.pairs limits them" in caplog.text
     torch.testing.assert_close(found["small"], found["large"], rtol=1e-3, atol=1e-9)
 
 

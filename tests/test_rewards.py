@@ -289,3 +289,11 @@ def test_the_mean_of_a_response_as_its_threshold():
     for threshold in (-0.1, 1.1, "median"):
         with pytest.raises(ValueError, match="threshold"):
             Config(**about, forget={"threshold": threshold})
+
+
+def test_a_pattern_that_matches_nothing_ends_it_before_anything_is_located(make_unit, monkeypatch):
+    unit = make_unit(source="rewriter")
+    unit.config.locate.exclude = ["*nothing*"]
+    monkeypatch.setattr(gradients, "Sweep", None)
+    with pytest.raises(UserError, match=r"'\*nothing\*' matches no tensor"):
+        run(unit)

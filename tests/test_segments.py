@@ -167,4 +167,4 @@ def test_a_disk_without_room(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(captured.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     whole, parts = (few(tiny_llama(), tmp_path / str(n), windows=n) for n in (1, 5))
     assert same(scores_of(parts), scores_of(whole)) and not parts.captured
-    assert "states take 0.0 GB" in caplog.text
+    assert "states of its layers take 0.0 GB" in caplog.text

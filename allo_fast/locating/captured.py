@@ -25,20 +25,28 @@ class Captured:
     def __init__(self, segments: Segments, cuts: Sequence[int], losses: Losses, folder: Path):
         self.segments, self.cuts, self.losses, self.folder = segments, cuts, losses, folder
 
-    def has_room(self) -> bool:
-        """Whether the files that are not there yet fit on the disk; said where they do not."""
+    def has_room(self, reserved: int) -> bool:
+        """Whether the files that are not there yet fit on the disk; said where they do not.
+
+        reserved: bytes of other files that passes will write there.
+        """
         missing = [(micro, share) for micro, share in self.losses.parts() if not self._path(micro, share).exists()]
         if not missing:
             return True
         batch, loss = self.losses.of(*missing[0])
-        (states,), (gradients,), *_ = self.segments.capture(batch, loss, self.cuts[:1])
-        at_one_cut = states.nbytes + gradients.nbytes
+        (states,), (gradients,), head, upstream = self.segments.capture(batch, loss, self.cuts[:1])
+        a_batch = len(self.cuts) * (states.nbytes + gradients.nbytes)
+        a_batch += head.hidden.nbytes + head.lse.nbytes + upstream.nbytes
         positions = sum(self.losses.positions[micro] for micro, _ in missing)
-        needed = len(self.cuts) * at_one_cut * positions / batch.input_ids.numel()
+        needed = reserved + a_batch * positions / batch.input_ids.numel()
         if fits := needed <= (free := shutil.disk_usage(self.folder).free):
             return fits
         sizes = needed / 1e9, self.folder, free / 1e9
-        logger.warning("locating: every pass runs the whole model: its states take %.1f GB, %s has %.1f left", *sizes)
+        logger.warning(
+            "locating: every pass runs the whole model: states of its layers take %.1f GB, %s has %.1f left; "
+            "locate.pairs limits them",
+            *sizes,
+        )
         return fits
 
     def capture(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ class Snr:
 
     def score(self, states: Sequence[Tensor], base: Callable[[], Tensor]) -> Tensor:
         total, squares = states
-        return torch.where(squares > 0, total.abs() / squares.sqrt(), 0.0)
+        return torch.where(squares == 0, 0.0, total.abs() / squares.sqrt())  # what is not finite stays so
 
 
 class GradSum:

@@ -40,12 +40,21 @@ def finished(folder: Path, kind: str) -> dict[int, list[Path]]:
 
 
 def save_pass(
-    folder: Path, kind: str, number: int, results: Mapping[Piece, Tensor], rank: int = 0, world: int = 1
+    folder: Path, kind: str, number: int, results: Mapping[Piece, Tensor], rank: int = 0, world: int = 1, held: int = 0
 ) -> None:
-    """results: one tensor a piece."""
+    """results: one tensor a piece. held: bytes of the sums that the pass had, for `most_held`."""
     tensors = {f"{piece.begin} {piece.end} {piece.name}": tensor.cpu() for piece, tensor in results.items()}
     path = folder / f"{kind}-{number:03d}.rank-{rank}-of-{world}.safetensors"
-    appear(path, lambda partial: save_file(tensors, partial))
+    appear(path, lambda partial: save_file(tensors, partial, {"held": str(held)}))
+
+
+def most_held(folder: Path, kind: str) -> int:
+    """Of the sums of all passes, in whatever session: the most bytes."""
+    most = 0
+    for path in chain(*finished(folder, kind).values()):
+        with safe_open(path, "pt") as file:
+            most = max(most, int(file.metadata()["held"]))
+    return most
 
 
 def appear(path: Path, write: Callable[[Path], object]) -> None:
@@ -99,7 +108,5 @@ def stored_scores(folder: Path, sizes: Mapping[str, int]) -> dict[str, StoredSco
     for piece, place in load_passes(folder, "score").items():
         by_name[piece.name][piece] = place
     if not any(bool(read_piece(*place).any()) for places in by_name.values() for place in places.values()):
-        raise UserError(
-            "locate.score: every gradient is zero; do the examples differ, and is warmup.learning_rate above 0?"
-        )
+        raise UserError("locate.score: every gradient is zero; do the examples differ?")
     return {name: StoredScore(name, size, by_name[name]) for name, size in sizes.items()}

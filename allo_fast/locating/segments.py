@@ -25,7 +25,7 @@ from allo_fast.model.weights import named_weights
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = 2e-2  # of what a segment gives against the whole: bfloat16 and atomic sums stay far below, errors do not
+_TOLERANCE = 2e-2  # of what a segment gives against the whole on a GPU, whose sums round as they come; on a CPU none
 
 
 class _Reached(Exception):
@@ -240,8 +240,8 @@ def _fault(segments: Segments, taps: Taps, batch: Batch, loss: Callable[[Tensor]
         return "rows run one at a time"
     if _goes_round(segments, taps, batch, loss):
         return "a weight before them reaches the loss past the first of them"
-    worst = _worst_difference(segments, batch, loss)
-    return None if worst <= _TOLERANCE else f"states or gradients differ by {worst:.1e} of their norm"
+    worst, allowed = _worst_difference(segments, batch, loss), _TOLERANCE if batch.input_ids.is_cuda else 0.0
+    return None if worst <= allowed else f"states or gradients differ by {worst:.1e} of their norm"
 
 
 def _goes_round(segments: Segments, taps: Taps, batch: Batch, loss: Callable[[Tensor], Tensor]) -> bool:
@@ -271,4 +271,4 @@ def _worst_difference(segments: Segments, batch: Batch, loss: Callable[[Tensor],
         end = segments.backward(batch, loss, (cut + 1, cut + 1), start, None if last else gradients[cut + 1])
         pairs = [(start.grad, gradients[cut])] if last else [(start.grad, gradients[cut]), (end, states[cut + 1])]
         differences += [float((here.detach() - there).norm() / (there.norm() + 1e-30)) for here, there in pairs]
-    return max(differences)
+    return float(torch.tensor(differences).max())  # which is NaN where one of them is

@@ -6,7 +6,7 @@ keep squares alone. Ranks that hold the whole base divide the passes and reduce 
 go through all of them together, each with its share of every step's micro-batches and of every window's sums.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,19 @@ from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import Batch
 from allo_fast.locating.captured import Captured
 from allo_fast.locating.families import Step, make_family
-from allo_fast.locating.files import finished, load_passes, plan_windows, planned_windows, read_piece, save_pass
+from allo_fast.locating.files import (
+    finished,
+    load_passes,
+    most_held,
+    plan_windows,
+    planned_windows,
+    read_piece,
+    save_pass,
+)
 from allo_fast.locating.losses import Losses
 from allo_fast.locating.segments import find_segments
 from allo_fast.locating.taps import Taps
-from allo_fast.locating.windows import Piece, pieces_of, square_windows, windows_of
+from allo_fast.locating.windows import Piece, largest_of, pieces_of, square_windows, windows_of
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.optim import clip_scale
 from allo_fast.model.logps import ResponseLogps
@@ -79,8 +87,11 @@ class Sweep:
             "squares": self._left(self._squares_kind, self.square_windows),
             "score": self._left("score", self.windows),
         }
-        if not any(ranks.gather(any(left.values()))):
-            return
+        if any(ranks.gather(any(left.values()))):
+            yield from self._run(left)
+        self.state_bytes["accumulators"] = ranks.on_main(lambda: most_held(self.folder, "score"))
+
+    def _run(self, left: dict[str, list[int]]) -> Iterator[tuple[int, int]]:
         self.losses.check(self.compute, self.score)
         taps = Taps(self.logps)
         done, total = 0, sum(map(len, self.steps)) * sum(map(len, left.values()))
@@ -112,7 +123,7 @@ class Sweep:
     @property
     def _squares_kind(self) -> str:
         """Another number of ranks may divide them otherwise."""
-        return f"squares-of-{len(self.square_windows)}"
+        return f"squares-of-{largest_of(self.square_windows)}"
 
     def _left(self, kind: str, windows: Sequence[Sequence[Piece]]) -> list[int]:
         """The passes that this rank has to do."""
@@ -135,23 +146,23 @@ class Sweep:
         pieces = self.windows[number]
         shares = [piece.share(*self._place) for piece in pieces]
         states = [[torch.zeros(s.size, device=self.device) for _ in range(self.family.states)] for s in shares]
-        yield from self._update(taps, pieces, states, norms)  # after which scores take the place of the sums
+        held = yield from self._update(taps, pieces, states, norms)  # after which scores take the place of the sums
         scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
-        save_pass(self.folder, "score", number, scores, *self._place)
+        save_pass(self.folder, "score", number, scores, *self._place, held=held)
 
     def _update(
         self, taps: Taps, pieces: list[Piece], states: list[list[Tensor]], norms: list[Tensor] | None
-    ) -> Iterator[int]:
-        """Takes the states of this rank's shares through all steps."""
+    ) -> Generator[int, None, int]:
+        """Takes the states of this rank's shares through all steps; the bytes that are held meanwhile."""
         with taps.open(pieces, self.device, head=self.captured is None) as sums:
             held = sum(tensor.nbytes for tensor in [*sums, *(state for group in states for state in group)])
-            self.state_bytes["accumulators"] = max(held, self.state_bytes.get("accumulators", 0))
             for step, gradients in self._steps(taps, pieces, sums):
                 scale = self._scale(gradients, norms[step] if norms else None).to(self.device)
                 step_settings = Step(step + 1, self.rates[step], scale)
                 for group, gradient in zip(states, gradients, strict=True):
                     self.family.update(group, gradient, step_settings)
                 yield len(self.steps[step])
+        return held
 
     def _scale(self, gradients: list[Tensor], norm: Tensor | None) -> Tensor:
         """Of a step. norm: of its whole gradient; None: these are the whole."""
@@ -182,12 +193,13 @@ class Sweep:
 
     def _find_segments(self, taps: Taps) -> Captured | None:
         """The model's, where on every rank it has some, and there is room for what enters and leaves them."""
+        reserved = 4 * sum(piece.size for piece in self.pieces)  # scores
         captured, segments = None, find_segments(taps, self.logps, *self.losses.of(*self.losses.step(0)[0]))
         if segments:
             names = [[piece.name for piece in window] for window in [*self.square_windows, *self.windows]]
             cuts = set().union(*(segments.cuts(segments.runs(each)) for each in names))
             captured = Captured(segments, sorted(cuts), self.losses, self.folder) if cuts else None
-        return captured if all(ranks.gather(captured and captured.has_room())) else None
+        return captured if all(ranks.gather(captured and captured.has_room(reserved))) else None
 
     @property
     def _place(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import repeat
@@ -121,10 +121,6 @@ class Selection:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a selection: {error}") from None
         return selection
-
-    def rebased(self, model: nn.Module) -> "Selection":
-        """The same entries for another stage of the same model."""
-        return replace(self, base=fingerprint(model))
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError when it was made for another model."""

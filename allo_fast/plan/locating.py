@@ -57,7 +57,7 @@ def locate_phase(job: Job, zero: Zero | None) -> Phase:
         sweep = _Sweep(job, "locate", "warmup", config.warmup, config.located_by, zero, config.warmup.num_train_epochs)
         return _gradient_phase(sweep)
     shape, shares = job.shape, job.gpus if zero and zero.sharded else 1
-    width = BYTES[config.model.dtype]
+    width = 4 if config.located_by == "after" else BYTES[config.model.dtype]
     memory = {"base": width * shape.parameters // shares}
     if config.located_by in ("delta", "after"):
         memory["after"] = 4 * shape.parameters // shares
@@ -164,6 +164,7 @@ def _cut_bytes(sweep: _Sweep, division: Division) -> int:
     shape = sweep.shape
     meetings = division.windows - 1 + max(0, division.squares - 1)
     cuts = min(shape.layers + 1, 2 * meetings + 1)  # one more where the head is the embedding
-    tokens = sweep.examples * sum(example_tokens(sweep.job.config, sweep.section))
+    # A micro-batch of a shorter step has another part in its loss, and files of its own: at most every epoch's.
+    tokens = sweep.examples * sweep.epochs * sum(example_tokens(sweep.job.config, sweep.section))
     # And what the head reads, of tokens of responses.
     return (2 * cuts + 1) * tokens * shape.hidden * BYTES[sweep.job.config.model.dtype]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from allo_fast.config import LocateConfig, ModelConfig
-from allo_fast.locating.families import FAMILIES, Linear
+from allo_fast.locating.families import FAMILIES
 from allo_fast.locating.windows import Piece, cut, filled, largest_of, square_windows, windows_of
 from allo_fast.plan.costs import HEAD_BYTES, USABLE, activation_bytes, gathered_bytes
 from allo_fast.plan.shapes import BYTES, Shape
@@ -61,7 +61,7 @@ def _pass_bytes(score: str, shares: int) -> float:
 def divide(score: str, clip: bool, sizes: tuple[int, ...], count: int, shares: int = 1) -> Division:
     """Weights of these sizes in `count` windows, as Sweep does. Raises UserError where there are fewer pieces."""
     scored, squares = windows_of(pieces_on_paper(sizes), count), []
-    if len(scored) > 1 and clip and FAMILIES[score] is Linear:  # whose steps are clipped by the norm of all weights
+    if len(scored) > 1 and clip and FAMILIES[score].needs_norm:  # whose steps are clipped by the norm of all weights
         squares = square_windows(scored, FAMILIES[score].states, shares)
     return Division(len(scored), len(squares), largest_of(scored), largest_of(squares))
 

@@ -19,7 +19,7 @@ from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import pieces_of
 from allo_fast.method.objectives import Dpo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
-from allo_fast.method.selection import Selection
+from allo_fast.method.selection import Selection, competing
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.probe import is_sharded
@@ -157,9 +157,10 @@ def located(
     kept, facts = unit.folder / "selection.safetensors", unit.folder / "locating.json"
     if not ranks.on_main(kept.exists):
         once = train.model_copy(update={"num_train_epochs": 1})
-        with frozen_base(unit, path) as base:
-            scores, how = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
         exclude = tuple(unit.config.locate.exclude)
+        with frozen_base(unit, path) as base:
+            competing(named_weights(base.logps.model), exclude)  # before hours are spent
+            scores, how = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
         selection = Selection.from_scores(scores, ratio, base=base.fingerprint, exclude=exclude)
         ranks.on_main(lambda: _keep(selection, kept, how, facts))
     return Selection.load(kept), {"locating": ranks.on_main(lambda: json.loads(facts.read_text()))}

@@ -15,6 +15,8 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from allo_fast import ranks
 from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.data.encoding import corpus_of_pairs
@@ -83,18 +85,28 @@ def select(config: Config, scored: Scored, ratio: float) -> Selection:
 def _without_gradients(unit: Unit, path: str | Path) -> Scored:
     config, sharded = unit.config, unit.zero is not None and unit.zero.sharded
     base = load_model(path, config.model, sharded=sharded)
-    weights = named_weights(base)
+    mark, lengths, weights = fingerprint(base), row_lengths(base), named_weights(base)
     if config.located_by == "magnitude":
         scores = {name: Given(weight) for name, weight in weights.items()}
     elif config.located_by == "random":
         scores = {name: Random(name, size_of(weight), unit.seed) for name, weight in weights.items()}
     else:
-        other = config.locate.after or unit.needed("warmup") / "model"
-        try:
-            scores = changes(base, load_model(other, config.model, dtype="float32", sharded=sharded))
-        except ValueError as error:
-            raise UserError(f"locate.after: {other}: {error}") from None
-    return Scored(scores, fingerprint(base), row_lengths(base))
+        scores = _changes(unit, base, path, sharded)
+    return Scored(scores, mark, lengths)
+
+
+def _changes(unit: Unit, base: PreTrainedModel, path: str | Path, sharded: bool) -> dict[str, Score]:
+    """By the warm-up, of what it started from: the base in the job's dtype. By a model of the user's, in float32."""
+    settings, after = unit.config.model, unit.config.locate.after
+    if after:
+        base = load_model(path, settings, dtype="float32", sharded=sharded)
+    other = after or unit.needed("warmup") / "model"
+    try:
+        return changes(base, load_model(other, settings, dtype="float32", sharded=sharded))
+    except UserError as error:
+        raise UserError(f"{other}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"locate.after: {other}: {error}") from None
 
 
 def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[Scored, dict]]:
