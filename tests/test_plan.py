@@ -247,7 +247,7 @@ def test_rows_are_counted_where_they_can_be(tmp_path):
     config.data.format = "multiple_choice"
     assert count_rows(config) == Rows(1000, 1000, 4000, 4000, 1000, 5), "which is no such file"
     config = load_config(CONFIGS / "quickstart.yaml")
-    assert (count_rows(config).problems, count_rows(config).tests) == (400, 500)
+    assert (count_rows(config).problems, count_rows(config).tests) == (250, 500)
 
 
 def test_times_are_of_whole_stages():
