@@ -105,6 +105,7 @@ def test_the_report_is_self_contained(finished):
     for title in ("Accuracy", "First row", "Cost", "Training", "Selected weights", "Wrong responses, by token"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg") == 6 and "allo - dpo" in page and 'title="reward' in page
+    assert re.search(r", locating 4\.\d\d<", page), "of the rewriter, which locates for itself in float32"
     loaded = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|@import|<script|<link', page)
     assert not loaded, "nothing is fetched from elsewhere"
 
