@@ -44,7 +44,7 @@ def test_killed_after_any_file_with_another_number_of_windows_asked(tmp_path, ex
     assert same(scores_of(sweep), expected) and len(sweep.windows) == WINDOWS
     assert before.items() <= files(tmp_path).items(), "what was finished is not made again"
     left = SQUARES + WINDOWS - max(0, count - PARTS)
-    assert progress[-1] == (left * 2, left * 2), "two micro-batches a pass"
+    assert progress[-1] == (left * 2 + PARTS,) * 2, "two micro-batches a pass, and those whose states are kept"
 
 
 def test_what_is_complete_is_not_computed_again(tmp_path, expected):

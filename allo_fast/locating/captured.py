@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allo_fast import ranks
 from allo_fast.locating.files import appear
-from allo_fast.locating.losses import Losses
+from allo_fast.locating.losses import Losses, Part
 from allo_fast.locating.segments import Segments
 from allo_fast.locating.taps import Taps
 from allo_fast.model.logps import HeadPass
@@ -24,6 +24,11 @@ class Captured:
 
     def __init__(self, segments: Segments, cuts: Sequence[int], losses: Losses, folder: Path):
         self.segments, self.cuts, self.losses, self.folder = segments, cuts, losses, folder
+
+    @property
+    def own(self) -> list[Part]:
+        """What this rank captures."""
+        return self.losses.parts()[ranks.rank() :: ranks.world_size()]
 
     def has_room(self, reserved: int) -> bool:
         """Whether the files that are not there yet fit on the disk; said where they do not.
@@ -51,7 +56,7 @@ class Captured:
 
     def capture(self) -> Iterator[None]:
         """Yields after each micro-batch of this rank."""
-        for micro, share in self.losses.parts()[ranks.rank() :: ranks.world_size()]:
+        for micro, share in self.own:
             if not (path := self._path(micro, share)).exists():
                 states, gradients, head, upstream = self.segments.capture(*self.losses.of(micro, share), self.cuts)
                 tensors = {"head": head.hidden, "lse": head.lse, "upstream": upstream}

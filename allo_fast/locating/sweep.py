@@ -81,7 +81,7 @@ class Sweep:
         return len(self.square_windows) + len(self.windows)
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Yields (micro-batches done by this rank, all of its own)."""
+        """Yields (micro-batches done by this rank, all of its own), of every pass and of what is captured before."""
         ranks.on_main(lambda: plan_windows(self.folder, len(self.windows)))
         left = {
             "squares": self._left(self._squares_kind, self.square_windows),
@@ -94,8 +94,11 @@ class Sweep:
     def _run(self, left: dict[str, list[int]]) -> Iterator[tuple[int, int]]:
         self.losses.check(self.compute, self.score)
         taps = Taps(self.logps)
-        done, total = 0, sum(map(len, self.steps)) * sum(map(len, left.values()))
         try:
+            if len(self.windows) > 1 and not self.sharded:
+                self.captured = self._find_segments(taps)
+            done, total = 0, sum(map(len, self.steps)) * sum(map(len, left.values()))
+            total += len(self.captured.own) if self.captured else 0
             for work in self._phases(taps, left):
                 for more in work:
                     done += more
@@ -105,11 +108,9 @@ class Sweep:
             taps.close()
 
     def _phases(self, taps: Taps, left: dict[str, list[int]]) -> Iterator[Iterator[int]]:
-        """One after another, of all ranks together; each yields how many micro-batches went through a window."""
-        if len(self.windows) > 1 and not self.sharded:
-            self.captured = self._find_segments(taps)
+        """One after another, of all ranks together; each yields how many micro-batches it is further."""
         if self.captured:
-            yield (0 for _ in self.captured.capture())
+            yield (1 for _ in self.captured.capture())
         yield (more for number in left["squares"] for more in self._squares_pass(taps, number))
         norms = self._norms() if self.square_windows else None
         yield (more for number in left["score"] for more in self._score_pass(taps, number, norms))
