@@ -220,6 +220,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _complete(unit: Unit) -> None:
     label = f"{unit.name} {unit.key}"
     if unit.is_complete():
+        ranks.on_main(unit.tidy)
         _say(f"{label}: complete")
         return
     _show(label, unit.execute())

@@ -79,6 +79,7 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
         (["data.chat_template=false", "data.prompt_template=none"], "data.prompt_template: expected 1 times {{}}"),
         (["locate.exclude=['*embd*']"], "locate.exclude: '*embd*' matches no tensor of the model"),
         (["forget.ratio=1e-9"], "nothing is selected: ratio 1e-09 of"),
+        (["locate.scope=per_tensor", "learn.ratio=1e-5"], "nothing is selected: ratio 1e-05 of"),
         (["model.attn_implementation=none_such"], "model.attn_implementation: none_such: "),
         (["data.max_prompt_tokens=3"], "data.max_prompt_tokens is 3"),
         (["data.format=problems"], "no field 'problem'"),

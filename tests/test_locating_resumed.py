@@ -103,7 +103,14 @@ def test_parts_are_read_from_wherever_they_lie(tmp_path, begin, end):
     assert torch.equal(scores["a b"].part(begin, end), numbers[begin:end])
 
 
+def test_scores_of_which_some_are_missing_are_refused(tmp_path):
+    """As where the file that says how many windows there are was changed: others would move into their places."""
+    save_pass(tmp_path, "score", 0, {Piece("a", 0, 3): torch.ones(3), Piece("a", 4, 5): torch.ones(1)})
+    with pytest.raises(UserError, match="does not hold the scores of all of a; remove it"):
+        stored_scores(tmp_path, {"a": 5})
+
+
 def test_scores_that_are_all_zero_are_refused(tmp_path):
     save_pass(tmp_path, "score", 0, {Piece("a", 0, 3): torch.zeros(3), Piece("a", 3, 4): torch.zeros(1)})
-    with pytest.raises(UserError, match="locate.score: every gradient is zero"):
+    with pytest.raises(UserError, match="locate.score: every score is zero"):
         stored_scores(tmp_path, {"a": 4})

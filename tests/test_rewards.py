@@ -19,7 +19,7 @@ from allo_fast.model.weights import named_weights
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import SCRATCH
 from allo_fast.stages import forget, gradients, implicit, rewards, rewriting
-from allo_fast.stages.responses import wrong_responses
+from allo_fast.stages.responses import rewarded, wrong_responses
 
 TOKENIZER = character_tokenizer()
 # Problem, gold solution, correct responses, wrong ones; the last has no correct one, and its gold solution is chosen.
@@ -215,6 +215,15 @@ def test_a_scale_of_its_own():
     assert scaled[1, :3].tolist() == [0.5] * 3 and scaled[2, 0] == 0.5, "equal ones, whatever their mean rounds to"
     assert scaled[3].tolist() == sorted(scaled[3].tolist()) and scaled[3, 3] > 0.8, "however small"
     assert scaled.dtype == torch.float32
+    assert implicit.on_its_own_scale(torch.tensor([[torch.nan, 1.0]]), torch.ones(1, 2).bool()).isnan().all()
+
+
+def test_a_reward_that_is_not_finite_ends_the_stage(make_unit, tmp_path):
+    model = tiny_llama(vocab_size=len(TOKENIZER))
+    about = {"id": "p", "prompt": "1", "prompt_ids": [7], "response": "x", "response_ids": [8, 1]}
+    with pytest.raises(UserError, match="rewards.source: confidence: a token's reward is not finite"):
+        score = lambda batch: torch.full(batch.valid.shape, torch.nan)  # noqa: E731
+        deque(rewarded(make_unit(source="confidence"), [about], score, model.device), maxlen=0)
 
 
 @pytest.mark.parametrize("data_format, source", [("preference", "confidence"), ("gsm8k", "rewriter")])

@@ -377,3 +377,19 @@ def test_options_are_judged_by_likelihood_and_bfloat16_states_are_3_1_bytes_per_
     )
     assert all(torch.equal(values, still[name]) for name, values in forgotten.items())
     assert any((values != values.bfloat16()).any() for values in forgotten.values()), "with what bfloat16 would lose"
+
+
+def test_what_a_killed_session_left_is_no_output_and_goes(copied):
+    config, folder = copied
+    learned = folder / "08-learn/seed-0"
+    for name in ("MANIFEST.json", "delta.safetensors"):
+        (learned / name).unlink()
+    for name in ("MANIFEST.json.partial", "model.partial/x"):
+        (learned / name).parent.mkdir(exist_ok=True)
+        (learned / name).write_text("torn")
+    assert main(["run", str(config)]) == 0
+    assert not [name for name in json.loads((learned / "MANIFEST.json").read_text())["outputs"] if "partial" in name]
+    (learned / "scratch").mkdir()
+    (learned / "checkpoint.safetensors").write_text("as where it was killed while it removed them")
+    assert main(["run", str(config)]) == 0
+    assert not (learned / "scratch").exists() and not (learned / "checkpoint.safetensors").exists()

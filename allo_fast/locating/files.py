@@ -103,10 +103,15 @@ class StoredScore:
 
 
 def stored_scores(folder: Path, sizes: Mapping[str, int]) -> dict[str, StoredScore]:
-    """By tensor, of `sizes` entries. Raises UserError where all are zero."""
+    """By tensor, of `sizes` entries. Raises UserError where some are missing, or all are zero."""
     by_name: dict[str, dict[Piece, tuple[Path, str]]] = {name: {} for name in sizes}
     for piece, place in load_passes(folder, "score").items():
         by_name[piece.name][piece] = place
+    for name, places in by_name.items():
+        if sum(piece.size for piece in places) != sizes[name]:
+            raise UserError(f"{folder}: does not hold the scores of all of {name}; remove it, and run again")
     if not any(bool(read_piece(*place).any()) for places in by_name.values() for place in places.values()):
-        raise UserError("locate.score: every gradient is zero; do the examples differ?")
+        raise UserError(
+            "locate.score: every score is zero; do the examples differ, and are learning rate, beta and epsilon sane?"
+        )
     return {name: StoredScore(name, size, by_name[name]) for name, size in sizes.items()}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import UserError
+from allo_fast.model.generation import stop_tokens
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_kernels import Positions, scatter_
 from allo_kernels.positions import SPAN, blocks_of
@@ -87,7 +88,7 @@ class Delta:
             if name not in weights or size_of(weights[name]) != at.sizes[0]:
                 raise UserError(f"{self.where}: {name} is not a tensor of the model, or has another size")
             set_entries(weights[name], at, self.values[name], self.rounding_seed)
-        if self.stops:
+        if self.stops and {*self.stops} != stop_tokens(model):
             model.generation_config.eos_token_id = [*self.stops]
 
     def carry_into(self, values: Tensor, name: str, at: Positions) -> None:

@@ -140,11 +140,11 @@ def competing(names: Iterable[str], exclude: tuple[str, ...]) -> list[str]:
     return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
 
 
-def check_ratio(sizes: Mapping[str, int], ratio: float, exclude: tuple[str, ...]) -> None:
+def check_ratio(sizes: Mapping[str, int], ratio: float, exclude: tuple[str, ...], scope: str = "global") -> None:
     """Raises UserError where no weight would be selected; sizes: entries of every tensor, by name."""
-    total = sum(sizes[name] for name in competing(sizes, exclude))
-    if not _floor(ratio, total):
-        raise UserError(f"nothing is selected: ratio {ratio} of {total} weights")
+    pool = [sizes[name] for name in competing(sizes, exclude)]
+    if not _floor(ratio, sum(pool) if scope == "global" else max(pool, default=0)):
+        raise UserError(f"nothing is selected: ratio {ratio} of {sum(pool)} weights, locate.scope: {scope}")
 
 
 def changes(before: nn.Module, after: nn.Module) -> dict[str, Change]:

@@ -167,7 +167,9 @@ def _check_architecture(config: Config, model: PretrainedConfig) -> None:
     sizes = {name: weight.numel() for name, weight in named_weights(empty).items()}
     for name in training_sections(config):
         if ratio := trained_ratio(config, name):
-            check_ratio(sizes, ratio, tuple(config.locate.exclude))
+            located = name in ("forget", "learn")  # others locate for themselves, over all weights
+            scope = config.locate.scope if located else "global"
+            check_ratio(sizes, ratio, tuple(config.locate.exclude), scope)
 
 
 def _check_windows(config: Config, model: PretrainedConfig) -> None:

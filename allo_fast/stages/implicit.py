@@ -50,4 +50,4 @@ def on_its_own_scale(rewards: Tensor, valid: Tensor) -> Tensor:
     mean = (rewards * valid).sum(1, keepdim=True) / count
     deviations = torch.where(valid, rewards - mean, 0.0)
     spread = (deviations.square().sum(1, keepdim=True) / count).sqrt()
-    return torch.where(spread > 0, deviations / spread, 0.0).sigmoid().float()
+    return torch.where(spread == 0, 0.0, deviations / spread).sigmoid().float()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
+from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Corpus, collate
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.run import Progress, Unit
@@ -42,6 +43,8 @@ def rewarded(
         batch = collate(corpus, corpus.examples).to(device)
         with torch.no_grad():
             rewards = score(batch)
+        if not rewards[batch.valid].isfinite().all():
+            raise UserError(f"rewards.source: {unit.config.reward_source}: a token's reward is not finite")
         return [
             reward_row(row, line[valid].tolist()) for row, line, valid in zip(chunk, rewards, batch.valid, strict=True)
         ]
