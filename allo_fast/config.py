@@ -221,7 +221,8 @@ class Config(Section):
             raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
         if self.deepspeed and self.model.device != "auto":
             raise ValueError(f"model.device: {self.model.device}; with deepspeed each rank has its own: leave it auto")
-        if self.locate.skip + max(self.forget.ratio, self.learn.ratio) > 1:
+        ratios = [self.learn.ratio, *([self.forget.ratio] if self.method == "allo" else [])]
+        if self.locate.skip + max(ratios) > 1:
             raise ValueError("locate.skip plus a stage's ratio is more than 1")
         if self.locate.after and self.locate.score:
             raise ValueError("locate.after takes the place of locate.score: set one of them")

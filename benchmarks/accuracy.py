@@ -2,6 +2,7 @@
 
 A learning rate, of forgetting and learning alike, is chosen for each score on other problems than those that are
 reported, with as many seeds as `TRIED`; then all seeds of the job are run with it. Differences are paired by problem.
+The run is NAME-accuracy.
 """
 
 import json
@@ -41,6 +42,9 @@ def run(
     config, right, chosen = load_config(path, overrides), {}, {}
     if config.data.format == "preference":
         raise SystemExit("data.format: preference has no right answers to count")
+    if config.method == "dpo":
+        raise SystemExit("method: dpo locates nothing")
+    overrides = [*overrides, f"name={config.name}-accuracy"]  # the job's own run stays as it is
     seeds = f"seeds={config.seeds[:TRIED]}"
     for score in scores:
         tried = {}

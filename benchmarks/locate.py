@@ -33,7 +33,7 @@ from allo_fast.model.weights import named_weights, size_of
 from allo_fast.plan.windows import windows
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run, Unit, versions
-from allo_fast.stages import STAGES
+from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.gradients import drawn
 from allo_fast.stages.models import base_path
 from allo_fast.training.examples import Examples
@@ -69,7 +69,8 @@ def run(path: Path, overrides: list[str], scores: list[str], variants: bool, out
     """Prints a table; with `out`, a folder, writes locate.json and locate.svg there. variants: of `linear`, too."""
     overrides = [*overrides, "rivals=[dpo]"]
     config = load_config(path, overrides)
-    for stage in ("pretrain", "sft", "sample", "pairs", "warmup"):
+    stages = stages_of(config)
+    for stage in stages[: stages.index("warmup") + 1]:
         if STAGES[stage].keys(config) and main([stage, str(path), *overrides]):
             raise SystemExit(f"{stage} failed")
     owner, rows, chosen = Run(config, STAGES), [], {}

@@ -3,7 +3,7 @@
 A token of a wrong response is wrong where the smallest edit to a correct response of its problem (the nearest of those
 that were sampled, or the gold solution where none was) replaces or removes it. auc: how often a wrong token has a lower
 reward than a right one, ties as a half. shaded: at the job's threshold. The whole method runs with each source after
-another, in the job's own run and from the same responses.
+another, from the same responses, in a run NAME-rewards.
 """
 
 import json
@@ -44,6 +44,9 @@ def run(path: Path, overrides: list[str], sources: list[str], out: Path | None) 
     config, rows, weights = load_config(path, overrides), [], {}
     if config.data.format == "preference":
         raise SystemExit("data.format: preference has no right answers to compare with")
+    if config.method != "allo":
+        raise SystemExit(f"method: {config.method} has no token rewards")
+    overrides = [*overrides, f"name={config.name}-rewards"]  # the job's own run stays as it is
     print(
         f"{'source':<12}{'auc':>7}{'wrong_shaded':>14}{'right_shaded':>14}{'accuracy':>10}{'seconds':>9}{'peak_mib':>10}"
     )

@@ -47,8 +47,9 @@ def test_accuracy_chooses_each_scores_rate_on_other_problems(copied, tmp_path, c
         assert set(row["tried"]) == {"0.001", "0.01"} and len(row["seeds"]) == 1
         assert row["tried"][str(row["learning_rate"])] == max(row["tried"].values())
     assert set(last["minus"]) == {"base", "random"} and set(random["minus"]) == {"base"}
-    located = json.loads((copied[1] / "05-locate/seed-0" / MANIFEST).read_text())
-    assert located["facts"]["score"] == "random", "the last that was run"
+    runs = copied[1], copied[1].with_name("micro-accuracy")
+    scores = [json.loads((run / "05-locate/seed-0" / MANIFEST).read_text())["facts"]["score"] for run in runs]
+    assert scores == ["delta", "random"], "the job's own run is as it was; the other has the last score"
     assert "of 3 development problems" in capsys.readouterr().out
 
 

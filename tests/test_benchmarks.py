@@ -156,6 +156,21 @@ def test_preferences_have_no_right_answers(tmp_path, command):
         main([command[0], str(config), *command[1:]])
 
 
+@pytest.mark.parametrize(
+    "command, method, why",
+    [
+        (["accuracy", "--development", "d"], "dpo", "method: dpo locates nothing"),
+        (["rewards"], "sparse-dpo", "method: sparse-dpo has no token rewards"),
+    ],
+)
+def test_methods_that_have_nothing_to_compare(tmp_path, command, method, why):
+    (config := tmp_path / "c.yaml").write_text(
+        f"{{name: x, method: {method}, model: {{name_or_path: m}}, data: {{train: a, test: b}}}}"
+    )
+    with pytest.raises(SystemExit, match=why):
+        main([command[0], str(config), *command[1:]])
+
+
 def test_overlap_is_the_share_of_the_first():
     first = Selection.from_scores({"a": torch.tensor([4.0, 3.0, 2.0, 1.0])}, 0.5, base="")
     second = Selection.from_scores({"a": torch.tensor([4.0, 1.0, 3.0, 2.0])}, 0.75, base="")

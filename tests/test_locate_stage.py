@@ -100,7 +100,7 @@ def test_a_killed_stage_goes_on(copied):
 
 
 def test_fewer_pairs(located):
-    fewer = "locate.score=snr", "locate.pairs=4", "rewards.source=confidence"
+    fewer = "locate.score=grad_sum", "locate.pairs=4", "rewards.source=confidence"
     facts = json.loads((located(*fewer) / MANIFEST).read_text())["facts"]
     assert (facts["examples"], facts["steps"]) == (4, 1)
     said = located(*fewer, "warmup.gradient_accumulation_steps=2", code=2)
@@ -201,6 +201,17 @@ ABOUT = {"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "a", "te
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**ABOUT, **changes)
+
+
+def test_ratios_of_other_methods_are_no_matter():
+    Config(**ABOUT, method="sparse-dpo", locate={"skip": 0.96}, learn={"ratio": 0.01}, forget={"ratio": 0.05})
+
+
+def test_one_step_has_no_signal_to_noise_ratio(located):
+    one = ["warmup.per_device_train_batch_size=64", "warmup.gradient_accumulation_steps=1"]
+    assert "locate.score: snr: expected at least two optimizer steps, got one" in located(
+        "locate.score=snr", *one, code=2
+    )
 
 
 def test_windows_beyond_the_pieces(tmp_path):

@@ -205,6 +205,7 @@ def test_updates_that_bfloat16_hides_are_said_once_a_unit(copied_sparse, caplog)
         ("bfloat16", "nearest", 50, False),
         ("bfloat16", "stochastic", 1, False),
         ("float32", "nearest", 1, False),
+        ("float32", "nearest", 0, True),
         ("bfloat16", "nearest", None, False),
     ],
 )

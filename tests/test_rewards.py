@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_llama
 from transformers import AutoModelForCausalLM
 
+from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.method.selection import Selection
@@ -306,3 +307,13 @@ def test_a_pattern_that_matches_nothing_ends_it_before_anything_is_located(make_
     monkeypatch.setattr(gradients, "Sweep", None)
     with pytest.raises(UserError, match=r"'\*nothing\*' matches no tensor"):
         run(unit)
+
+
+@pytest.mark.parametrize("threshold, said", [(0.99, True), (0.5, False)])
+def test_forgetting_nearly_everything_is_said(copied, capsys, caplog, threshold, said):
+    config, folder = copied
+    rewards_file = folder / "06-rewards/seed-0/rewards.jsonl"
+    assert all(reward < 0.99 for row in read_jsonl(rewards_file) for reward in row["rewards"])
+    threshold = threshold if said else sorted(r for row in read_jsonl(rewards_file) for r in row["rewards"])[2]
+    assert main(["forget", str(config), "seeds=[0]", f"forget.threshold={threshold}", "--rerun"]) == 0
+    assert ("forget.threshold=mean forgets those below" in caplog.text + capsys.readouterr().err) == said

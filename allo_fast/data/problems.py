@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
@@ -44,7 +44,9 @@ def read_problems(source: str, format: str) -> tuple[list[Problem], list[Quarant
     problems, one_sided = _grouped(problems) if format == "preference" else (problems, [])
     quarantined += one_sided
     if not problems:
-        raise UserError(f"{source}: no usable row" + (f"; {asdict(quarantined[0])}" if quarantined else ""))
+        raise UserError(
+            f"{source}: no usable row" + (f"; {quarantined[0].id}: {quarantined[0].reason}" if quarantined else "")
+        )
     return problems, quarantined
 
 

@@ -91,7 +91,8 @@ def accuracy_interval(
     """
     mean, spread = _mean_and_variance(correct)
     count = answers or len(correct[0])
-    effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else count
+    clusters = len(correct[0])  # as many as differ from each other at most, where the answers show no spread
+    effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else clusters
     centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
     half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5
     # At 0 and 1 one bound is the mean itself, which rounding may miss.

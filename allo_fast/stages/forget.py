@@ -7,10 +7,12 @@ paper: w_t = 1[reward_t < 0.5], as of tokens that a rewriter would change. relea
 kept tokens most and contradicts the paper's figure. Writes delta.safetensors, with `save_models: all` also model/.
 """
 
+import logging
 from collections.abc import Generator
 from math import fsum
 from typing import Literal
 
+from allo_fast import ranks
 from allo_fast.config import Config, UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Npo
@@ -21,6 +23,8 @@ from allo_fast.stages.driving import train
 from allo_fast.stages.models import base_path, frozen_reference, prompts_of, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
@@ -29,6 +33,15 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus, weights = weighted_corpus(rows, threshold_of(unit.config))
     if not corpus.examples:
         raise UserError(f"nothing to forget: no token's reward is below forget.threshold: {settings.threshold}")
+    forgotten, tokens = sum(weight != 0 for row in weights for weight in row), sum(map(len, weights))
+    if ranks.is_main() and protocol == "paper" and forgotten > 0.9 * tokens:
+        logger.warning(
+            "forget.threshold: %s: %d of %d tokens of the responses that are left have a reward below it; "
+            "forget.threshold=mean forgets those below their response's own mean",
+            settings.threshold,
+            forgotten,
+            tokens,
+        )
     policy = sparse_policy(unit, settings)
     trainer = Trainer(
         policy,
@@ -45,8 +58,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()
-    forgotten = sum(weight != 0 for row in weights for weight in row)
-    return {**facts, "forgotten_tokens": forgotten, "tokens": sum(map(len, weights))}
+    return {**facts, "forgotten_tokens": forgotten, "tokens": tokens}
 
 
 Threshold = float | Literal["mean"] | None

@@ -73,6 +73,8 @@ def gradient_scores(
     reference: another model that the objective compares with.
     """
     examples = Examples(drawn(corpus, unit.config.locate.pairs, train, unit.seed), train, unit.seed)
+    if score == "snr" and len(examples.steps) < 2:
+        raise UserError("locate.score: snr: expected at least two optimizer steps, got one, in which all scores are 1")
     logps = yield from _reference(unit, examples, base.logps, reference)
     sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
     total = sum(sizes.values())
