@@ -153,8 +153,8 @@ class Unit:
         return digest
 
     def _finish(self, digest: str, facts: dict, seconds: float, peak: int) -> None:
-        passing = {self.folder / name for name in (STARTED, CHECKPOINT)} | {*(self.folder / SCRATCH).rglob("*")}
-        passing |= {*self.folder.rglob("*.partial")}  # of a session that was killed
+        passing = {self.folder / name for name in (STARTED, CHECKPOINT)}
+        passing |= {*(self.folder / SCRATCH).rglob("*"), *self.folder.rglob("*.partial")}
         files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in passing)
         manifest = {
             "stage": self.name,
@@ -173,8 +173,8 @@ class Unit:
 
     def tidy(self) -> None:
         """Removes what a complete unit needs no more, and may have where it was killed just before."""
-        for name in (STARTED, CHECKPOINT):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / STARTED).unlink(missing_ok=True)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
 
 
