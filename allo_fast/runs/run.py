@@ -182,8 +182,7 @@ class Run:
     """Raises UserError when the folder holds something else: another run, or files that are not a run's.
 
     rerun: accept changed settings and run again what they affect. zeros: how DeepSpeed trains "dense" and "sparse"
-    stages; None: one process without it. folder: where the run lies that is to be read, and nothing claimed; None:
-    output_dir/name.
+    stages; None: one process. folder: where a run lies that is to be read, nothing claimed; None: output_dir/name.
     """
 
     def __init__(
@@ -255,8 +254,8 @@ def _lock(folder: Path, stack: ExitStack) -> None:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
-    return {"python": platform.python_version(), **packages}
+    packages = "torch", "transformers", "safetensors", "numpy"
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def write_atomically(path: Path, text: str) -> None:
