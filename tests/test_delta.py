@@ -155,6 +155,9 @@ def test_a_delta_brings_the_stops_of_the_model_that_it_was_trained_for(tmp_path)
     merged = tiny_llama()
     Delta.load(tmp_path / "delta.safetensors").merge_into(merged)
     assert merged.generation_config.eos_token_id == [2, 5]
+    merged.generation_config.eos_token_id = (same := [5, 2])
+    Delta.load(tmp_path / "delta.safetensors").set_into(merged)
+    assert merged.generation_config.eos_token_id is same, "the same stops stay as they are written"
 
 
 def test_the_seed_of_a_rounding_stays_with_the_delta(tmp_path):

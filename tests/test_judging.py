@@ -324,6 +324,7 @@ def test_the_base_reads_what_the_model_reads(place, capsys):
 def test_no_minus_before_zero():
     assert percent(-1e-9) == "0.0%" and percent(-0.0004, "+") == "+0.0%" and percent(-0.001) == "-0.1%"
     assert shown("rewards/margins", -0.0) == "0" and shown("rewards/margins", -0.0125) == "-0.0125"
+    assert accuracy_interval([[1, 1]], 24) == accuracy_interval([[1, 1]]), "two problems of twelve pairs each are two"
     mean, interval = accuracy_interval([[False] * 10])
     held = {"accuracy": mean, "n": 10, "ci95": (-1e-17, interval[1]), "seeds": [mean], "scorers": {"strict": -0.0}}
     differences = {"a - b": {"points": -0.0, "ci95": (-0.0001, 0.0001)}}

@@ -9,8 +9,9 @@ from sweeps import few, same, scores_of
 from test_probe import GPT, MAMBA, MPT, build
 from torch import nn
 
+from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus
-from allo_fast.locating import captured
+from allo_fast.locating import captured, segments
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 LAYERS = {**TINY, "num_hidden_layers": 3}
@@ -161,6 +162,16 @@ def test_an_expert_that_no_token_of_the_trial_went_to(tmp_path):
     expected = scores_of(whole)
     assert same(scores_of(parts), expected) and parts.captured
     assert all(expected[f"model.layers.1.mlp.experts.{number}.up_proj.weight"].any() for number in range(2))
+
+
+@pytest.mark.parametrize("error", [UserError("why"), torch.OutOfMemoryError("why")])
+def test_what_is_no_fault_of_the_layers_is_not_taken_for_one(tmp_path, monkeypatch, error):
+    def raises(*given):
+        raise error
+
+    monkeypatch.setattr(segments, "_fault", raises)
+    with pytest.raises(type(error), match="why"):
+        scores_of(few(tiny_llama(), tmp_path, windows=5))
 
 
 def test_a_disk_without_room(tmp_path, caplog, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from allo_fast.config import first_line
+from allo_fast.config import UserError, first_line
 from allo_fast.data.batch import Batch
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece
@@ -225,12 +225,16 @@ def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable
         segments = Segments(logps, entrances, stages, in_tuples)
         try:
             fault = _fault(segments, taps, batch, loss)
+        except (UserError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a model's own code may raise anything where it is bent like this
-            fault = first_line(error)
+            fault = f"{type(error).__name__}: {first_line(error)}"
         if fault is None:
             return segments
-        logger.info("%s: its layers cannot run by themselves: %s", type(logps.model).__name__, fault)
-    logger.warning("locating: every pass runs the whole model, which takes longer")
+    else:
+        fault = "it has none that are called once each"
+    name = type(logps.model).__name__
+    logger.warning("locating: every pass runs the whole model, which takes longer: layers of %s: %s", name, fault)
     return None
 
 

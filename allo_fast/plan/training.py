@@ -59,8 +59,7 @@ def _timed(job: Job, phase: Phase, section: str, train: TrainConfig) -> Phase:
     speed = job.device.mfu * job.device.peak_flops
     step_s = phase.flops / speed + crossing / job.bandwidth
     count = examples(job.config, job.rows, section)
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    seconds = math.ceil(count / per_step) * train.num_train_epochs * step_s
+    seconds = math.ceil(count / train.examples_per_step) * train.num_train_epochs * step_s
     forward = 2.0 * job.shape_in(section).parameters / (speed * job.gpus)  # seconds a token
     if section not in ("pretrain", "sft", "rewards.train"):
         seconds += count * sum(example_tokens(job.config, section)) * forward

@@ -14,7 +14,7 @@ from torch import Tensor
 from allo_fast import ranks
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import Batch, Corpus
-from allo_fast.locating.files import StoredScore, stored_scores
+from allo_fast.locating.files import StoredScore, appear, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import pieces_of
 from allo_fast.method.objectives import Dpo, Sft
@@ -180,7 +180,6 @@ def located_policy(
 
 def _keep(selection: Selection, path: Path, how: dict, facts: Path) -> None:
     """Appears at once or not at all; the scores, many times its size, go."""
-    facts.write_text(json.dumps(how, indent=1))
-    selection.save(partial := path.with_suffix(".partial"))
-    partial.rename(path)
+    appear(facts, lambda partial: partial.write_text(json.dumps(how, indent=1)))
+    appear(path, selection.save)
     shutil.rmtree(path.parent / SCRATCH)
