@@ -100,6 +100,7 @@ def runs_twice(model):
 CHANGES = {
     "passes on": lambda model: passes_on(model, lambda hidden: hidden),
     "passes on without a graph": lambda model: passes_on(model, lambda hidden: hidden.detach()),
+    "passes on little": lambda model: passes_on(model, lambda hidden: 0.003 * hidden.detach()),
     "adds the embedding": adds_embedding,
     "runs twice": runs_twice,
 }
@@ -113,6 +114,14 @@ def test_layers_that_know_more_than_their_input(tmp_path, caplog, change):
         return model
 
     assert_run_whole(build_model, tmp_path, caplog)
+
+
+def test_a_trial_that_is_not_a_number_is_a_fault(monkeypatch):
+    monkeypatch.setattr(segments, "_goes_round", lambda *given: False)
+    monkeypatch.setattr(segments, "_worst_difference", lambda *given: float("nan"))
+    logps, ids = types.SimpleNamespace(findings=types.SimpleNamespace(together=None)), torch.zeros(1)
+    found = types.SimpleNamespace(logps=logps)
+    assert "differ by nan" in segments._fault(found, None, types.SimpleNamespace(input_ids=ids), None)
 
 
 def corpus_of(*lengths: int, tokens=((3, 61),)) -> Corpus:
