@@ -5,11 +5,12 @@ Names are those of transformers' TrainingArguments and TRL's DPOConfig where one
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
+_LARGEST = 2**31 - 1  # that a whole number may be
 
 
 class UserError(ValueError):
@@ -17,12 +18,19 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says in one line; its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of a library says in one line, which a file may have made endless; its name where it is silent."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"expected at most {_LARGEST}")
+        return value
 
 
 class ModelConfig(Section):
@@ -180,11 +188,11 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    name: str  # the run's folder is output_dir/name
+    name: str  # the run's folder is output_dir/name; of at most 200 bytes, without / and \
     output_dir: str = "runs"  # on several nodes: a folder that all of them see
     deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
-    ddp_timeout: float = Field(1800, gt=0)  # seconds that a rank waits for the others
-    seeds: list[int] = Field([0], min_length=1)  # every stage runs once per seed
+    ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
+    seeds: list[Annotated[int, Field(ge=0, le=_LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
     # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
@@ -205,12 +213,17 @@ class Config(Section):
     learn: LearnConfig = LearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or {*name} & {*"/\\"} or not name.isprintable() or len(name.encode()) > 200:
+            raise ValueError("expected the name of one folder in output_dir, of at most 200 bytes, without / and \\")
+        return name
+
     @model_validator(mode="after")
     def _consistent(self):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: each only once, got {self.seeds}")
-        if self.model.rounding == "stochastic" and not all(0 <= seed < 1 << 31 for seed in self.seeds):
-            raise ValueError(f"seeds: with model.rounding: stochastic expected 0..{(1 << 31) - 1}, got {self.seeds}")
         if (self.rewards.source == "file") != (self.rewards.path is not None):
             raise ValueError("rewards.path goes with rewards.source: file, and only with it")
         if self.model.name_or_path is None and not all(

@@ -10,19 +10,24 @@ from typing import get_args
 import yaml
 from pydantic import ValidationError
 
-from allo_fast.config import Config, Section, UserError
+from allo_fast.config import Config, Section, UserError, first_line
+
+_NODES = 10_000  # keys and values in a file, aliases counted as what they stand for
+_DEPTH = 50  # levels of nesting
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """The configuration in a YAML file, with `key.subkey=value` overrides (values are YAML) on top.
 
-    Raises UserError for a missing file, YAML that does not parse, unknown keys (naming the nearest known one) and
-    values that do not fit.
+    Raises UserError for a file that cannot be read, YAML that does not parse, unknown keys (naming the nearest known
+    one) and values that do not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    raw = _parse(path.read_text(), str(path))
+    try:
+        raw = _parse(Path(path).read_text("utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8, at byte {error.start}; save it as UTF-8") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected keys and values, got {type(raw).__name__}")
     for override in overrides:
@@ -40,21 +45,73 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses keys that stand twice, and files that are more than a configuration can be."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.nodes = 0
+        self.sizes: dict[yaml.Node, int] = {}  # nodes in each, once it is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        event, before = self.peek_event(), self.nodes
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {_DEPTH} deep", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self.nodes += 1
+            self.sizes[node] = self.nodes - before
+        elif node in self.sizes:
+            self.nodes += self.sizes[node]
+        else:
+            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} holds itself", problem_mark=event.start_mark)
+        if self.nodes > _NODES:
+            problem = f"more than {_NODES} keys and values, with what its aliases stand for"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, keys = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value}: stands twice", problem_mark=key.start_mark)
+                keys.add((key.tag, key.value))
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+            raise yaml.MarkedYAMLError(problem=f"no text: {value!r:.80}", problem_mark=node.start_mark)
+        return value
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a month 13, a number of 5000 digits
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+
+
 def _parse(text: str, where: str) -> object:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        at, why = error.problem_mark, ": ".join(filter(None, [error.context, error.problem]))
+        raise UserError(f"{where:.200}: not YAML: line {at.line + 1}, column {at.column + 1}: {why}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {error}") from None
+        raise UserError(f"{where}: not YAML: {first_line(error)}") from None
 
 
 def _assign(raw: dict, dotted: str, value: object) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        if raw.get(parent) is None:  # `sft: null`, as a run's config.yaml says
-            raw[parent] = {}
-        raw = raw[parent]
-        if not isinstance(raw, dict):
+        section = raw.get(parent)
+        if not isinstance(section, dict | None):
             raise UserError(f"{dotted}: {parent} has no keys of its own")
+        raw[parent] = {**(section or {})}  # `sft: null`, as a run's config.yaml says; an alias is not changed elsewhere
+        raw = raw[parent]
     raw[last] = value
 
 
@@ -75,9 +132,9 @@ def _key(parts: tuple) -> str:
 def _explain(key: str, errors: list[dict]) -> str:
     first = errors[0]
     if first["type"] != "extra_forbidden":
-        message = " or ".join(error["msg"] for error in errors)
-        suffix = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        return f"{key}: {message}{suffix}" if key else message.removeprefix("Value error, ")
+        message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
+        suffix = "" if first["type"] == "missing" else f" (got {first['input']!r:.200})"
+        return f"{key}: {message}{suffix}" if key else message
     where, known = ".".join(map(str, first["loc"])), known_keys(Config)
     siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
     near = difflib.get_close_matches(where, siblings, n=1) or difflib.get_close_matches(where, known, n=1, cutoff=0.0)

@@ -75,6 +75,7 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     [
         (["model.name_or_path={folder}/gone"], "gone: no such file or folder"),
         (["model.device=tpu"], "model.device: tpu"),
+        (["model.name_or_path=/" + "x" * 300], "xxx: no such file or folder"),
         (["rewards.source=rewriter", "rewards.template=null"], "rewards.template: the rewriting prompt alone has"),
         (["data.chat_template=false", "data.prompt_template=none"], "data.prompt_template: expected 1 times {{}}"),
         (["locate.exclude=['*embd*']"], "locate.exclude: '*embd*' matches no tensor of the model"),
@@ -84,6 +85,16 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
         (["data.max_prompt_tokens=3"], "data.max_prompt_tokens is 3"),
         (["data.format=problems"], "no field 'problem'"),
         (
+            [
+                "rewards.source=prompted",
+                "rewards.template='{{}}{{}}{{}}" + " bread" * 50 + "'",
+                "sample.max_new_tokens=9",
+                "data.format=problems",
+                "data.train={folder}/wordy.jsonl",
+            ],
+            "rewards.template: the rewriting prompt alone has 1",
+        ),
+        (
             ["data.format=problems", "data.train={folder}/problems.jsonl"],
             "with 1024 of max_new_tokens that is more than the 128",
         ),
@@ -91,8 +102,10 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
 )
 def test_each_problem(job, capsys, tmp_path, overrides, problem):
     write(tmp_path / "problems.jsonl", {"problem": "1+1", "solution": "The answer is 2", "answer": "2"})
+    wordy = {"problem": "1+1 " * 20, "solution": "2 " * 40, "answer": "2"}
+    write(tmp_path / "wordy.jsonl", wordy, wordy)
     assert job("check", *(override.format(folder=tmp_path) for override in overrides)) == 2
-    assert problem.format() in capsys.readouterr().out
+    assert problem.format(folder=tmp_path) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -129,6 +142,10 @@ def test_where_nothing_can_be_written(job, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert job("check", f"output_dir={tmp_path / 'file' / 'runs'}") == 2
     assert "file: not a folder that can be written" in capsys.readouterr().out
+    assert job("check", f"output_dir={tmp_path}", "name=file") == 2
+    assert "file: not a folder that can be written" in capsys.readouterr().out
+    assert job("check", f"output_dir={tmp_path}/{'x' * 300}") == 2
+    assert re.search("problem: output_dir: .*xxx: file name too long", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{"])

@@ -1,3 +1,5 @@
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,15 +68,86 @@ def test_a_section_that_is_off_is_turned_on(tmp_path):
     assert load(tmp_path, saved).sft is None and load(tmp_path, saved, ["sft.ratio=0.1"]).sft.ratio == 0.1
 
 
-def test_seeds_that_no_rounding_by_chance_takes_are_refused(tmp_path):
-    stochastic = "model.rounding=stochastic"
-    assert load(tmp_path, overrides=[stochastic, "seeds=[0, 2147483647]"]).model.rounding == "stochastic"
-    for seeds in ("[-1]", "[0, 2147483648]"):
-        with pytest.raises(UserError, match="seeds: with model.rounding: stochastic expected 0..2147483647, got"):
-            load(tmp_path, overrides=[stochastic, f"seeds={seeds}"])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("seeds=[-1]", "seeds: .*greater than or equal to 0 .got -1."),
+        ("seeds=[0, 2147483648]", "seeds: .*less than or equal to 2147483647 .got 2147483648."),
+        ("pairs.max_pairs=99999999999999999999", "pairs.max_pairs: expected at most 2147483647 .got 9999"),
+        ("learn.learning_rate=.inf", "learn.learning_rate: .*finite number .got inf."),
+        ("rewards.train.adam_epsilon=1e999", "rewards.train.adam_epsilon: .*finite number"),
+        ("forget.threshold=.nan", "forget.threshold: .*finite number .got nan."),
+        ("ddp_timeout=1e300", "ddp_timeout: .*less than or equal to 1000000"),
+    ],
+)
+def test_numbers_are_finite_and_bounded(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, overrides=[override])
+    assert load(tmp_path, overrides=["seeds=[0, 2147483647]"]).seeds == [0, 2147483647]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "a/b", "a\\b", "two\nlines", "x" * 201, "\u6f22" * 67])
+def test_a_name_is_one_folder(tmp_path, name):
+    with pytest.raises(UserError, match="name: expected the name of one folder in output_dir"):
+        load(tmp_path, overrides=["name=" + json.dumps(name)])
+
+
+def test_a_name_may_be_any_word(tmp_path):
+    for name in ("x" * 200, "\u6f22 \xfc.v2", "...", "-x"):
+        assert load(tmp_path, overrides=["name=" + json.dumps(name)]).name == name
+
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learn: {ratio: 0.1, beta: 1, ratio: 0.2}", "line 4, column 30: ratio: stands twice"),
+        ("name: y", "line 4, column 1: name: stands twice"),
+        ('"name": y', "name: stands twice"),
+        ("l: &l {ratio: 0.1, ratio: 0.1}\nm: &m {<<: *l}\nlearn: {<<: *m}", "line 4, column 20: ratio: stands twice"),
+        (ALIASES, "more than 10000 keys and values, with what its aliases stand for"),
+        ("seeds: &s [0, *s]", "line 4, column 15: .s holds itself"),
+        ("learn: &l {<<: *l}", "line 4, column 16: .l holds itself"),
+        ("seeds: " + "[" * 5000, "line 4, column 57: nested more than 50 deep"),
+        ("seeds: " + "[" * 5000 + "]" * 5000, "nested more than 50 deep"),
+        ("seeds: [0, [1", "line 4, column 14: while parsing a flow sequence: expected"),
+        ("\tname: y", r"line 4, column 1: while scanning for the next token: found character '\\t'"),
+        ("name: a\0b", "unacceptable character #x0000"),
+        (r'output_dir: "a\0b"', r"line 4, column 13: no text: 'a\\x00b'"),
+        (r'output_dir: "\ud800"', r"line 4, column 13: no text: '\\ud800'"),
+        ("seeds: [2001-99-99]", "line 4, column 9: month must be in 1..12"),
+        ("seeds: [" + "9" * 5000 + "]", "line 4, column 9: Exceeds the limit"),
+        ("x: !!python/object/apply:os.system [exit]", "line 4, column 4: could not determine a constructor"),
+    ],
+    ids=range(17),
+)
+def test_yaml_that_is_refused_is_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=f"run.yaml: not YAML: .*{message}") as refusal:
+        load(tmp_path, MINIMAL + text)
+    assert "\n" not in str(refusal.value)
+
+
+def test_aliases_and_what_is_merged(tmp_path):
+    config = load(tmp_path, MINIMAL + "learn: &l {beta: 0.3, ratio: 0.1}\nforget: {<<: *l, beta: 0.2}\n")
+    assert (config.forget.beta, config.forget.ratio, config.learn.beta) == (0.2, 0.1, 0.3)
+    config = load(tmp_path, MINIMAL + "learn: &l {beta: 0.3}\nforget: *l\n", ["learn.beta=0.4"])
+    assert (config.learn.beta, config.forget.beta) == (0.4, 0.3), "an override is of the key that it names"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])
+def test_files_in_other_encodings(tmp_path, encoding):
+    (tmp_path / "run.yaml").write_bytes((MINIMAL + "# caf\xe9").encode(encoding))
+    with pytest.raises(UserError, match=r"run.yaml: not UTF-8, at byte \d+; save it as UTF-8"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: is a directory"):
+        load_config(tmp_path)
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
     with pytest.raises(UserError, match="expected keys and values, got list"):

@@ -65,6 +65,34 @@ def test_not_utf8_is_a_bad_row(tmp_path):
     assert len(problems) == 1 and "not JSON" in quarantined[0].reason
 
 
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"problem": "p", "solution": "s", "answer": "a", "answer": "b"}', "the key 'answer' stands twice"),
+        (
+            '{"problem": "p", "solution": "s", "answer": "a", "x": {"y": [{"z": 1, "z": 1}]}}',
+            "the key 'z' stands twice",
+        ),
+        ('{"problem": "p", "solution": "s", "answer": "a", "x": ' + "[" * 60 + "]" * 60 + "}", "more than 50 deep"),
+        (
+            '{"problem": "p", "solution": "s", "answer": "a", "x": ' + '{"x":' * 900 + "1" + "}" * 901,
+            "more than 50 deep",
+        ),
+        ('{"problem": ' + "[" * 100_000, "more than 50 deep"),
+        (r'{"problem": "p\ud800", "solution": "s", "answer": "a"}', "half a character"),
+        ('{"problem": 5, "solution": "s", "answer": "a"}', "problem: expected a text, got 5"),
+    ],
+    ids=range(7),
+)
+def test_a_strange_row_is_set_aside_alone(tmp_path, line, reason):
+    for text in (f"{json.dumps(ROW)}\n{line}\n{json.dumps(ROW)}", f"[{json.dumps(ROW)},\n{line},{json.dumps(ROW)}\n]"):
+        if line.endswith("[") and text[0] == "[":
+            continue  # an array that is never closed is no array
+        problems, (bad,) = read_problems(lines(tmp_path, text), "problems")
+        assert [problem.id for problem in problems] == ["rows.jsonl:1", "rows.jsonl:3"]
+        assert bad.id == "rows.jsonl:2" and reason in bad.reason
+
+
 def test_gsm8k(tmp_path):
     row = {"question": "q", "answer": "It takes 2/2=<<2/2=1>>1 bolt.\n#### 1,000"}
     source = lines(tmp_path, row, {"question": "q", "answer": "no marker"})
@@ -166,6 +194,15 @@ def test_character_tokenizer_round_trip(tmp_path):
         ("The answer is 5", ".5", False, False),
         ("The answer is -3", "3", False, False),
         ("The answer is 1,2", "12", False, False),
+        ("The answer is 0,123", "123", False, False),
+        ("The answer is 1,00,000", "100000", False, False),
+        ("The answer is -1,234,567.50", "-1234567.5", True, False),
+        ("The answer is 1234567890123456789012345678901", "1234567890123456789012345678902", False, False),
+        ("The answer is 0.10000000000000000000000000000000", "0.10000000000000000000000000000001", False, False),
+        (f"The answer is {'9' * 5000}", f"00{'9' * 5000}.0", True, False),
+        ("The answer is \u0663.\u0665", "3.5", True, False),
+        ("The answer is .", "0", False, False),
+        ("The answer is -", "0", False, False),
         ("The answer is -0", "0", True, False),
     ],
 )

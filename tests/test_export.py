@@ -63,6 +63,7 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
         file.write(b"0")
     cases = (
         ([folder, "learn", tmp_path / "taken"], "taken: exists already"),
+        ([folder, "learn", folder / "09-learn" / ".." / "new"], "new: inside the run; name a folder elsewhere"),
         ([folder, "sample", tmp_path / "out"], "sample: not a stage that makes a model; those are pretrain, sft, warm"),
         ([folder, "learn", tmp_path / "out", "--seed", "7"], "micro: has no seed 7; its seeds are 0, 1"),
         (

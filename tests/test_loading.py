@@ -302,7 +302,7 @@ def test_a_shard_that_is_not_there(tmp_path):
     refused(tmp_path, shards[1].name)
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"weight_map": []}'])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"weight_map": []}', "[" * 100_000])
 def test_an_index_that_cannot_be_read(tmp_path, content):
     sharded(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -326,25 +326,96 @@ def test_a_damaged_safetensors_file(tmp_path, damage):
     refused(tmp_path, WEIGHTS, "cannot be read")
 
 
-def pickled(path, state) -> None:
-    (path / WEIGHTS).unlink()
-    torch.save(state, path / "pytorch_model.bin")
-
-
 class Code:
     def __reduce__(self):
         return exec, ("raise SystemExit('this code ran')",)
 
 
-def test_pickled_weights_are_read_as_weights_alone(tmp_path):
-    model = tiny_llama(tie_word_embeddings=True)
-    pickled(folder_of(tmp_path), model.state_dict())
-    configure(tmp_path, tie_word_embeddings=True)
-    assert fingerprint(load_model(tmp_path, FLOAT32)) == fingerprint(model)
-    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-500])
-    refused(tmp_path, "pytorch_model.bin", "cannot be read")
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Code()))
-    refused(tmp_path, "pytorch_model.bin", "cannot be read")
+@pytest.mark.parametrize("data", [None, pickle.dumps(Code())], ids=["honest", "a-program"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "consolidated.00.pth"])
+def test_pickles_are_never_opened(tmp_path, name, data):
+    model = tiny_llama()
+    (folder_of(tmp_path, model) / WEIGHTS).unlink()
+    torch.save(model.state_dict(), tmp_path / name)
+    if data:
+        (tmp_path / name).write_bytes(data)
+    refused(tmp_path, f"{name}: not safetensors", "pickles, which may run code, are not opened", "save_pretrained(NEW)")
+    model.save_pretrained(tmp_path)
+    assert fingerprint(load_model(tmp_path, FLOAT32)) == fingerprint(model), "beside safetensors it does no harm"
+
+
+def index(path, file) -> None:
+    """Of one file that holds all weights of the folder."""
+    names = dict.fromkeys(load_file(path / WEIGHTS), file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (path / WEIGHTS).unlink()
+
+
+def test_an_index_leads_to_safetensors_in_its_folder_alone(tmp_path):
+    path = folder_of(tmp_path / "model")
+    (tmp_path / "elsewhere.safetensors").write_bytes((path / WEIGHTS).read_bytes())
+    torch.save(tiny_llama().state_dict(), path / "weights.bin")
+    for file, said in {
+        "weights.bin": "weights.bin: not safetensors",
+        "../elsewhere.safetensors": "elsewhere.safetensors, which is not in the folder",
+        str(tmp_path / "elsewhere.safetensors"): "elsewhere.safetensors, which is not in the folder",
+    }.items():
+        index(folder_of(path), file)
+        refused(path, said)
+    index(folder_of(path), "inside.safetensors")
+    (tmp_path / "elsewhere.safetensors").rename(path / "inside.safetensors")
+    assert fingerprint(load_model(path, FLOAT32)) == fingerprint(tiny_llama())
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", "{", "[" * 100_000, "\xff"])
+def test_a_generation_config_that_cannot_be_read(tmp_path, content):
+    (folder_of(tmp_path) / "generation_config.json").write_bytes(content.encode("latin-1"))
+    refused(tmp_path, "generation_config.json that cannot be read: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path, dtype):
+    rewrite(folder_of(tmp_path), lambda tensors: tensors | {NORM: torch.ones(32, dtype=dtype)})
+    refused(tmp_path, f"{NORM} is quantized ({dtype}), and config.json does not say how")
+
+
+def header(change):
+    """What changes the header of a safetensors file, and leaves its data."""
+
+    def changed(data):
+        end = 8 + int.from_bytes(data[:8], "little")
+        text = json.dumps(change(json.loads(data[8:end]))).encode()
+        return len(text).to_bytes(8, "little") + text + data[end:]
+
+    return changed
+
+
+def entry(**values):
+    return header(lambda entries: entries | {NORM: entries[NORM] | values})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        entry(data_offsets=[0, 128]),  # another's
+        entry(data_offsets=[0, 1 << 60]),
+        entry(data_offsets=[128, 0]),
+        entry(dtype="I64"),
+        entry(dtype="X8"),
+        entry(shape=[-32]),
+        entry(shape=[1 << 62, 1 << 62]),
+        header(lambda entries: [entries]),
+        header(lambda entries: entries | {"__metadata__": {"format": 5}}),
+        header(lambda entries: entries | {NORM: "x" * 10_000}),
+        lambda data: (1 << 62).to_bytes(8, "little") + data[8:],
+        lambda data: data + b"more",
+    ],
+    ids=range(12),
+)
+def test_a_header_that_lies(tmp_path, change):
+    file = folder_of(tmp_path) / WEIGHTS
+    file.write_bytes(change(file.read_bytes()))
+    assert len(refused(tmp_path, f"{WEIGHTS}: weights that cannot be read: ")) < 500
 
 
 def test_every_model_of_a_run_is_looked_at_before_it_starts(tmp_path):
@@ -500,11 +571,39 @@ def test_merge_and_convert_write_no_folder_that_holds_something(tmp_path, capsys
     assert "model.gguf: not a GGUF file that can be read" in capsys.readouterr().err
 
 
-def test_a_tokenizer_with_code_of_its_own(tmp_path):
-    folder_of(tmp_path)
-    (tmp_path / "tokenization_mine.py").write_text("raise SystemExit('this code ran')")
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+def gguf(token: str, merge: str) -> bytes:
+    """A file without any weight, of one token."""
+
+    def text(value):
+        return len(value).to_bytes(8, "little") + value.encode()
+
+    def word(value):
+        return value.to_bytes(4, "little")
+
+    texts = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}
+    lists = {"tokenizer.ggml.tokens": token, "tokenizer.ggml.merges": merge}
+    numbers = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
+    entries = [text(name) + word(8) + text(value) for name, value in texts.items()]
+    entries += [text(name) + word(9) + word(8) + (1).to_bytes(8, "little") + text(v) for name, v in lists.items()]
+    entries += [text(f"llama.{name}") + word(4) + word(8) for name in numbers]
+    return b"GGUF" + word(3) + bytes(8) + len(entries).to_bytes(8, "little") + b"".join(entries)
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    path = folder_of(tmp_path / "model")
+    (path / "tokenization_mine.py").write_text("raise SystemExit('this code ran')")
+    config = json.loads((path / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}, "tokenizer_class": "Mine"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
-        load_tokenizer(tmp_path)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no tokenizer that can be loaded: it needs code of its own, which is not run"):
+        load_tokenizer(path)
+    (path / "model.gguf").write_bytes(gguf("token", "other"))
+    assert main(["convert", str(path / "model.gguf"), str(tmp_path / "new")]) == 2
+    assert "model.gguf: not a GGUF file that can be read: The repository" in capsys.readouterr().err
+
+
+def test_tokens_that_no_tokenizer_can_have(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(gguf("token", "oth er"))  # a merge of what are no tokens
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "new")]) == 2
+    assert "model.gguf: not a GGUF file that can be read: Error while initializing BPE" in capsys.readouterr().err

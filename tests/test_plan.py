@@ -282,7 +282,15 @@ def test_what_the_meta_device_cannot_run_is_said():
         shape_of(config, "bfloat16")
 
 
-@pytest.mark.parametrize("held, message", [(None, "no such file"), ({"hidden_size": -4}, "not a multiple")])
+@pytest.mark.parametrize(
+    "held, message",
+    [
+        (None, "no such file"),
+        ({"hidden_size": -4}, "not a multiple"),
+        ({"num_attention_heads": 0}, "by zero"),
+        ({"dtype": "none_such"}, "no attribute 'none_such'"),
+    ],
+)
 def test_models_that_cannot_be_planned(tmp_path, held, message, capsys):
     path = tmp_path / "config.json"
     if held:

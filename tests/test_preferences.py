@@ -126,6 +126,11 @@ def test_an_answer_may_be_a_dialogue_or_json():
         assert read_preference({"prompt": "As JSON?", "chosen": answer, "rejected": B}).right == (answer,)
 
 
+def test_an_answer_of_brackets_is_a_text():
+    for brackets in ("[" * 100_000, '{"role": ' * 100 + "1" + "}" * 100):
+        assert read_preference({**BASE, "chosen": brackets}).right == (brackets,)
+
+
 def test_cells_of_tables_are_texts():
     assert read_preference({"prompt": Q, "response_0": B, "response_1": A, "better_response_id": "1"}).right == (A,)
     assert read_preference({"prompt": Q, "responses": [B, A], "scores": ["3", "10.5"]}).right == (A,)
@@ -203,6 +208,12 @@ ASIDE = {
     "functions": ({**BASE, "functions": ["x"]}, "functions: looks like context"),
     "two prompts": ({**BASE, "question": "Why?"}, "question: looks like context"),
     "equal": ({**BASE, "rejected": A}, "chosen and rejected are equal"),
+    "equal but for the end": ({**BASE, "rejected": f"{A} \n"}, "equal, but for white space at the end"),
+    "equal messages": (
+        {**BASE, "chosen": [{**said(A, first="assistant")[0], "content": f"{A}\t"}], "rejected": A},
+        "equal, but for white space at the end",
+    ),
+    "equal calls": ({**BASE, "chosen": [CALL], "rejected": [{**CALL, "content": " "}]}, "equal, but for white space"),
     "both": ({**BASE, "rejected": [B, A]}, "both chosen and rejected: 'Hot.'"),
     "surrogate in a text": ({**BASE, "prompt": "Good? \ud83d"}, "prompt: half a character"),
     "surrogate in messages": ({**BASE, "chosen": said(Q, "Yes \ude0a")}, "chosen: half a character"),
@@ -224,6 +235,19 @@ ASIDE = {
     "rating": ({"prompt": Q, "responses": [A, B], "scores": [1, None]}, "scores: expected numbers"),
     "label": ({"prompt": Q, "completion": A, "label": "maybe"}, "label: expected true or false"),
     "tools": ({**BASE, "tools": "{"}, "tools: not JSON"),
+    "nested tools": ({**BASE, "tools": "[" * 100_000}, "tools: nested more than 50 deep"),
+    **{
+        f"tools {tools!r}": ({**BASE, "tools": tools}, "tools: expected a list of objects whose names are texts, got ")
+        for tools in (5, [5], [{"function": 5}], [{"name": 5}], {"a": 1}, "5")
+    },
+    **{
+        f"calls {calls!r}": ({**BASE, "chosen": [{**CALL, "tool_calls": calls}]}, "chosen: tool_calls: expected a list")
+        for calls in (5, "heat", ["heat"], [{"function": "heat"}], [{"function": {"name": 1}}])
+    },
+    "a user's calls": ({**BASE, "prompt": [{**said(Q)[0], "tool_calls": 5}]}, "prompt: tool_calls: expected a list"),
+    "thoughts": ({**BASE, "chosen": [{**said(A, first="assistant")[0], "thinking": 5}]}, "thinking: expected a text"),
+    "a column that is no list": ({**BASE, "prompt": {"role": ["user"], "content": Q}}, "expected a role out of"),
+    "columns of unlike length": ({**BASE, "prompt": {"role": ["user"], "content": [Q, A]}}, "expected a role out of"),
     "no content": ({**BASE, "prompt": [{"role": "user"}]}, "prompt: expected chat messages with role and content"),
     "parts": (
         {**BASE, "prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}]},
@@ -248,7 +272,7 @@ def test_judged_completions_are_grouped_by_their_prompt(tmp_path):
         {"prompt": "Why?", "completion": "So.", "label": False},
         {"prompt": Q, "completion": B, "label": "false"},
         {"prompt": Q, "completion": "Ice.", "label": 0},
-        {"prompt": Q, "completion": A, "label": False},
+        {"prompt": Q, "completion": f"{A}\n", "label": False},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))

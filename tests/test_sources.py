@@ -4,8 +4,10 @@ import csv
 import gzip
 import json
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 
 from allo_fast.config import UserError
 from allo_fast.data.problems import read_problems
@@ -93,6 +95,9 @@ def test_cells_hold_what_was_quoted(tmp_path):
         ("rows.csv", b"a\xff\xfe,b\n1,2\n", "no usable row; it cannot be read"),
         ("rows.xlsx", b"PK", "no format that is read; expected one of .jsonl"),
         ("rows.jsonl", b"", "the file is empty"),
+        ("rows.jsonl", b'{"a": "b"}\n' + bytes(5), "no usable row; rows.jsonl:1: no field 'chosen'"),
+        ("rows.jsonl", gzip.compress(b'{"a": 1}\n'), "rows.jsonl: compressed by gzip; name it .gz"),
+        ("rows.csv", b"PK\x03\x04" + bytes(40), "rows.csv: compressed; unpack it"),
     ],
 )
 def test_broken_files_are_said(tmp_path, name, data, message):
@@ -101,9 +106,28 @@ def test_broken_files_are_said(tmp_path, name, data, message):
         read_problems(str(tmp_path / name), "preference")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_files_in_other_encodings(tmp_path, encoding):
+    texts = {"rows.jsonl": '{"a": 1}\n', "rows.json": '\n[{"a": 1}]', "rows.csv": "a,b\n1,2\n", "rows.tsv.gz": "a\n1\n"}
+    for name, text in texts.items():
+        data = text.encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        with pytest.raises(UserError, match=f"{name}: UTF-16 or UTF-32; save it as UTF-8"):
+            read_problems(str(tmp_path / name), "preference")
+
+
+def test_a_column_that_stands_twice(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    columns = [pyarrow.array(["a"])] * 2
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["chosen", "chosen"]), tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.parquet"):
+        with pytest.raises(UserError, match=f"{name}: the column 'chosen' stands twice"):
+            list(read_rows(str(tmp_path / name)))
+
+
 def test_slices_and_splits_that_are_not(tmp_path):
     path = written(tmp_path, "rows.jsonl")
-    for wrong in ("[-2:]", "[::2]", "[:50%]"):
+    for wrong in ("[-2:]", "[:-2]", "[::2]", "[:50%]", f"[:{'9' * 30}]"):
         with pytest.raises(UserError, match="a slice is"):
             read_rows(f"{path}{wrong}")
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
@@ -111,9 +135,17 @@ def test_slices_and_splits_that_are_not(tmp_path):
         list(read_rows(f"{tmp_path / 'one'}:test"))
 
 
+@pytest.mark.parametrize("source, message", [("{}/rows.json", "a folder, where a file was expected"), ("", "no such")])
+def test_paths_that_are_no_files(tmp_path, source, message):
+    (tmp_path / "rows.json").mkdir()
+    for path in (source.format(tmp_path), f"{tmp_path}/{'x' * 300}.jsonl", f"{tmp_path}/{'x' * 300}"):
+        with pytest.raises(UserError, match=message if path == source.format(tmp_path) else "no such file"):
+            list(read_rows(path))
+
+
 def test_names_in_capitals_and_nested_lines(tmp_path):
     (tmp_path / "rows.JSONL").write_text("[" * 100_000 + "\n" + "{}\n")
-    with pytest.raises(UserError, match="no usable row; rows.JSONL:1: not JSON"):
+    with pytest.raises(UserError, match="no usable row; rows.JSONL:1: nested more than 50 deep"):
         read_problems(str(tmp_path / "rows.JSONL"), "preference")
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 
-from allo_fast.data.sources import UnusableRow
+from allo_fast.data.sources import UnusableRow, parse_json
 
 ROLES = {
     "system": "system",
@@ -50,8 +50,8 @@ def as_messages(value: object, name: str) -> Messages | None:
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            parsed = json.loads(value)
-        except ValueError:
+            parsed = parse_json(value)
+        except UnusableRow:
             return None
         is_messages = isinstance(parsed, dict | list) and all(map(_is_written, _listed(parsed)))
         value = parsed if parsed and is_messages else value
@@ -64,7 +64,8 @@ def as_messages(value: object, name: str) -> Messages | None:
 
 def _listed(value: dict | list) -> list:
     """Messages one after another; a table may hold them as one object of lists."""
-    if isinstance(value, dict) and isinstance(value.get("role"), list):
+    lists = isinstance(value, dict) and all(isinstance(items, list) for items in value.values())
+    if lists and "role" in value and len({*map(len, value.values())}) == 1:
         return [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
     return value if isinstance(value, list) else [value]
 
@@ -85,8 +86,8 @@ def _message(message: object, name: str) -> dict:
     said, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if not isinstance(said, str) or said not in ROLES:
         raise UnusableRow(f"{name}: expected a role out of {', '.join(ROLES)}, got {said!r}")
-    role = ROLES[said]
-    calls = role == "assistant" and bool(message.get("tool_calls"))
+    role, calls = ROLES[said], functions(message.get("tool_calls") or [], f"{name}: tool_calls")
+    calls = role == "assistant" and bool(calls)
     if not isinstance(content, str) and not (calls and content is None):
         raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
     if not (content or "").strip() and not calls and role not in _MAY_BE_EMPTY:
@@ -95,7 +96,22 @@ def _message(message: object, name: str) -> dict:
     if pictures := [key for key in message if key in MEDIA and message[key]]:
         raise UnusableRow(f"{name}: {pictures[0]} in a message; texts alone are read")
     others = {key: message[key] for key in _RENDERED if message.get(key) is not None}
+    for key in others.keys() - {"tool_calls"}:
+        if not isinstance(others[key], str):
+            raise UnusableRow(f"{name}: {key}: expected a text, got {others[key]!r}")
     return {**others, "role": role, "content": content or ""}
+
+
+def functions(value: object, name: str) -> list[dict]:
+    """Calls, or tools that may be called, as they stand. Raises UnusableRow for what is no list of them."""
+    if not isinstance(value, list) or not all(map(_is_function, value)):
+        raise UnusableRow(f"{name}: expected a list of objects whose names are texts, got {value!r:.200}")
+    return value
+
+
+def _is_function(value: object) -> bool:
+    function = value.get("function", value) if isinstance(value, dict) else value
+    return isinstance(function, dict) and isinstance(function.get("name", ""), str)
 
 
 def parse_transcript(value: str, name: str) -> Messages:

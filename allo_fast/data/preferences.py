@@ -3,14 +3,13 @@
 Reads every usual layout; a row that would lose something on the way is set aside with the reason.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from allo_fast.data.conversations import MEDIA, Messages, as_messages, parse_transcript, text
-from allo_fast.data.sources import UnusableRow
+from allo_fast.data.conversations import MEDIA, Messages, as_messages, functions, parse_transcript, text
+from allo_fast.data.sources import UnusableRow, parse_json
 
 Turn = str | dict  # an assistant's message: its text, or the whole message where it has more than text
 
@@ -205,13 +204,12 @@ def _tools(row: dict, used: set[str]) -> list[dict] | None:
     if not value:
         return None
     used.add("tools")
-    try:
-        tools = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UnusableRow(f"tools: not JSON: {error}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow(f"tools: expected a list of objects, got {value!r}")
-    return tools
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except UnusableRow as error:
+            raise UnusableRow(f"tools: {error}") from None
+    return functions(value, "tools")
 
 
 def _common_beginning(texts: list[str]) -> str:
@@ -257,11 +255,17 @@ def _joined(prompt: str | Messages | None, response: _Response) -> str | Message
 
 
 def _disjoint(right: list[Turn], wrong: list[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """Each response once. Raises UnusableRow for one that is better and worse."""
-    if both := [turn for turn in right if turn in wrong]:
+    """Each response once. Raises UnusableRow for one that is better and worse, but for white space at its end."""
+    worse = [without_end(turn) for turn in wrong]
+    if both := [turn for turn in right if without_end(turn) in worse]:
         equal = len(right) == len(wrong) == 1
-        raise UnusableRow("chosen and rejected are equal" if equal else f"both chosen and rejected: {both[0]!r}")
+        but = "" if both[0] in wrong else ", but for white space at the end"
+        raise UnusableRow(f"chosen and rejected are equal{but}" if equal else f"both chosen and rejected: {both[0]!r}")
     return distinct(right), distinct(wrong)
+
+
+def without_end(turn: Turn) -> Turn:
+    return turn.rstrip() if isinstance(turn, str) else {**turn, "content": turn["content"].rstrip()}
 
 
 def distinct(turns: Iterable[Turn]) -> tuple[Turn, ...]:

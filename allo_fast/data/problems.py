@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
-from allo_fast.data.preferences import Turn, distinct, read_preference
+from allo_fast.data.preferences import Turn, distinct, read_preference, without_end
 from allo_fast.data.sources import UnusableRow, read_rows
 
 
@@ -125,7 +125,8 @@ def _grouped(problems: list[Problem]) -> tuple[list[Problem], list[Quarantined]]
 
 def _merged(group: list[Problem]) -> Problem:
     right, wrong = (distinct(turn for problem in group for turn in getattr(problem, side)) for side in _SIDES)
-    wrong = tuple(turn for turn in wrong if turn not in right)
+    better = [without_end(turn) for turn in right]
+    wrong = tuple(turn for turn in wrong if without_end(turn) not in better)
     gold = next((turn for turn in right if isinstance(turn, str)), "")
     return replace(group[0], right=right, wrong=wrong, solution=gold, answer=gold)
 

@@ -6,7 +6,6 @@ sum of the tokens' log-probabilities, their number, and whether it is a right on
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from itertools import product
 from math import fsum
 from statistics import NormalDist, fmean, variance
@@ -17,7 +16,7 @@ _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 
 
 def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
-    """strict: case, surrounding punctuation and markdown do not matter, numbers compare as numbers.
+    """strict: case, surrounding punctuation and markdown do not matter, numbers compare as numbers, to the last digit.
 
     release: the published code's rule, kept to measure the difference: an exact lower-cased match with a gold answer
     that is not lower-cased, so that "The answer is beads." is wrong for "beads".
@@ -31,8 +30,12 @@ def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
 def _normalized(text: str) -> str:
     line = next((line for line in text.splitlines() if line.strip()), "")
     text = re.sub(r"\s+", " ", line).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
-    number = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)%?", text)
-    return f"{(Decimal(number[1] + number[2].replace(',', '')) + 0).normalize():f}" if number else text
+    number = re.fullmatch(r"([-+]?)\$?([1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.(\d*))?%?", text)
+    if not number or not (number[2] or number[3]):
+        return text
+    whole, fraction = (re.sub(r"\d", lambda digit: str(int(digit[0])), part or "") for part in number.group(2, 3))
+    size = f"{whole.replace(',', '').lstrip('0') or '0'}.{fraction.rstrip('0')}"
+    return "-" * (number[1] == "-" and size != "0.") + size
 
 
 def best_response(scores: Sequence[float], responses: Sequence[dict]) -> int:

@@ -3,8 +3,9 @@
 import csv
 import gzip
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,13 @@ from allo_fast.config import UserError, first_line
 from allo_fast.data.arithmetic import arithmetic_row
 
 Row = tuple[str, Callable[[], dict]]  # where it stands, and what gives it or raises UnusableRow
+_DEPTH = 50  # levels of nesting in a row
+_NOT_UTF8 = {  # how a file begins
+    "UTF-16 or UTF-32; save it as UTF-8": rb"(\xff\xfe(\0\0)?)?[\t-~]\0|((\0\0)?\xfe\xff)?\0{1,3}[\t-~]",
+    "compressed by gzip; name it .gz": rb"\x1f\x8b",
+    "compressed; unpack it": rb"\x28\xb5\x2f\xfd|PK\x03\x04|BZh|\xfd7zXZ",
+}
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class UnusableRow(UserError):
@@ -33,9 +41,9 @@ def read_rows(source: str) -> Iterator[Row]:
         return ((f"{name}:{i}", lambda i=i: arithmetic_row(name.split(":")[1], i)) for i in range(start, stop))
     folder, _, split = name.partition(":")
     path = Path(name).expanduser()
-    if path.suffix.lower() in (*_READERS, ".gz") or path.is_file():
+    if path.suffix.lower() in (*_READERS, ".gz") or os.path.isfile(path):
         rows = _file_rows(path)
-    elif Path(folder).is_dir():
+    elif os.path.isdir(folder):
         rows = _saved_rows(folder, split)
     else:
         rows = _hub_rows(name)
@@ -44,19 +52,21 @@ def read_rows(source: str) -> Iterator[Row]:
 
 def split_slice(source: str) -> tuple[str, int, int | None]:
     """ "file.jsonl[3:9]" -> ("file.jsonl", 3, 9)."""
-    match = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", source, re.DOTALL)
+    match = re.fullmatch(r"(.*?)(?:\[(\d{0,18}):(\d{0,18})\])?", source, re.DOTALL)
     return match[1], int(match[2] or 0), int(match[3]) if match[3] else None
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'a folder, where a file was expected' if os.path.isdir(path) else 'no such file'}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
     if suffix not in _READERS:
         raise UserError(f"{path}: no format that is read; expected one of {', '.join(_READERS)}")
     try:
+        if suffix != ".parquet":
+            _check_text(path)
         yield from ((f"{path.name}:{number}", row) for number, row in _READERS[suffix](path))
     except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:  # a broken file, not a broken row
         raise UserError(f"{path}: no usable row; it cannot be read: {error}") from None
@@ -66,6 +76,14 @@ def _open(path: Path):
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
+def _check_text(path: Path) -> None:
+    """Raises UserError for a file that as UTF-8 would be broken row by row."""
+    with _open(path) as file:
+        head = file.read(8)
+    if said := next((said for said, beginning in _NOT_UTF8.items() if re.match(beginning, head)), None):
+        raise UserError(f"{path}: {said}")
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     """JSON lines, or one array of objects; numbered from 1, by line or by element."""
     with _open(path) as file:
@@ -73,30 +91,58 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
         file.seek(0)
         array = _array(file.read()) if first.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[" else None
         if array is not None:
-            yield from ((number, lambda row=row: _object(row)) for number, row in enumerate(array, start=1))
+            yield from ((number, lambda text=text: _object(text)) for number, text in enumerate(array, start=1))
             return
         file.seek(0)
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, lambda line=line: _object(_parse(line))
+                yield number, lambda line=line: _object(line)
 
 
-def _array(data: bytes) -> list | None:
-    """None where it is not one array: then each line is judged for itself."""
+def _array(data: bytes) -> list[str] | None:
+    """The texts of its elements; None where it is not one array: then each line is judged for itself."""
+    decoder, texts, end = json.JSONDecoder(), [], 0
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
+        text = data.decode("utf-8-sig").strip()
+        while not texts or text[end] == ",":
+            start = _SPACE.match(text, end + 1).end()
+            end = decoder.raw_decode(text, start)[1]
+            texts.append(text[start:end])
+            end = _SPACE.match(text, end).end()
+    except (ValueError, RecursionError, IndexError):
         return None
+    return texts if text[end:] == "]" else None
 
 
-def _parse(line: bytes) -> object:
+def parse_json(text: bytes | str) -> object:
+    """Raises UnusableRow for what is malformed, not UTF-8, nested without end, or has a key twice in one object."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # malformed, not UTF-8, or nested without end
+        value = json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
         raise UnusableRow(f"not JSON: {error}") from None
+    except RecursionError:
+        raise UnusableRow(f"nested more than {_DEPTH} deep") from None
+    depth, level = 0, [value]
+    while level := [inner for outer in level for inner in _parts(outer)]:
+        if (depth := depth + 1) > _DEPTH:
+            raise UnusableRow(f"nested more than {_DEPTH} deep")
+    return value
 
 
-def _object(row: object) -> dict:
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in row if keys.count(key) > 1)!r} stands twice")
+    return row
+
+
+def _parts(value: object) -> Iterable:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _object(text: bytes | str) -> dict:
+    row = parse_json(text)
     if not isinstance(row, dict):
         raise UnusableRow(f"expected an object, got {type(row).__name__}")
     return row
@@ -107,8 +153,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     csv.field_size_limit(1 << 27)
     with _open(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
+        rows = csv.DictReader(text, delimiter=delimiter)
+        _check_columns(path, rows.fieldnames or ())
+        for number, row in enumerate(rows, start=1):
             yield number, lambda row=row: _cells(row)
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: the column {twice[0]!r} stands twice")
 
 
 def _cells(row: dict) -> dict:
@@ -122,7 +175,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        batches = ParquetFile(path).iter_batches()
+        file = ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
+        batches = file.iter_batches()
         yield from _numbered(row for batch in batches for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: no usable row; not parquet: {error}") from None

@@ -1,6 +1,6 @@
 """What a model's folder or hub id holds, looked at before a single weight is loaded."""
 
-import pickle
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,29 +24,25 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from allo_fast.config import UserError, first_line
 from allo_fast.model.weights import same_bits
 
 _SHOWN = 3  # names in a message
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")  # of GPT-J, GPT-Neo, CodeGen
-_DAMAGED_FILE = (
-    AttributeError,
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt", "model.pt")
 
 
 def check_there(path: str | Path) -> None:
     """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
     text = str(path)
-    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not Path(path).exists():
+    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder")
 
 
@@ -59,6 +55,7 @@ def check_model(path: str | Path) -> None:
     files = weight_files(path, config)
     headers = [(file, name, tensor) for file in files for name, tensor in _headers(file).items()]
     _check_dense(path, {name: tensor for _, name, tensor in headers})
+    _check_generation(path)
     model, info = _without_storage(path, config, {name: tensor for _, name, tensor in headers})
     check_names(path, model, info)
     _check_tied(path, model, {name: file for file, name, _ in headers})
@@ -68,8 +65,8 @@ def _headers(file: str) -> dict[str, Tensor]:
     """A file's tensors on the meta device. Raises UserError for a damaged file."""
     try:
         return load_state_dict(file, map_location="meta")
-    except _DAMAGED_FILE as error:
-        raise UserError(f"{file}: weights that cannot be read: {first_line(error.__cause__ or error)}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file}: weights that cannot be read: {first_line(error)}") from None
 
 
 def _without_storage(
@@ -77,9 +74,9 @@ def _without_storage(
 ) -> tuple[PreTrainedModel, dict]:
     """The model on the meta device, and what `from_pretrained` says with `output_loading_info`."""
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        with _quiet():
+        with quiet():
             return type(model).from_pretrained(
                 None,
                 config=model.config,
@@ -161,32 +158,60 @@ def _class_name(raw: dict) -> str:
 
 
 def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
-    """The files that `from_pretrained` reads. Raises UserError where there is none.
+    """The safetensors files that `from_pretrained` reads. Raises UserError where there is none.
 
-    Pickles (pytorch_model.bin) are among them: transformers reads them with weights_only, which runs no code of theirs.
+    Pickles are not opened: they are programs, of which reading the weights alone is a promise of the reader.
     """
+    named = getattr(config, "transformers_weights", None)
+    if not named and not any(_has_file(path, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        if pickled := next((name for name in _PICKLES if _has_file(path, name)), None):
+            raise _refusal(path, pickled)
     try:
         files, _ = _get_resolved_checkpoint_files(
             pretrained_model_name_or_path=str(path),
             variant=None,
             gguf_file=None,
-            use_safetensors=None,
+            use_safetensors=True,
             user_agent=None,
             is_remote_code=False,
-            transformers_explicit_filename=getattr(config, "transformers_weights", None),
+            transformers_explicit_filename=named,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: no weights that can be read: {first_line(error.__cause__ or error)}") from None
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise _refusal(path, Path(file).name)
+        if os.path.isdir(path) and not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(path)):
+            raise UserError(f"{path}: its index names {file}, which is not in the folder")
     return files
 
 
+def _refusal(path: str | Path, name: str) -> UserError:
+    return UserError(
+        f"{path}: {name}: not safetensors, and pickles, which may run code, are not opened; where you trust it, name "
+        f"the folder NEW of AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(NEW), and likewise of "
+        "AutoTokenizer"
+    )
+
+
+def _check_generation(path: str | Path) -> None:
+    """Raises UserError for a generation_config.json that cannot be read; transformers may pass over it."""
+    if not _has_file(path, GENERATION_CONFIG_NAME):
+        return
+    try:
+        GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {GENERATION_CONFIG_NAME} that cannot be read: {first_line(error)}") from None
+
+
 def _check_dense(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for matrices of one byte a weight: codes, that a cast would take for values.
+    """Raises UserError for matrices of one byte a weight, and whole numbers: codes, that a cast would take for values.
 
     Such a bool or uint8 with four dimensions is the attention mask that files of older versions hold.
     """
     for name, tensor in tensors.items():
-        if tensor.ndim in (2, 3) and tensor.dtype.itemsize == 1:
+        codes = tensor.ndim in (2, 3) and tensor.dtype.itemsize == 1
+        if codes or not tensor.dtype.is_floating_point and name.endswith("weight"):
             raise UserError(f"{path}: {name} is quantized ({tensor.dtype}), and config.json does not say how")
 
 
@@ -230,8 +255,6 @@ def _check_tied(path: str | Path, model: PreTrainedModel, files: dict[str, str])
 
 def read(file: str, name: str) -> Tensor:
     """One tensor of a file of weights."""
-    if not file.endswith(".safetensors"):
-        return load_state_dict(file)[name]
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name)
 
@@ -248,7 +271,7 @@ def _has_file(path: str | Path, name: str) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Inside, transformers warns of nothing: what it would say of names is said by `check_names`."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)

@@ -1,6 +1,5 @@
 """Loading models: any AutoModelForCausalLM, from a local folder or the hub."""
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.checkpoint import check_model, check_names, check_there
+from allo_fast.model.checkpoint import check_model, check_names, check_there, quiet
 from allo_fast.model.saving import check_new, save_model
 from allo_fast.model.weights import check_finite
 
@@ -46,6 +45,7 @@ def load_model(
                 dtype=getattr(torch, dtype),
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=False,
+                use_safetensors=True,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: not a model that can be loaded: {first_line(error)}") from None
@@ -90,7 +90,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever it is: transformers computes with the files' values as it reads them
-        raise UserError(f"{path}: no tokenizer that can be loaded: {first_line(error)}") from None
+        custom = "it needs code of its own, which is not run" if "trust_remote_code" in str(error) else None
+        raise UserError(f"{path}: no tokenizer that can be loaded: {custom or first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -106,12 +107,15 @@ def convert_gguf(source: Path, folder: Path) -> None:
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     check_new(folder)
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "trust_remote_code": False}
     dense = GgufConfig(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model, info = AutoModelForCausalLM.from_pretrained(**where, quantization_config=dense, output_loading_info=True)
-    except (OSError, ValueError, ImportError, KeyError, IndexError, struct.error) as error:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=dense, output_loading_info=True
+            )
+    except Exception as error:  # whatever it is: transformers and tokenizers compute with the file's values
         raise UserError(f"{source}: not a GGUF file that can be read: {first_line(error)}") from None
     check_names(source, model, info)
     check_finite(model, source)

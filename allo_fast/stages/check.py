@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.sources import UnusableRow
 from allo_fast.locating.windows import pieces_of, windows_of
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
@@ -59,10 +61,10 @@ def check(config: Config) -> Findings:
     model = findings.attempt(lambda: _base_config(config))
     tokenizer = findings.attempt(lambda: base_tokenizer(config)) if model else None
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
-    for key, new_tokens in (("train", config.sample.max_new_tokens), ("test", config.evaluate.max_new_tokens)):
-        _check_data(findings, config, key, prompts if model else None, new_tokens)
+    rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
+    _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
     if config.method == "allo":
-        _check_rewards(findings, config, prompts if model else None)
+        _check_rewards(findings, config, prompts if model else None, rows)
     others = other_models(config)
     if (after := others.pop("locate.after", None)) and model:
         findings.attempt(lambda: _check_after(config, model, after))
@@ -106,23 +108,24 @@ def _base_config(config: Config) -> PretrainedConfig:
         raise UserError(f"model.name_or_path: {error}") from None
 
 
-def _check_data(findings: Findings, config: Config, key: Key, prompts: Prompts | None, new_tokens: int) -> None:
-    """Without prompts, whose lack is a problem of its own, the rows are read and not rendered."""
+def _check_data(findings: Findings, config: Config, key: Key, prompts: Prompts | None, new_tokens: int) -> list[dict]:
+    """The usable rows. Without prompts, whose lack is a problem of its own, the rows are read and not rendered."""
     if prompts is None:
         findings.attempt(lambda: problems_of(config, key))
-        return
+        return []
     read = findings.attempt(lambda: usable_problems(config, key, prompts, new_tokens))
     if read is None:
-        return
+        return []
     rows, aside = read
     reasons = "; ".join(_reasons(aside))
     if not rows:
         findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
-        return
+        return []
     findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
     if key == "train":
         findings.first_row = first_row(rows, prompts, right_responses) if config.sft else first_row(rows, prompts)
         findings.longest, findings.highest = _extent(rows, new_tokens)
+    return rows
 
 
 def _extent(rows: list[dict], new_tokens: int) -> tuple[int, int]:
@@ -144,8 +147,8 @@ def _reasons(aside: list[Quarantined]) -> list[str]:
     return [f"{rows[0].id}: {rows[0].reason}" + f" ({len(rows)} rows)" * (len(rows) > 1) for rows in largest]
 
 
-def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) -> None:
-    """Rewards that are given can be read; a rewriting prompt leaves room for a response."""
+def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, rows: list[dict]) -> None:
+    """Rewards that are given can be read; the rewriting prompt of a row, or of any, leaves room for a response."""
     settings = config.rewards
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
@@ -153,12 +156,16 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None) 
         return
     models = [settings.model] if settings.model else []
     if prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, *models))):
-        shortest = len(findings.attempt(lambda: prompts.encode_rewrite("x", "x", "x")) or [])
-        if shortest >= limit.positions:
-            findings.problems.append(
-                f"rewards.template: the rewriting prompt alone has {shortest} tokens, "
-                f"{settings.model or config.model.name_or_path} reads {limit.positions}"
-            )
+        lengths = []
+        for row in rows or [{"prompt": "x", "solution": "x"}]:
+            with suppress(UnusableRow):
+                lengths.append(len(prompts.encode_rewrite(row["prompt"], row["solution"], "x")))
+                if lengths[-1] < limit.positions:
+                    return
+        findings.problems.append(
+            f"rewards.template: the rewriting prompt alone has {min(lengths, default='no')} tokens or more, "
+            f"{settings.model or config.model.name_or_path} reads {limit.positions}"
+        )
 
 
 def _check_architecture(config: Config, model: PretrainedConfig) -> None:
@@ -214,8 +221,12 @@ def _check_other(
 
 
 def _check_disk(findings: Findings, config: Config, parameters: int) -> None:
-    folder = Path(config.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    folder = Path(config.output_dir, config.name).absolute()
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        findings.problems.append(f"output_dir: {config.output_dir:.80}: {error.strerror.lower()}")
+        return
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         findings.problems.append(f"output_dir: {existing}: not a folder that can be written")
         return

@@ -16,8 +16,13 @@ STAGES_WITH_MODELS = ("pretrain", "sft", "warmup", "forget", "learn")
 
 
 def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
-    """seed: None: the run's first. Raises UserError for what the run has not, or not whole; an `out` with something."""
+    """seed: None: the run's first.
+
+    Raises UserError for what the run has not, or not whole; an `out` with something, or in the run itself.
+    """
     check_new(out)
+    if out.resolve().is_relative_to(run.folder.resolve()):
+        raise UserError(f"{out}: inside the run; name a folder elsewhere")
     unit = Unit(run, stage, _key(run.config, run.folder, stage, seed))
     if not unit.is_intact():
         raise UserError(f"{unit.folder}: not complete, or damaged; run `allo-fast {stage} CONFIG` first")
