@@ -1,19 +1,22 @@
 """ALLO: align a language model by training a few percent of its weights."""
 
-from allo_fast.method.delta import Delta
-from allo_fast.method.objectives import dpo_loss, npo_token_loss
-from allo_fast.method.optim import SparseAdamW
-from allo_fast.method.policy import DensePolicy, SparsePolicy
-from allo_fast.method.selection import Selection
-from allo_kernels import key_token_weights
+from importlib import import_module
 
-__all__ = [
-    "Delta",
-    "DensePolicy",
-    "Selection",
-    "SparseAdamW",
-    "SparsePolicy",
-    "dpo_loss",
-    "key_token_weights",
-    "npo_token_loss",
-]
+_PLACES = {
+    "Delta": "allo_fast.method.delta",
+    "DensePolicy": "allo_fast.method.policy",
+    "Selection": "allo_fast.method.selection",
+    "SparseAdamW": "allo_fast.method.optim",
+    "SparsePolicy": "allo_fast.method.policy",
+    "dpo_loss": "allo_fast.method.objectives",
+    "key_token_weights": "allo_kernels",
+    "npo_token_loss": "allo_fast.method.objectives",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    """Imported when it is asked for: torch and transformers take seconds."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -83,6 +83,8 @@ class TrainConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)  # of their squares' mean
     adam_epsilon: float = Field(1e-8, gt=0)  # added to the root of it
     save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
+    save_minutes: float = Field(10, gt=0)  # at most, between them
+    skip_nonfinite_steps: int = Field(0, ge=0)  # steps passed over whose loss or gradient is not finite; more end it
 
     @property
     def examples_per_step(self) -> int:

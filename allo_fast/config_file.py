@@ -41,8 +41,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise UserError(f"{path}: " + "; ".join(_explained(error.errors()))) from None
 
 
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,11 +12,13 @@ from pathlib import Path
 from statistics import fmean
 
 from allo_fast.__main__ import main
+
 from allo_fast.config import Config
 from allo_fast.config_file import load_config
 from allo_fast.data.scoring import accuracy_interval, difference_interval
+from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit, versions
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES
 from allo_fast.stages.evaluate import PREDICTIONS
 

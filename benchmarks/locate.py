@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from allo_fast.__main__ import main
 from matplotlib.figure import Figure
 
-from allo_fast.__main__ import main
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.config_file import load_config
 from allo_fast.data.batch import Corpus
 from allo_fast.data.encoding import corpus_of_pairs
+from allo_fast.durable import versions
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import Piece, pieces_of
@@ -32,7 +33,7 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import named_weights, size_of
 from allo_fast.plan.windows import windows
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit, versions
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.gradients import drawn
 from allo_fast.stages.models import base_path

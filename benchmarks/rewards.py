@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from allo_fast.__main__ import main
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from allo_fast.__main__ import main
 from allo_fast.config import Config
 from allo_fast.config_file import load_config
+from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit, versions
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.responses import REWARDS, wrong_responses

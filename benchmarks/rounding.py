@@ -20,13 +20,13 @@ import transformers
 
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import collate
+from allo_fast.durable import versions
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint, named_weights
-from allo_fast.runs.run import versions
 from allo_fast.training.engine import Trainer
 from benchmarks.step import pairs, random_llama
 

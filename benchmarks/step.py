@@ -17,13 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import Corpus
+from allo_fast.durable import versions
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.rows import row_lengths
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.weights import fingerprint, named_weights
-from allo_fast.runs.run import versions
 from allo_fast.training.engine import Trainer
 from allo_kernels import memory
 

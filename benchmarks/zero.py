@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast import ranks
 from allo_fast.config import LearnConfig, ModelConfig
+from allo_fast.durable import versions
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import shape_of
-from allo_fast.runs.run import versions
 from allo_fast.training.engine import Trainer
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import Zero

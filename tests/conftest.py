@@ -95,6 +95,11 @@ def pair_corpus(problems: int = 6, seed: int = 0) -> Corpus:
     return corpus
 
 
+def units_read(manifest: dict) -> set[str]:
+    """Of which units of its run, as "pairs/seed-0", a unit depends."""
+    return {"/".join(name.split("/")[:2])[3:] for name in manifest["basis"] if "/" in name}
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A config file and the folder of its finished run; tests that take it are in one xdist_group."""

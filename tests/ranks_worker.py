@@ -60,7 +60,7 @@ from allo_fast.plan.shapes import shape_of
 from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
-from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
+from allo_fast.training.engine import Trainer, TrainingError
 from allo_fast.training.examples import Examples
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import _OPTIONS, Zero
@@ -254,7 +254,7 @@ def steps(folder: Path, kind: str, stage: str, until: str) -> None:
     weights = dict(trainer.backend.full_weights())
     if ranks.is_main():
         torch.save({name: weight.clone() for name, weight in weights.items()}, folder / "weights.pt")
-        print(json.dumps({"step": metrics.step, "bytes": (folder / CHECKPOINT).stat().st_size}))
+        print(json.dumps({"step": metrics.step, "bytes": next(folder.glob("checkpoint-*")).stat().st_size}))
 
 
 def killed(folder: Path) -> None:
@@ -501,7 +501,7 @@ def generator(folder: Path) -> None:
     next(trainer.run())
     drawn = torch.rand(3)
     again = build("sparse", folder, Zero(1), save_steps=1)
-    assert again.backend.load(folder / CHECKPOINT) == 1 and torch.equal(torch.rand(3), drawn)
+    assert again.backend.load(folder / "checkpoint-1.safetensors")["step"] == 1 and torch.equal(torch.rand(3), drawn)
 
 
 def not_finite(folder: Path) -> None:

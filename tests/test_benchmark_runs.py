@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from allo_fast.runs.run import MANIFEST
+from allo_fast.runs.home import MANIFEST
 from benchmarks.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("runs")

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import collate
+from allo_fast.durable import load_tensors, save_tensors, seal
 from allo_fast.method.delta import Delta, set_entries
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
@@ -120,8 +120,7 @@ def test_a_delta_goes_with_its_base_alone(tmp_path):
 def test_damaged_deltas_are_refused(tmp_path):
     path, name = tmp_path / "delta.safetensors", "model.norm.weight"
     forgotten(tiny_llama(), path)
-    with safe_open(path, "pt") as file:
-        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+    tensors, about = load_tensors(path)
     values = tensors[f"{name}.values"]
     cases = (
         ("it has no 'dtype'", {key: about[key] for key in about if key != "dtype"}, {}),
@@ -130,6 +129,9 @@ def test_damaged_deltas_are_refused(tmp_path):
         ("rounding_seed: expected None or an integer", about | {"rounding_seed": -1}, {}),
         ("rounding_seed: expected weights in", about | {"rounding_seed": 1, "dtype": "float16"}, {}),
         ("not a delta: ", about | {"stops": None}, {}),
+        ("stops: expected token ids", about | {"stops": [-1]}, {}),
+        ("metadata: it names no tensor", about | {"sizes": {}}, {}),
+        ("metadata: expected sizes of tensors and a base", about | {"base": 5}, {}),
         (f"{name}: expected {len(values)} values in float32", about, {f"{name}.values": values[:-1].clone()}),
         (f"{name}: expected {len(values)} values in float32", about, {f"{name}.values": values[:, None]}),
         (f"{name}: expected {len(values)} values in float32", about, {f"{name}.values": values.bfloat16()}),
@@ -137,12 +139,15 @@ def test_damaged_deltas_are_refused(tmp_path):
         ("not a delta: starts", about, {f"{name}.starts": torch.tensor([0, 1])}),
     )
     for message, metadata, changed in cases:
-        save_file(tensors | changed, path, {"about": json.dumps(metadata)})
+        save_file(tensors | changed, path, {"about": json.dumps({"sha256": "0" * 64} | metadata)})
+        seal(path)
         with pytest.raises(UserError, match=f"delta.safetensors: .*{message}"):
             Delta.load(path)
-    with pytest.raises(UserError, match="not a delta"):
-        Delta.load(__file__)
-    save_file(tensors, path, {"about": json.dumps(about | {"sizes": about["sizes"] | {name: 33}})})
+    save_file(tensors, path, {"about": "[" * 100_000})
+    for other in (path, __file__):
+        with pytest.raises(UserError, match="not a delta"):
+            Delta.load(other)
+    save_tensors(path, tensors, about | {"sizes": about["sizes"] | {name: 33}})
     with pytest.raises(UserError, match="model.norm.weight is not a tensor of the model, or has another size"):
         Delta.load(path).merge_into(tiny_llama())
 

@@ -1,18 +1,25 @@
 import copy
 import json
 import math
+import os
+import signal
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
 
-from allo_fast.config import TrainConfig
+from allo_fast import signals
+from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
+from allo_fast.durable import load_tensors, save_tensors
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
-from allo_fast.training.engine import CHECKPOINT, Trainer, TrainingError
+from allo_fast.runs.rows import read_jsonl
+from allo_fast.training.engine import Trainer, TrainingError
 
 SETTINGS = {
     "learning_rate": 1e-2,
@@ -115,12 +122,179 @@ def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path, dense):
     assert {"step", "epoch", "learning_rate", "grad_norm", "rewards/margins"} <= set(lines[0])
 
 
-def test_a_half_written_checkpoint_is_not_taken(tmp_path):
-    run = trainer(tmp_path, save_steps=1).run()
-    next(run)
+def stopped_after(folder, steps: int, **changes) -> None:
+    """A training that was killed when it had made so many steps; a checkpoint a step."""
+    run = trainer(folder, save_steps=1, **changes).run()
+    for _ in range(steps):
+        next(run)
     run.close()
-    (tmp_path / CHECKPOINT).with_suffix(".partial").write_bytes(b"torn")
-    assert [m.step for m in trainer(tmp_path).run()][0] == 2
+
+
+def checkpoints(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    stopped_after(tmp_path, 3)
+    (around := tmp_path / ".checkpoint-4.safetensors.partial").mkdir()
+    (around / "checkpoint-4.safetensors").write_bytes(b"torn")
+    assert checkpoints(tmp_path)[1:] == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
+    assert [m.step for m in trainer(tmp_path, save_steps=1).run()][0] == 4
+    assert checkpoints(tmp_path) == ["checkpoint-5.safetensors", "checkpoint-6.safetensors"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def turn_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def other_mark(path):
+    tensors, about = load_tensors(path)
+    save_tensors(path, tensors, about | {"mark": "another"})
+
+
+@pytest.mark.parametrize("damage", [cut, turn_a_bit, other_mark, lambda path: path.write_bytes(b"")])
+def test_a_checkpoint_that_is_not_whole_or_not_its_own_is_passed_over(tmp_path, caplog, damage):
+    _, straight = weights_after(trainer(tmp_path / "straight"))
+    stopped_after(tmp_path, 3)
+    damage(tmp_path / "checkpoint-3.safetensors")
+    metrics, weights = weights_after(trainer(tmp_path, save_steps=1))
+    assert metrics[0].step == 3 and all(torch.equal(straight[name], weights[name]) for name in straight)
+    (line,) = [record.message for record in caplog.records if "checkpoint" in record.message]
+    assert "checkpoint-3.safetensors: " in line and line.endswith("; training goes on from the one of step 2")
+    assert read_jsonl(tmp_path / "metrics.jsonl")[2]["step"] == 3
+    stopped_after(tmp_path / "both", 2)
+    for step in (1, 2):
+        damage(tmp_path / "both" / f"checkpoint-{step}.safetensors")
+    caplog.clear()
+    assert next(trainer(tmp_path / "both").run()).step == 1
+    assert [record.message.rpartition("; ")[2] for record in caplog.records if "checkpoint" in record.message] == [
+        *("training goes on from the one of step 1", "training goes on from the beginning")
+    ]
+
+
+def test_a_checkpoint_says_what_made_it(tmp_path):
+    made = trainer(tmp_path, save_steps=1)
+    made.checkpoints.mark = "of this unit"
+    list(made.run())
+    _, about = load_tensors(tmp_path / "checkpoint-6.safetensors")
+    assert about["mark"] == "of this unit" and about["versions"]["torch"] == torch.__version__
+
+
+def test_a_checkpoint_also_when_minutes_are_over(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(
+        "allo_fast.training.engine.time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: 0)
+    )
+    run = trainer(tmp_path, save_steps=99, save_minutes=2).run()
+    found = []
+    for minutes in (0, 1.5, 2.1, 3, 4.2):
+        clock[0] = 60 * minutes
+        next(run)
+        found.append(checkpoints(tmp_path))
+    third = "checkpoint-3.safetensors"
+    assert found == [[], [], [third], [third], [third, "checkpoint-5.safetensors"]]
+
+
+def test_a_disk_without_room_for_a_third_loses_the_older(tmp_path, monkeypatch):
+    stopped_after(tmp_path, 2)
+    free, size = [0], (tmp_path / "checkpoint-2.safetensors").stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    run = trainer(tmp_path, save_steps=1).run()
+    with pytest.raises(UserError, match="checkpoint-3.safetensors: needs .* GB, the disk has 0 left"):
+        next(run)
+    assert checkpoints(tmp_path) == ["checkpoint-2.safetensors"]
+    free[0] = size
+    assert next(trainer(tmp_path, save_steps=1).run()).step == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_with_the_checkpoint_of_its_step(tmp_path, number):
+    with signals.handled():
+        run = trainer(tmp_path, save_steps=99).run()
+        next(run)
+        os.kill(os.getpid(), number)
+        assert next(run).step == 2
+        with pytest.raises(signals.Interrupted) as caught:
+            next(run)
+    assert caught.value.number == number and checkpoints(tmp_path) == ["checkpoint-2.safetensors"]
+    assert next(trainer(tmp_path).run()).step == 3
+
+
+def test_a_log_that_was_lost_is_said(tmp_path, caplog):
+    stopped_after(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics = list(trainer(tmp_path).run())
+    assert "metrics.jsonl: 3 of 3 steps are not there any more" in caplog.text
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [m.step for m in metrics]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype, rate", [(torch.float32, 1e38), (torch.bfloat16, 3.4e38)])
+def test_weights_that_go_too_far_end_the_run_with_the_last_good_checkpoint(tmp_path, dense, dtype, rate):
+    """At a learning rate up to which the loss stays finite: it is the update that is too much, of the last step too."""
+
+    def build(**changes):
+        model = tiny_llama() if dense else tiny_llama().to(dtype)
+        policy = DensePolicy(model) if dense else SparsePolicy(model, random_selection(model))
+        settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 9.0, "num_train_epochs": 1}
+        return trainer(tmp_path, policy=policy, save_steps=1, **settings | changes)
+
+    with pytest.raises(TrainingError, match="step 1: a weight is NaN, infinite or too large for its dtype after"):
+        next(build(learning_rate=rate).run())
+    assert not checkpoints(tmp_path)
+    with pytest.raises(TrainingError, match="step 1: a weight is NaN"):
+        list(build(learning_rate=rate, per_device_train_batch_size=99).run())
+
+
+def poisoned(folder, steps: set[int], **changes) -> Trainer:
+    """Whose objective is NaN in these steps, from 1."""
+    made, plain, calls = trainer(folder, **changes), Dpo(0.5), iter(range(99))
+    per_step = made.config.gradient_accumulation_steps
+
+    class Poisoned(Dpo):
+        def __call__(self, logps, ref_logps, batch):
+            loss, metrics = plain(logps, ref_logps, batch)
+            return loss * (float("nan") if next(calls) // per_step + 1 in steps else 1.0), metrics
+
+    made.objective = Poisoned(0.5)
+    return made
+
+
+def test_what_is_not_finite_is_not_learned_from_and_named(tmp_path):
+    training = poisoned(tmp_path, {2}, save_steps=1)
+    run = training.run()
+    next(run)
+    before = {name: weight.clone() for name, weight in training.backend.full_weights()}
+    with pytest.raises(TrainingError, match=r"step 2: loss nan, gradient norm nan; on rank 0 of .*\("):
+        next(run)
+    assert all(torch.equal(before[name], weight) for name, weight in training.backend.full_weights())
+    assert checkpoints(tmp_path) == ["checkpoint-1.safetensors"]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_steps_that_are_not_finite_may_be_passed_over(tmp_path, caplog, dense):
+    def build(folder, steps, **changes):
+        return poisoned(folder, steps, policy=DensePolicy(tiny_llama()) if dense else None, **changes)
+
+    run = build(tmp_path, {2, 3}, skip_nonfinite_steps=2, save_steps=1)
+    assert [m.step for m in run.run()] == [1, *range(4, len(run.steps) + 1)] and run.skipped == 2
+    assert "step 2: loss nan" in caplog.text and "passed over, 1 of 2" in caplog.text
+    assert all(weight.isfinite().all() for _, weight in run.backend.full_weights())
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")][:2] == [1, 4]
+    with pytest.raises(TrainingError, match="step 3: loss nan"):
+        list(build(tmp_path / "one", {2, 3}, skip_nonfinite_steps=1).run())
+    killed = build(tmp_path / "killed", {2}, skip_nonfinite_steps=1, save_steps=1).run()
+    next(killed), next(killed)
+    killed.close()
+    caplog.clear()
+    again = trainer(tmp_path / "killed", policy=DensePolicy(tiny_llama()) if dense else None, skip_nonfinite_steps=1)
+    assert next(again.run()).step == 4 and again.skipped == 1 and "not there any more" not in caplog.text
 
 
 def test_a_weight_without_gradient_survives_a_resume(tmp_path):
@@ -175,6 +349,7 @@ def test_npo_lowers_the_weighted_tokens(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     training = trainer(tmp_path)
+    deque(training.prepare(), maxlen=0)
     with torch.no_grad():
         next(iter(training.policy.weights.values())).fill_(float("nan"))
     with pytest.raises(TrainingError, match="step 1: loss nan"):

@@ -68,9 +68,12 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
         ([folder, "learn", tmp_path / "out", "--seed", "7"], "micro: has no seed 7; its seeds are 0, 1"),
         (
             [folder, "learn", tmp_path / "out", "--seed", "1"],
-            "08-learn/seed-1: not complete, or damaged; run `allo-fast",
+            "08-learn/seed-1: not complete; run `allo-fast",
         ),
-        ([folder, "forget", tmp_path / "out"], "07-forget/seed-0: not complete, or damaged; run `allo-fast"),
+        (
+            [folder, "forget", tmp_path / "out"],
+            "07-forget/seed-0: delta.safetensors is not what was written; run `allo-fast",
+        ),
         ([tmp_path / "nowhere", "learn", tmp_path / "out"], "nowhere: not the folder of a run"),
     )
     for words, message in cases:

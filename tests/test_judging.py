@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, units_read
 
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
@@ -59,7 +59,8 @@ def model(folder, change=lambda model: None, seed=0):
     made = tiny_llama(seed, vocab_size=len(TOKENIZER))
     with torch.no_grad():
         change(made)
-    save_model(made, TOKENIZER, folder)
+    made.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return str(folder)
 
 
@@ -205,7 +206,7 @@ def test_a_whole_run_on_preferences(place, capsys):
     assert {"allo - dpo, rewards/accuracies", "dpo - base, logps/accuracies"} <= set(summary["differences"])
     assert "dpo - base, rewards/accuracies" not in summary["differences"]
     manifest = json.loads((folder / "09-evaluate/allo-seed-1/MANIFEST.json").read_text())
-    assert set(manifest["inputs"]) == {"learn/seed-1", "evaluate/base"}
+    assert units_read(manifest) == {"learn/seed-1", "evaluate/base"}
     assert manifest["facts"]["pairs"] == 8 and manifest["facts"]["rewards/ties"] == 0
     assert "problems.jsonl" not in manifest["outputs"], "rendered once, for the base: both read the same tokens"
     assert re.search(r"^allo +rewards/margins +\S+ +\S+ \.\. \S+ +8 +8 ", shown_table, re.MULTILINE)

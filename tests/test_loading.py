@@ -521,9 +521,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_that_looks_complete(tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(UserError, match="model.partial: the model cannot be written: .*No space left on device"):
+    with pytest.raises(UserError, match="model: cannot be written: no space left on the disk"):
         save(tiny_llama(), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_reading_back_takes_one_tensor_at_a_time(tmp_path, monkeypatch):
@@ -569,6 +569,20 @@ def test_merge_and_convert_write_no_folder_that_holds_something(tmp_path, capsys
     assert capsys.readouterr().err.count("exists already") == 2 and (tmp_path / "mine.txt").exists()
     assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "new")]) == 2
     assert "model.gguf: not a GGUF file that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["model/new", "model/a/new", "linked/new", "nothing", "x" * 300])
+def test_where_no_model_is_written(tmp_path, capsys, out):
+    folder_of(tmp_path / "model")
+    (tmp_path / "linked").symlink_to(tmp_path / "model")
+    (tmp_path / "nothing").symlink_to(tmp_path / "none")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    capsys.readouterr()
+    for words in (["merge", tmp_path / "model", tmp_path / "delta"], ["convert", tmp_path / "model.gguf"]):
+        assert main([*map(str, words), str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    expected = {"nothing": "nothing: exists already", "x" * 300: "File name too long"}
+    assert len(said) == 2 and all(expected.get(out, "new: inside the model ") in line for line in said), said
 
 
 def gguf(token: str, merge: str) -> bytes:

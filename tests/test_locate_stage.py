@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, units_read
 from sweeps import few, scores_of
 from transformers import AutoModelForCausalLM
 
@@ -17,12 +17,14 @@ from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus
+from allo_fast.durable import SCRATCH
 from allo_fast.method.objectives import Npo, Sft
 from allo_fast.method.scores import Random
 from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import fingerprint, named_weights
-from allo_fast.runs.run import MANIFEST, SCRATCH, Run, Unit
+from allo_fast.runs.home import MANIFEST
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, gradients, locate
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -60,7 +62,7 @@ def test_linear_end_to_end(located):
     facts = json.loads((folder / MANIFEST).read_text())
     assert sorted(facts["outputs"]) == ["counts.json", "forget.safetensors", "learn.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*facts["outputs"], MANIFEST])
-    assert set(facts["inputs"]) == {"pretrain/base", "pairs/seed-0"}
+    assert units_read(facts) == {"pretrain/base", "pairs/seed-0"}
     facts = facts["facts"]
     assert (facts["score"], facts["windows"], facts["passes"]) == ("linear", 3, 4)
     weights = named_weights(base_of(folder))
@@ -139,7 +141,7 @@ def test_what_another_training_changed(located, tmp_path, copied):
     moved = {name: weight.detach() - before[name] for name, weight in named_weights(after).items()}
     folder = located("locate.score=null", f"locate.after={tmp_path / 'after'}")
     assert selected(folder) == expect(moved, 0.1)
-    assert set(json.loads((folder / MANIFEST).read_text())["inputs"]) == {"pretrain/base"}
+    assert units_read(json.loads((folder / MANIFEST).read_text())) == {"pretrain/base"}
 
 
 def test_a_change_below_the_bases_rounding_counts(tmp_path):
@@ -166,11 +168,11 @@ def test_another_architecture_is_refused(located, tmp_path):
 
 def test_what_is_located_for_rewards_depends_on_how(copied):
     config, _ = copied
-    digests = []
+    bases = []
     for overrides in ([], ["locate.exclude=['*norm*']"], ["locate.clip=false"], ["locate.last=true"]):
         unit = Unit(Run(load_config(config, overrides), STAGES, rerun=True), "rewards", "seed-0")
-        digests.append(unit.digest())
-    assert len(set(digests)) == 3 and digests[0] == digests[3]
+        bases.append(unit.basis())
+    assert bases[0] == bases[3] and bases[1] != bases[0] != bases[2]
 
 
 def test_sparse_dpo_has_one_selection(located):

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.durable import SCRATCH
 from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.runs.run import SCRATCH
 from allo_fast.stages import forget, gradients, implicit, rewards, rewriting
 from allo_fast.stages.responses import rewarded, wrong_responses
 
@@ -63,7 +63,7 @@ def unit_in(folder: Path, earlier: Path, zero=None, **settings) -> types.SimpleN
     model = {"name_or_path": str(earlier / "base"), "dtype": "float32"}
     config = Config(name="x", data=data, model=model, rewards=settings)
     folder.mkdir(exist_ok=True)
-    about = {"name": "rewards", "seed": 0, "needed": lambda stage: earlier, "upstream": list}
+    about = {"name": "rewards", "seed": 0, "mark": "", "needed": lambda stage: earlier, "upstream": list}
     return types.SimpleNamespace(**about, config=config, folder=folder, zero=zero)
 
 
@@ -284,6 +284,12 @@ def test_bad_reward_files(tmp_path):
         ("{", "rewards.jsonl:1: not JSON"),
         ('{"response": "x", "rewards": []}', "expected the fields prompt, response and rewards"),
         (json.dumps({"prompt": "p", "response": "x", "rewards": [2.0]}), "expected numbers in 0..1"),
+        (json.dumps({"prompt": "p", "response": ["x"], "rewards": []}), "1: response: expected a text, got ..x.."),
+        (
+            '{"prompt": "p", "prompt": "q", "response": "x", "rewards": []}',
+            "1: not JSON: the key 'prompt' stands twice",
+        ),
+        ("[" * 100_000, "rewards.jsonl:1: nested more than 50 deep"),
     ):
         path.write_text(line)
         with pytest.raises(UserError, match=message):

@@ -1,6 +1,7 @@
 """The main job end to end on a micro model, and everything that can interrupt it."""
 
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -17,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
+from allo_fast.durable import versions
 from allo_fast.method.delta import Delta
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import named_weights, same_bits
-from allo_fast.runs.run import MANIFEST, Run, Unit, alone_in
+from allo_fast.runs.home import MANIFEST
+from allo_fast.runs.lock import alone_in
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
@@ -28,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
 def test_one_command_at_a_time(finished, capsys):
     config, folder = finished
-    code = f"from allo_fast.runs.run import *\nwith alone_in(Path({str(folder)!r})): print('in', flush=True); input()"
+    code = f"from allo_fast.runs.lock import *\nwith alone_in(Path({str(folder)!r})): print('in', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"in\n"
         assert main(["run", str(config)]) == 2
@@ -80,11 +84,17 @@ def test_the_folder_is_what_the_design_says(finished):
     stages = "00-pretrain 02-sample 03-pairs 04-warmup 05-locate 06-rewards 07-forget 08-learn 09-evaluate".split()
     assert sorted(path.name for path in folder.iterdir()) == [*stages, "config.yaml", "report.html", "summary.json"]
     manifest = json.loads((folder / "08-learn/seed-1" / MANIFEST).read_text())
-    assert set(manifest["inputs"]) == {"pretrain/base", "pairs/seed-1", "locate/seed-1", "forget/seed-1"}
-    assert set(manifest["outputs"]) >= {"model/model.safetensors", "delta.safetensors", "metrics.jsonl"}
+    assert {name for name in manifest["basis"] if "/" in name} == {
+        *("03-pairs/seed-1/pairs.jsonl", "05-locate/seed-1/forget.safetensors", "05-locate/seed-1/learn.safetensors"),
+        *("05-locate/seed-1/counts.json", "07-forget/seed-1/delta.safetensors"),
+        *(f"00-pretrain/base/model/{path.name}" for path in (folder / "00-pretrain/base/model").iterdir()),
+    }
+    assert list(manifest["outputs"]) == ["delta.safetensors"] and list(manifest["logs"]) == ["metrics.jsonl"]
+    assert set(manifest["copies"]) >= {"model/model.safetensors", "model/tokenizer.json"}
     assert not (folder / "07-forget/seed-1/model").exists(), "what it passes on is its delta"
     assert manifest["seed"] == 1 and manifest["seconds"] > 0 and manifest["peak_bytes"] > 2**20
-    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("checkpoint*"))
+    leftovers = ("*.partial", "checkpoint*", "*.sums", "scratch", "STARTED.json")
+    assert not [path for pattern in leftovers for path in folder.rglob(pattern)]
 
 
 def test_the_summary_is_complete(finished):
@@ -177,31 +187,104 @@ def test_a_killed_stage_continues_to_the_same_result(copied, stage):
             assert after[name][file] == held, file
 
 
-def test_a_damaged_or_missing_output_is_made_again(copied):
-    config, _ = copied
-    unit = units(config)["pairs/seed-0"]
-    assert unit.is_complete()
-    pairs = unit.folder / "pairs.jsonl"
-    pairs.write_text(pairs.read_text()[:-5])
-    assert not unit.is_complete()
-    list(unit.execute())
-    assert unit.is_complete()
-    pairs.unlink()
-    assert not unit.is_complete()
+def refused(capsys, *words) -> str:
+    """The one line with which a command ends."""
+    assert main([*map(str, words)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("allo-fast: ")]
+    assert len(lines) == 1 and not any("Traceback" in line for line in said), said
+    return lines[0]
+
+
+def every_byte(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+DAMAGES = {
+    "cut": ("03-pairs/seed-0/pairs.jsonl", cut, "03-pairs/seed-0: pairs.jsonl is not what was written"),
+    "gone": ("07-forget/seed-1/delta.safetensors", Path.unlink, "07-forget/seed-1: delta.safetensors is gone"),
+    "copy": ("08-learn/seed-0/model/config.json", cut, "08-learn/seed-0: model/config.json is not what was written"),
+    "manifest": ("03-pairs/seed-1/MANIFEST.json", cut, "03-pairs/seed-1: MANIFEST.json: damaged: "),
+    "null": (
+        "03-pairs/seed-1/MANIFEST.json",
+        lambda path: path.write_text("null"),
+        "MANIFEST.json: damaged: its check",
+    ),
+    "empty": ("03-pairs/seed-1/MANIFEST.json", lambda path: path.write_text(""), "MANIFEST.json: damaged: Expecting"),
+    "fact": (
+        "03-pairs/seed-1/MANIFEST.json",
+        lambda path: path.write_text(path.read_text().replace('"pairs": ', '"pairs": 1')),
+        "MANIFEST.json: damaged: its checksum does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("file, damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_damaged_stays_until_it_is_to_be_made_anew(copied, capsys, file, damage, message):
+    config, folder = copied
+    place = Path(*Path(file).parts[:2])
+    whole = every_byte(folder / place)
+    damage(folder / file)
+    before = every_byte(folder)
+    line = refused(capsys, "run", config)
+    assert message in line and "--rerun moves it to old-1 and makes it anew" in line
+    assert every_byte(folder) == before
+    assert main([place.parts[0][3:], str(config), "--rerun"]) == 0
+    after = every_byte(folder)
+    assert all(after[f"old-1/{name}"] == data for name, data in before.items() if Path(name).is_relative_to(place))
+    assert after["old-1/summary.json"] == before["summary.json"]
+    logs = {"MANIFEST.json", "metrics.jsonl"}  # they hold wall times
+    assert {n: d for n, d in every_byte(folder / place).items() if n not in logs} == {
+        n: d for n, d in whole.items() if n not in logs
+    }
+    assert main(["run", str(config)]) == 0 and "complete" in capsys.readouterr().out
+
+
+def test_logs_notes_and_copies_that_are_gone_decide_nothing(copied, capsys, caplog):
+    config, folder = copied
+    (folder / "04-warmup/seed-0/metrics.jsonl").write_text("torn")
+    (folder / "00-pretrain/base/model/README.md").write_text("a note")
+    (folder / "03-pairs/seed-0/note.txt").write_text("a note")
+    shutil.rmtree(folder / "08-learn/seed-1/model")
+    assert main(["run", str(config)]) == 0
+    assert capsys.readouterr().out.count("complete\n") == len(units(config))
+    assert [record.message for record in caplog.records if "curves" in record.message] == [
+        f"{folder / '04-warmup/seed-0/metrics.jsonl'}: damaged, or gone; its curves are left out"
+    ]
 
 
 def test_what_other_settings_left_is_not_continued(copied):
-    config, _ = copied
+    config, folder = copied
     unit = units(config)["sample/seed-0"]
     shutil.rmtree(unit.folder)
     killed = unit.execute()
     next(killed)
     killed.close()
-    left = unit.folder / "responses.jsonl.partial"
-    first = left.read_text()
-    run = Run(load_config(config, ["sample.max_new_tokens=4"]), STAGES, rerun=True)
-    list(Unit(run, "sample", "seed-0").execute())
+    first = (unit.folder / "responses.jsonl").read_text()
+    changed = load_config(config, ["sample.max_new_tokens=4"])
+    with pytest.raises(UserError, match="holds another run: sample.max_new_tokens was 12, now 4"):
+        Run(changed, STAGES)
+    list(Unit(Run(changed, STAGES, rerun=True), "sample", "seed-0").execute())
     assert not (unit.folder / "responses.jsonl").read_text().startswith(first)
+    assert (folder / "old-1/02-sample/seed-0/responses.jsonl").read_text() == first
+
+
+def test_what_is_refused_at_once_leaves_all_as_it_was(copied, capsys, tmp_path):
+    config, folder = copied
+    before = every_byte(folder)
+    refused(capsys, "rewards", config, "rewards.source=file", f"rewards.path={tmp_path}/typo", "--rerun")
+    assert {name: data for name, data in every_byte(folder).items() if not name.startswith("old-")} == before
+    assert main(["run", str(config)]) == 0
+    fresh = tmp_path / "fresh.yaml"
+    fresh.write_text(config.read_text().replace("name: micro", "name: fresh"))
+    refused(
+        capsys, "sample", fresh, "data.train=typo.jsonl", "model.name_or_path=" + str(folder / "00-pretrain/base/model")
+    )
+    assert main(["pretrain", str(fresh)]) == 0, "a command that failed has not taken the name"
 
 
 def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
@@ -220,32 +303,71 @@ def test_a_setting_that_is_gone_is_a_change(copied, capsys):
     saved = folder / "config.yaml"
     saved.write_text(saved.read_text().replace("chat_template_kwargs: {}", "chat_template_kwargs: {thinking: false}"))
     assert main(["run", str(config)]) == 2
-    assert "data.chat_template_kwargs.thinking was False, now None" in capsys.readouterr().err
+    assert "data.chat_template_kwargs.thinking was False, now not there" in capsys.readouterr().err
 
 
-def test_changed_input_files_run_the_stage_again(copied, tmp_path):
+def test_changed_input_files_are_named(copied, tmp_path):
     config, folder = copied
     data, base = tmp_path / "test.jsonl", tmp_path / "base"
     data.write_text(json.dumps({"problem": "1+1", "solution": "The answer is 2", "answer": "2"}) + "\n")
     shutil.copytree(folder / "00-pretrain/base/model", base)
     settings = [f"data.test={data}", f"data.train={data}", f"model.name_or_path={base}"]
-    unit = Unit(Run(load_config(config, settings), STAGES, rerun=True), "evaluate", "base")
-    list(unit.execute())
-    assert unit.is_complete()
-    data.write_text(data.read_text() * 2)
-    assert not unit.is_complete()
-    list(unit.execute())
+
+    def unit(*more):
+        return Unit(Run(load_config(config, [*settings, *more]), STAGES, rerun=True), "evaluate", "base")
+
+    list(unit().execute())
+    (base / "README.md").write_text("a note beside the weights")
+    assert unit().is_complete()
+    (moved := tmp_path / "elsewhere").mkdir()
+    shutil.copytree(base, moved / "base")
+    assert unit(f"model.name_or_path={moved}/base", f"data.test={shutil.copy(data, moved)}").is_complete()
+    text = data.read_text()
+    data.write_text(text * 2)
+    first, second = (hashlib.sha256(said.encode()).hexdigest()[:12] for said in (text, text * 2))
+    assert unit().look() == (False, f"data.test: test.jsonl was {first}..., now {second}...")
+    data.unlink()
+    assert unit().look() == (False, f"data.test: {data} is not there")
+    data.write_text(text)
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (base / "model.safetensors").write_bytes(weights)
-    assert not unit.is_complete()
+    assert "model.name_or_path: model.safetensors was " in unit().look()[1]
 
 
 def test_a_stage_does_not_trust_what_is_out_of_date(copied, capsys):
     config, _ = copied
-    assert main(["learn", str(config), "--rerun", "forget.beta=0.9"]) == 2
-    assert "07-forget/seed-0: not complete or out of date; run `allo-fast forget CONFIG`" in capsys.readouterr().err
-    assert main(["report", str(config), "forget.beta=0.9", "--rerun"]) == 2
+    line = refused(capsys, "learn", config, "--rerun", "forget.beta=0.9")
+    assert "07-forget/seed-0: forget.beta was 0.1, now 0.9; run `allo-fast forget CONFIG` first" in line
+    assert "forget.beta was 0.1, now 0.9" in refused(capsys, "report", config, "forget.beta=0.9")
+    assert main(["report", str(config)]) == 0, "what was refused changed nothing"
+
+
+def test_the_configuration_of_a_run(copied, capsys):
+    config, folder = copied
+    saved, dumped = folder / "config.yaml", (folder / "config.yaml").read_text()
+    saved.write_text("# mine\n" + dumped)
+    assert main(["run", str(saved)]) == 0 and saved.read_text().startswith("# mine"), "as it says the same, it stays"
+    assert main(["pairs", str(saved), "seeds=[0]", "--rerun"]) == 0
+    assert (folder / "old-1/config.yaml").read_text().startswith("# mine")
+    saved.write_text("")
+    line = refused(capsys, "run", config)
+    assert "config.yaml: expected keys and values, got NoneType. With --rerun the run goes on" in line
+    assert main(["run", str(config), "--rerun"]) == 0 and load_config(saved) == load_config(config)
+    saved.unlink()
+    assert main(["run", str(config)]) == 0, "each unit knows what it was made with"
+
+
+def test_other_software_is_said_once_a_unit(copied, monkeypatch, caplog):
+    config, _ = copied
+    unit = units(config)["sample/seed-0"]
+    shutil.rmtree(unit.folder)
+    next(killed := unit.execute())
+    killed.close()
+    monkeypatch.setattr("allo_fast.runs.run.versions", lambda: versions() | {"torch": "1.0"})
+    list(unit.execute())
+    (line,) = [record.message for record in caplog.records if "software" in record.message]
+    assert re.search(r"sample/seed-0: continued with other software: torch was \S+, now 1.0$", line)
 
 
 def test_unknown_options_are_refused(copied):
@@ -285,7 +407,8 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
     for protocol in ("paper", "release"):
         run = Run(load_config(config, [f"protocol={protocol}"]), STAGES, rerun=True)
         for key in ("seed-0", "seed-1"):
-            list(Unit(run, "sample", key).execute())
+            shutil.rmtree((unit := Unit(run, "sample", key)).folder)
+            list(unit.execute())
     assert asked["release"] == asked["paper"] + " ", "the release's own defect"
     assert len(set(seeds)) == len(seeds) / 2 == 6, "a seed of its own for every chunk and run seed"
 
@@ -386,10 +509,14 @@ def test_what_a_killed_session_left_is_no_output_and_goes(copied):
     shutil.rmtree(learned)
     running = units(config)["learn/seed-0"].execute()
     next(running)
-    (learned / "MANIFEST.json.partial").write_text("torn")
+    for name in (".MANIFEST.json.partial", "model/.torn.partial"):
+        (learned / name).mkdir(parents=True)
+        (learned / name / "torn").write_text("torn")
     deque(running, maxlen=0)
-    assert not [name for name in json.loads((learned / "MANIFEST.json").read_text())["outputs"] if "partial" in name]
+    manifest = json.loads((learned / "MANIFEST.json").read_text())
+    assert {path.name for path in learned.iterdir()} == {"MANIFEST.json", "delta.safetensors", "metrics.jsonl", "model"}
+    assert not [name for kind in ("outputs", "copies", "logs") for name in manifest[kind] if "partial" in name]
     (learned / "scratch").mkdir()
-    (learned / "checkpoint.safetensors").write_text("as where it was killed while it removed them")
+    (learned / "checkpoint-3.safetensors").write_text("as where it was killed while it removed them")
     assert main(["run", str(config)]) == 0
-    assert not (learned / "scratch").exists() and not (learned / "checkpoint.safetensors").exists()
+    assert not (learned / "scratch").exists() and not (learned / "checkpoint-3.safetensors").exists()

@@ -1,13 +1,11 @@
-import json
-
 import pytest
 import torch
 from conftest import random_selection, shared, tiny_llama
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from allo_fast.config import UserError
+from allo_fast.durable import load_tensors, save_tensors
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import named_weights
 
@@ -131,19 +129,19 @@ def test_tampered_files_are_refused(tmp_path):
     model = tiny_llama()
     path = tmp_path / "mask.safetensors"
     random_selection(model).save(path)
-    with safe_open(path, "pt") as file:
-        tensors, good = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+    tensors, good = load_tensors(path)
     name = next(iter(good["sizes"]))
     renamed = {key.replace(name, "other"): tensor for key, tensor in tensors.items()}
     for message, about, held in (
-        ("not a selection: metadata: expected an object", ["sizes"], tensors),
-        ("not a selection: metadata: expected an object", good | {"sizes": [name]}, tensors),
+        ("not a selection: metadata: expected sizes", good | {"sizes": [name]}, tensors),
         ("not a selection: low, starts, size: expected", good | {"sizes": {name: "9"}}, tensors),
         ("not a selection: .* of 0 parameters", good | {"parameters": 0}, tensors),
+        ("not a selection: ", good | {"parameters": [1]}, tensors),
+        ("not a selection: metadata: expected sizes", good | {"base": None}, tensors),
         ("not a selection: starts", good, tensors | {f"{name}.starts": torch.tensor([0, 1, 2, 3])}),
         ("other is not a tensor of the model", good | {"sizes": {"other": good["sizes"][name]}}, renamed),
         (f"{name} is not a tensor of the model, or has", good | {"sizes": {name: good["sizes"][name] + 1}}, tensors),
     ):
-        save_file(held, path, {"about": json.dumps(about)})
+        save_tensors(path, held, about)
         with pytest.raises(UserError, match=message):
             Selection.load(path).check(model)

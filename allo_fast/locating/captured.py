@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_fast import ranks
-from allo_fast.locating.files import appear
+from allo_fast.durable import save_tensors
+from allo_fast.locating.files import is_own
 from allo_fast.locating.losses import Losses, Part
 from allo_fast.locating.segments import Segments
 from allo_fast.locating.taps import Taps
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class Captured:
     """At `cuts`, in every micro-batch. cuts: all that a pass begins or ends at."""
 
-    def __init__(self, segments: Segments, cuts: Sequence[int], losses: Losses, folder: Path):
-        self.segments, self.cuts, self.losses, self.folder = segments, cuts, losses, folder
+    def __init__(self, segments: Segments, cuts: Sequence[int], losses: Losses, folder: Path, mark: str):
+        self.segments, self.cuts, self.losses, self.folder, self.mark = segments, cuts, losses, folder, mark
 
     @property
     def own(self) -> list[Part]:
@@ -35,7 +35,7 @@ class Captured:
 
         reserved: bytes of other files that passes will write there.
         """
-        missing = [(micro, share) for micro, share in self.losses.parts() if not self._path(micro, share).exists()]
+        missing = [(micro, share) for micro, share in self.losses.parts() if not self._is_there(micro, share)]
         if not missing:
             return True
         batch, loss = self.losses.of(*missing[0])
@@ -57,12 +57,12 @@ class Captured:
     def capture(self) -> Iterator[None]:
         """Yields after each micro-batch of this rank."""
         for micro, share in self.own:
-            if not (path := self._path(micro, share)).exists():
+            if not self._is_there(micro, share):
                 states, gradients, head, upstream = self.segments.capture(*self.losses.of(micro, share), self.cuts)
                 tensors = {"head": head.hidden, "lse": head.lse, "upstream": upstream}
                 tensors |= {f"states.{cut}": tensor for cut, tensor in zip(self.cuts, states, strict=True)}
                 tensors |= {f"gradients.{cut}": tensor for cut, tensor in zip(self.cuts, gradients, strict=True)}
-                appear(path, lambda partial, tensors=tensors: save_file(tensors, partial))
+                save_tensors(self._path(micro, share), tensors, {"mark": self.mark})
             yield
 
     def backward(self, micro: int, share: float, runs: Sequence[tuple[int, int]], taps: Taps) -> None:
@@ -80,6 +80,9 @@ class Captured:
                 start = read(f"states.{first - 1}") if first else None
                 gradient = read(f"gradients.{last}") if last < self.segments.last_stage else None
                 self.segments.backward(batch, loss, (first, last), start, gradient)
+
+    def _is_there(self, micro: int, share: float) -> bool:
+        return is_own(self._path(micro, share), self.mark)
 
     def _path(self, micro: int, share: float) -> Path:
         return self.folder / f"cuts-{micro}-{share.hex()}.safetensors"

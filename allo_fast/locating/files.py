@@ -1,72 +1,98 @@
-"""What passes leave: a file each, until the weights are selected, so that a killed stage goes on with the next pass."""
+"""What passes leave: a file each, until the weights are selected, so that a killed stage goes on with the next pass.
 
-import os
+mark: of what they are; those of something else, and damaged ones, do not count.
+"""
+
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_fast.config import UserError
+from allo_fast.durable import Damaged, about_of, open_tensors, read_json, save_tensors, write_json
 from allo_fast.locating.windows import Piece
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"[\w-]+-(\d+)\.rank-\d+-of-(\d+)\.safetensors")
-_PLAN = "windows"
+_PLAN = "windows.json"
 
 
-def planned_windows(folder: Path) -> int | None:
+def planned_windows(folder: Path, mark: str) -> int | None:
     """Of an earlier session, whose files are of that many."""
-    plan = folder / _PLAN
-    return int(plan.read_text()) if plan.is_file() else None
+    try:
+        plan = read_json(folder / _PLAN) if (folder / _PLAN).exists() else {}
+    except Damaged as error:
+        logger.warning("%s; locating begins again", error)
+        plan = {}
+    return plan["windows"] if plan.get("mark") == mark else None
 
 
-def plan_windows(folder: Path, count: int) -> None:
+def plan_windows(folder: Path, count: int, mark: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    appear(folder / _PLAN, lambda partial: partial.write_text(str(count)))
+    write_json(folder / _PLAN, {"windows": count, "mark": mark})
 
 
-def finished(folder: Path, kind: str) -> dict[int, list[Path]]:
+def finished(folder: Path, kind: str, mark: str = "") -> dict[int, list[Path]]:
     """The files of each pass of which every rank that had a part in it has left one."""
     files: dict[tuple[int, int], list[Path]] = {}
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
-        if match := _NAME.fullmatch(path.name):
+        if (match := _NAME.fullmatch(path.name)) and is_own(path, mark):
             files.setdefault((int(match[1]), int(match[2])), []).append(path)
     return {number: paths for (number, world), paths in files.items() if len(paths) == world}
 
 
+def is_own(path: Path, mark: str) -> bool:
+    """Whether a file is there, whole and of `mark`; what is not is said."""
+    return path.exists() and _is_own(path, path.stat().st_mtime_ns, mark)
+
+
+@cache
+def _is_own(path: Path, changed: int, mark: str) -> bool:
+    try:
+        with open_tensors(path) as file:
+            return about_of(file).get("mark") == mark
+    except Damaged as error:
+        logger.warning("%s; computed again", error)
+        return False
+
+
 def save_pass(
-    folder: Path, kind: str, number: int, results: Mapping[Piece, Tensor], rank: int = 0, world: int = 1, held: int = 0
+    folder: Path,
+    kind: str,
+    number: int,
+    results: Mapping[Piece, Tensor],
+    rank: int = 0,
+    world: int = 1,
+    held: int = 0,
+    mark: str = "",
 ) -> None:
     """results: one tensor a piece. held: bytes of the sums that the pass had, for `most_held`."""
     tensors = {f"{piece.begin} {piece.end} {piece.name}": tensor.cpu() for piece, tensor in results.items()}
     path = folder / f"{kind}-{number:03d}.rank-{rank}-of-{world}.safetensors"
-    appear(path, lambda partial: save_file(tensors, partial, {"held": str(held)}))
+    save_tensors(path, tensors, {"held": held, "mark": mark})
 
 
-def most_held(folder: Path, kind: str) -> int:
+def most_held(folder: Path, kind: str, mark: str = "") -> int:
     """Of the sums of all passes, in whatever session: the most bytes."""
     most = 0
-    for path in chain(*finished(folder, kind).values()):
+    for path in chain(*finished(folder, kind, mark).values()):
         with safe_open(path, "pt") as file:
-            most = max(most, int(file.metadata()["held"]))
+            most = max(most, about_of(file)["held"])
     return most
 
 
-def appear(path: Path, write: Callable[[Path], object]) -> None:
-    """What `write` writes appears at once or not at all."""
-    write(partial := path.with_name(f"{path.name}.partial"))
-    os.rename(partial, path)
-
-
-def load_passes(folder: Path, kind: str) -> dict[Piece, tuple[Path, str]]:
+def load_passes(folder: Path, kind: str, mark: str = "") -> dict[Piece, tuple[Path, str]]:
     """Where the result of each piece lies: its file, and its name there."""
     places = {}
-    for path in chain(*finished(folder, kind).values()):
+    for path in chain(*finished(folder, kind, mark).values()):
         with safe_open(path, "pt") as file:
             for key in file.keys():
                 begin, end, name = key.split(" ", 2)
@@ -102,10 +128,10 @@ class StoredScore:
         return torch.cat(parts)
 
 
-def stored_scores(folder: Path, sizes: Mapping[str, int]) -> dict[str, StoredScore]:
+def stored_scores(folder: Path, sizes: Mapping[str, int], mark: str = "") -> dict[str, StoredScore]:
     """By tensor, of `sizes` entries. Raises UserError where some are missing, or all are zero."""
     by_name: dict[str, dict[Piece, tuple[Path, str]]] = {name: {} for name in sizes}
-    for piece, place in load_passes(folder, "score").items():
+    for piece, place in load_passes(folder, "score", mark).items():
         by_name[piece.name][piece] = place
     for name, places in by_name.items():
         if sum(piece.size for piece in places) != sizes[name]:

@@ -44,7 +44,8 @@ class Sweep:
 
     score: one of config.GRADIENT_SCORES. windows: passes for scores, at most; an earlier session's where there was one.
     clip: by config.max_grad_norm. compute: response log-probabilities; None: `logps` itself. host: sums lie in host
-    memory. reference: by micro-batch, of another model than the base. Raises UserError where gradients are not finite.
+    memory. reference: by micro-batch, of another model than the base. mark: as in `locating.files`. Raises UserError
+    where gradients are not finite.
     """
 
     def __init__(
@@ -61,16 +62,17 @@ class Sweep:
         host: bool = False,
         compute: Callable[[Batch], Tensor] | None = None,
         reference: Mapping[str, Tensor] | None = None,
+        mark: str = "",
     ):
         self.logps, self.model, self.compute = logps, logps.model, compute or logps
-        self.config, self.folder, self.steps = config, folder, examples.steps
+        self.config, self.folder, self.mark, self.steps = config, folder, mark, examples.steps
         self.rates = learning_rates(config, len(examples.steps))
         self.family, self.score = make_family(score, config, self.rates), score
         self.sharded = is_sharded(self.model)
         self.losses = Losses(logps, examples, objective, reference or {}, divided=self.sharded)
         self.device = torch.device("cpu") if host else self.model.device
         self.pieces, self.weights = pieces_of(self.model), named_weights(self.model)
-        self.windows = windows_of(self.pieces, ranks.on_main(lambda: planned_windows(folder)) or windows)
+        self.windows = windows_of(self.pieces, ranks.on_main(lambda: planned_windows(folder, mark)) or windows)
         self.clips = clip and self.family.needs_norm
         self.square_windows = self._square_windows()
         self.captured: Captured | None = None  # where the model runs in segments
@@ -82,14 +84,14 @@ class Sweep:
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Yields (micro-batches done by this rank, all of its own), of every pass and of what is captured before."""
-        ranks.on_main(lambda: plan_windows(self.folder, len(self.windows)))
+        ranks.on_main(lambda: plan_windows(self.folder, len(self.windows), self.mark))
         left = {
             "squares": self._left(self._squares_kind, self.square_windows),
             "score": self._left("score", self.windows),
         }
         if any(ranks.gather(any(left.values()))):
             yield from self._run(left)
-        self.state_bytes["accumulators"] = ranks.on_main(lambda: most_held(self.folder, "score"))
+        self.state_bytes["accumulators"] = ranks.on_main(lambda: most_held(self.folder, "score", self.mark))
 
     def _run(self, left: dict[str, list[int]]) -> Iterator[tuple[int, int]]:
         self.losses.check(self.compute, self.score)
@@ -128,7 +130,7 @@ class Sweep:
 
     def _left(self, kind: str, windows: Sequence[Sequence[Piece]]) -> list[int]:
         """The passes that this rank has to do."""
-        done = ranks.on_main(lambda: set(finished(self.folder, kind)))
+        done = ranks.on_main(lambda: set(finished(self.folder, kind, self.mark)))
         left = [number for number in range(len(windows)) if number not in done]
         return left if self.sharded else left[ranks.rank() :: ranks.world_size()]
 
@@ -141,7 +143,7 @@ class Sweep:
                 yield len(self.steps[step])
         by_piece = dict(zip(pieces, torch.stack(rows).T.contiguous(), strict=True))
         if ranks.is_main() or not self.sharded:
-            save_pass(self.folder, self._squares_kind, number, by_piece)
+            save_pass(self.folder, self._squares_kind, number, by_piece, mark=self.mark)
 
     def _score_pass(self, taps: Taps, number: int, norms: list[Tensor] | None) -> Iterator[int]:
         pieces = self.windows[number]
@@ -149,7 +151,7 @@ class Sweep:
         states = [[torch.zeros(s.size, device=self.device) for _ in range(self.family.states)] for s in shares]
         held = yield from self._update(taps, pieces, states, norms)  # after which scores take the place of the sums
         scores = {share: self._scored(share, group) for share, group in zip(shares, states, strict=True)}
-        save_pass(self.folder, "score", number, scores, *self._place, held=held)
+        save_pass(self.folder, "score", number, scores, *self._place, held=held, mark=self.mark)
 
     def _update(
         self, taps: Taps, pieces: list[Piece], states: list[list[Tensor]], norms: list[Tensor] | None
@@ -199,7 +201,7 @@ class Sweep:
         if segments:
             names = [[piece.name for piece in window] for window in [*self.square_windows, *self.windows]]
             cuts = set().union(*(segments.cuts(segments.runs(each)) for each in names))
-            captured = Captured(segments, sorted(cuts), self.losses, self.folder) if cuts else None
+            captured = Captured(segments, sorted(cuts), self.losses, self.folder, self.mark) if cuts else None
         return captured if all(ranks.gather(captured and captured.has_room(reserved))) else None
 
     @property
@@ -215,7 +217,7 @@ class Sweep:
 
     def _norms(self) -> list[Tensor]:
         """Of every step's whole gradient, 0-d fp32; the sum of squares that a pass over all weights would make."""
-        places = load_passes(self.folder, self._squares_kind)
+        places = load_passes(self.folder, self._squares_kind, self.mark)
         squares = torch.stack([read_piece(*places[piece]) for piece in self.pieces])
         return [row.sum().sqrt().float() for row in squares.T.contiguous()]
 

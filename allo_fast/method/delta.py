@@ -1,17 +1,15 @@
 """What training changed, without the base: per tensor, positions and fp32 values; and how both are stored."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import UserError
+from allo_fast.durable import load_tensors, save_tensors
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_kernels import Positions, scatter_
@@ -61,8 +59,8 @@ class Delta:
             delta._check()
         except KeyError as error:
             raise UserError(f"{path}: not a delta: it has no {error}") from None
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a delta: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a delta: {str(error).removeprefix(f'{path}: ')}") from None
         return delta
 
     def check(self, base: str) -> None:
@@ -118,7 +116,7 @@ class Delta:
         """Raises ValueError, TypeError where what was read cannot be a delta."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {_DTYPES}, got {self.dtype!r}")
-        if not all(isinstance(token, int) for token in self.stops):
+        if not all(isinstance(token, int) and token >= 0 for token in self.stops):
             raise ValueError(f"stops: expected token ids, got {self.stops!r:.80}")
         check_rounding_seed(self.rounding_seed, [torch.empty(0, dtype=getattr(torch, self.dtype))])
         for name, at in self.positions.items():
@@ -166,17 +164,16 @@ def save_positions(path: Path, positions: dict[str, Positions], about: dict, oth
     parts = {name: {"low": at.low, "starts": at.starts} for name, at in positions.items()}
     tensors = {f"{name}.{key}": part.cpu().contiguous() for name, pair in parts.items() for key, part in pair.items()}
     about = {**about, "sizes": {name: at.sizes[0] for name, at in positions.items()}}
-    # One entry: safetensors writes several in an order that differs from file to file.
-    save_file(tensors | others, path, {"about": json.dumps(about)})
+    save_tensors(path, tensors | others, about)
 
 
 def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[str, Tensor]]:
-    """Positions, `about` and all tensors. Raises OSError, SafetensorError, KeyError or ValueError for another file."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        about = json.loads((file.metadata() or {})["about"])
-    if not isinstance(about, dict) or not isinstance(about["sizes"], dict):
-        raise ValueError(f"metadata: expected an object with sizes, got {about!r:.80}")
+    """Positions, `about` and all tensors. Raises Damaged, KeyError or ValueError for another file."""
+    tensors, about = load_tensors(Path(path))
+    if not isinstance(about["sizes"], dict) or not isinstance(about["base"], str):
+        raise ValueError(f"metadata: expected sizes of tensors and a base, got {about!r:.80}")
+    if not about["sizes"]:
+        raise ValueError("metadata: it names no tensor")
     sizes = sorted(about["sizes"].items())
     positions = {n: Positions.checked(tensors[f"{n}.low"], tensors[f"{n}.starts"], size) for n, size in sizes}
     return positions, about, tensors

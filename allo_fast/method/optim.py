@@ -1,6 +1,6 @@
 """AdamW over the selected entries only, with the new values written into the base in the same pass; and over all."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,15 +30,23 @@ def clip_scale(norm: Tensor, max_grad_norm: float) -> Tensor:
     return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def exceeds(values: Iterable[Tensor], largest: float) -> Tensor:
+    """Whether one of this rank's share of `values` is NaN, or larger than `largest`: bool, 0-d, on their device."""
+    parts = [part for _, part in map(ranks.share, values) if part.numel()]  # without what ZeRO-3 fills shares up with
+    return ~(torch.stack(torch._foreach_norm(parts, torch.inf)).max() <= largest) if parts else torch.tensor(False)
+
+
 class ClippedAdamW(torch.optim.AdamW):
     """torch's fused AdamW that clips by the norm of all gradients and clears nothing.
 
-    across_ranks: every rank has a share of the gradients, as under ZeRO.
+    across_ranks: every rank has a share of the gradients, as under ZeRO. accepts: asked with the norm before an update;
+    where it says no there is none.
     """
 
     def __init__(self, params, *, max_grad_norm: float, across_ranks: bool = False, **settings):
         super().__init__(params, fused=True, **settings)
         self.max_grad_norm, self.across_ranks = max_grad_norm, across_ranks
+        self.accepts: Callable[[Tensor], bool] = lambda norm: True
 
     def start_state(self, values: Iterable[Tensor]) -> None:
         """Moments of zero for `values`, so that a checkpoint can fill them before the first step.
@@ -55,8 +63,9 @@ class ClippedAdamW(torch.optim.AdamW):
         (group,) = self.param_groups
         gradients = [value.grad for value in group["params"] if value.grad is not None]
         self.grad_norm = total_norm(gradients, across_ranks=self.across_ranks)
-        torch._foreach_mul_(gradients, clip_scale(self.grad_norm, self.max_grad_norm))
-        super().step()
+        if self.accepts(self.grad_norm):
+            torch._foreach_mul_(gradients, clip_scale(self.grad_norm, self.max_grad_norm))
+            super().step()
 
 
 class SparseAdamW(Optimizer):
@@ -64,7 +73,8 @@ class SparseAdamW(Optimizer):
 
     Element-wise equal to dense AdamW on the selected entries. hf_eps: the older Hugging Face form
     p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected. max_grad_norm: clips by the norm of all
-    gradients, for a loop that does not. state_dict also holds the policy's fp32 values, and loading it sets them.
+    gradients, for a loop that does not; `accepts` as ClippedAdamW's. state_dict also
+    holds the policy's fp32 values, and loading it sets them.
     """
 
     writes_back = True  # into the base, in the same pass
@@ -80,6 +90,7 @@ class SparseAdamW(Optimizer):
         max_grad_norm: float | None = None,
     ):
         self.policy, self.hf_eps, self.max_grad_norm = policy, hf_eps, max_grad_norm
+        self.accepts: Callable[[Tensor], bool] = lambda norm: True
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(list(policy.values.values()), defaults)
         policy.loaded_alone = False
@@ -115,6 +126,8 @@ class SparseAdamW(Optimizer):
             if grad_scale is not None:
                 raise ValueError("grad_scale: this optimizer clips by itself; construct it with max_grad_norm=None")
             self.grad_norm = total_norm(gradients)
+            if not self.accepts(self.grad_norm):
+                return loss
             grad_scale = clip_scale(self.grad_norm, self.max_grad_norm)
         self._step += 1
         beta1, beta2 = settings["betas"]

@@ -16,7 +16,6 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from allo_fast import ranks
@@ -118,8 +117,8 @@ class Selection:
             selection = cls(positions, int(about["parameters"]), about["base"], str(path))
             if selection.parameters < max(1, selection.selected):
                 raise ValueError(f"{selection.selected} of {selection.parameters} parameters")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a selection: {error}") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a selection: {str(error).removeprefix(f'{path}: ')}") from None
         return selection
 
     def check(self, model: nn.Module) -> None:

@@ -1,13 +1,12 @@
 """Saving a model, and reading back what was saved."""
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -15,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from allo_fast import ranks
 from allo_fast.config import UserError, first_line
+from allo_fast.durable import appearing, check_room
 from allo_fast.model.checkpoint import check_model, read, weight_files
 from allo_fast.model.weights import named_weights, same_bits, whole_weights
 
@@ -38,9 +38,11 @@ def save_model(
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError where a folder that is to be written exists and holds something."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raises UserError where a folder that is to be written exists and holds something, or would lie in a model's."""
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists already; name a folder that does not")
+    if inside := next((parent for parent in folder.resolve().parents if (parent / "config.json").is_file()), None):
+        raise UserError(f"{folder}: inside the model {inside}; name a folder elsewhere")
 
 
 def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -58,20 +60,20 @@ def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, Tensor]) -> None:
-    partial_folder = folder.absolute().with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} holds values that are not finite; the model is not written")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    check_room(folder, sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in state.values()}.values()))
     generation = model.generation_config
-    try:
-        model.generation_config = _savable(generation, partial_folder)
-        model.save_pretrained(partial_folder, state_dict=dict(state))
-        tokenizer.save_pretrained(partial_folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{partial_folder}: the model cannot be written: {error}") from None
-    finally:
-        model.generation_config = generation
-    check_saved(model, state, partial_folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
+    with appearing(folder) as partial_folder:
+        try:
+            model.generation_config = _savable(generation, partial_folder)
+            model.save_pretrained(partial_folder, state_dict=dict(state))
+            tokenizer.save_pretrained(partial_folder)
+        finally:
+            model.generation_config = generation
+        check_saved(model, state, partial_folder)
 
 
 def _savable(config: GenerationConfig | None, folder: Path) -> GenerationConfig | None:

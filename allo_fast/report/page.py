@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 from allo_fast.data.prompts import as_text
+from allo_fast.durable import write_bytes
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
 from allo_fast.report.summary import is_preference, percent, shown, shown_interval
-from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit, write_atomically
+from allo_fast.runs.home import REPORT
+from allo_fast.runs.rows import read_jsonl, read_log
+from allo_fast.runs.run import Run, Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import base_path
@@ -31,7 +33,7 @@ def write_report(run: Run, summary: dict) -> None:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{style}</style><main>{body}</main></html>'
     )
-    write_atomically(run.folder / "report.html", page)
+    write_bytes(run.folder / REPORT, page.encode())
 
 
 def _header(run: Run, summary: dict) -> str:
@@ -120,7 +122,7 @@ def _curves(run: Run) -> str:
     plots = []
     for stage in ("sft", "warmup", "forget", "learn"):
         if stage in stages_of(run.config):
-            seeds = {u.key: read_jsonl(u.folder / "metrics.jsonl") for u in run.units([stage])}
+            seeds = {u.key: read_log(u) for u in run.units([stage])}
             plots.append(figures.training_curves(stage, seeds))
     return _section("Training", "Loss and rewards per optimizer step; one line a seed.", "".join(plots))
 

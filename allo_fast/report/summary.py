@@ -13,8 +13,10 @@ from allo_fast.data.scoring import (
     pair_margins,
     problem_values,
 )
+from allo_fast.durable import versions, write_bytes
+from allo_fast.runs.home import SUMMARY
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, versions, write_atomically
+from allo_fast.runs.run import Run
 from allo_fast.stages import stages_of
 from allo_fast.stages.evaluate import PREDICTIONS, model_of
 
@@ -42,7 +44,7 @@ def summarize(run: Run) -> dict:
         },
         "versions": versions(),
     }
-    write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
+    write_bytes(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 
 

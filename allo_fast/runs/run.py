@@ -1,36 +1,32 @@
 """A run is a folder: runs/NAME/{config.yaml, NN-stage/KEY/...}. A unit (one stage for one key) writes only its own
 folder and ends with MANIFEST.json; a unit with a manifest that still fits its settings and inputs is not run again.
+
+Nothing that is there is deleted or overwritten: what no longer fits is refused, and `--rerun` moves it to old-N.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
-from allo_fast.config_file import load_config, save_config
+from allo_fast.config_file import load_config
+from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, write_json
+from allo_fast.journal import SUMS
 from allo_fast.model.loading import pick_device
-from allo_fast.training.engine import CHECKPOINT
+from allo_fast.runs.basis import Basis, differences, flat, identity, is_same, sha256, under
+from allo_fast.runs.home import CONFIG, MANIFEST, STARTED, Home
+from allo_fast.training.checkpoints import CHECKPOINTS
+from allo_fast.training.engine import LOG
 from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "MANIFEST.json"
-STARTED = "STARTED.json"
-SCRATCH = "scratch"  # a folder of what a unit needs until it is complete
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,13 @@ class Stage:
 
     number: int
     execute: Callable[["Unit"], Generator[Progress, None, dict]]
+    outputs: tuple[str, ...]  # patterns of the files that it makes for others
     settings: tuple[str, ...]  # the config keys, or sections, that its outcome depends on
     needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
-    files: Callable[[Config], list[Path]] = lambda config: []  # existing files outside the run that it reads
+    files: Callable[[Config], dict[str, list[Path]]] = lambda config: {}  # those outside the run that a key names
     seed: Callable[[Config], int] = lambda config: 0  # of a unit whose key names none
+    copies: tuple[str, ...] = ()  # of what it makes in other forms, which nothing reads and which may be removed
 
 
 @dataclass
@@ -59,6 +57,7 @@ class Unit:
     owner: "Run"
     name: str
     key: str
+    mark: str = ""  # of what its unfinished files are, while it is executed
 
     @property
     def config(self) -> Config:
@@ -74,8 +73,13 @@ class Unit:
         return self.owner.stages[self.name]
 
     @property
+    def place(self) -> Path:
+        """In the run's folder."""
+        return Path(f"{self.stage.number:02d}-{self.name}", self.key)
+
+    @property
     def folder(self) -> Path:
-        return self.owner.folder / f"{self.stage.number:02d}-{self.name}" / self.key
+        return self.owner.folder / self.place
 
     @property
     def seed(self) -> int:
@@ -89,93 +93,141 @@ class Unit:
         (unit,) = [unit for unit in self.upstream() if unit.name == stage]
         return unit.folder
 
-    def digest(self) -> str:
-        """Changes when a setting, an input file or an upstream output changes.
+    def basis(self) -> Basis:
+        """Settings, and SHA-256 of the files that they name and of what this unit reads of others. Not where files lie.
 
         Raises UserError when an upstream unit is not complete, or no longer fits its own settings and inputs.
         """
         for unit in self.upstream():
-            if not unit.is_complete_here():
-                raise UserError(f"{unit.folder}: not complete or out of date; run `allo-fast {unit.name} CONFIG` first")
-        settings = {
-            key: value
-            for key, value in _flat(self.config.model_dump()).items()
-            if any(key == prefix or key.startswith(prefix + ".") for prefix in self.stage.settings)
-        }
-        upstream = {f"{unit.name}/{unit.key}": unit.contents() for unit in self.upstream()}
-        files = {str(path): sha256(path) for path in self.stage.files(self.config)}
-        content = json.dumps([settings, upstream, files, self.seed], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+            unit.check()
+        files = self.stage.files(self.config)
+        settings = under(flat(self.config.model_dump()), self.stage.settings)
+        settings |= {key: PurePath(settings[key]).name for key in files}
+        contents = {f"{key}: {path.name}": sha256(path) for key, paths in files.items() for path in paths}
+        for unit in self.upstream():
+            contents |= {str(unit.place / name): digest for name, digest in unit.contents().items()}
+        return settings | contents | {"seed": self.seed}
 
     def contents(self) -> dict[str, str]:
-        """SHA-256 of the outputs that another unit may read; the log of wall times is not one."""
-        outputs = self.manifest()["outputs"].items()
-        return {name: entry["sha256"] for name, entry in outputs if name != "metrics.jsonl"}
+        """SHA-256 of each output."""
+        return {name: entry["sha256"] for name, entry in self.manifest()["outputs"].items()}
 
     def manifest(self) -> dict:
-        """Raises UserError when the unit is not complete."""
-        path = self.folder / MANIFEST
-        if not path.is_file():
+        """Raises UserError when the unit is not complete, or its manifest damaged."""
+        if not (path := self.folder / MANIFEST).is_file():
             raise UserError(f"{self.folder}: not complete; run `allo-fast {self.name} CONFIG` first")
-        return json.loads(path.read_text())
+        return read_json(path)
+
+    def look(self) -> tuple[bool, str | None]:
+        """Is the unit complete; and why what lies there can neither be taken nor continued, None where it can."""
+        started, manifest = self.folder / STARTED, self.folder / MANIFEST
+        try:
+            record = read_json(manifest if manifest.exists() else started) if self._exists() else None
+        except Damaged as error:
+            return False, str(error).removeprefix(f"{self.folder}/")
+        if record is None:
+            return False, None
+        if changed := differences(record["basis"], self.basis()):
+            return False, changed
+        if manifest.exists() and (damage := self.damage()):
+            return False, damage
+        return manifest.exists(), None
 
     def is_complete(self) -> bool:
         """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
-        return ranks.on_main(self.is_complete_here)
+        return ranks.on_main(self.look)[0]
 
-    def is_complete_here(self) -> bool:
-        """`is_complete`, without asking the other ranks."""
-        return (self.folder / MANIFEST).is_file() and self.manifest()["digest"] == self.digest() and self.is_intact()
+    def damage(self) -> str | None:
+        """What is wrong with the files of a unit that has a manifest."""
+        manifest = self.manifest()
+        copies = {name: entry for name, entry in manifest["copies"].items() if (self.folder / name).exists()}
+        for name, entry in (manifest["outputs"] | copies).items():
+            if not is_same(self.folder / name, entry):
+                return f"{name} is {'not what was written' if (self.folder / name).exists() else 'gone'}"
+        return None
 
-    def is_intact(self) -> bool:
-        """A manifest, whatever it fits, and outputs that are what it says."""
-        if not (self.folder / MANIFEST).is_file():
-            return False
-        return all(_fits(self.folder / name, entry) for name, entry in self.manifest()["outputs"].items())
+    def check(self) -> None:
+        """Raises UserError unless the unit is complete."""
+        complete, objection = self.look()
+        if not complete:
+            raise UserError(f"{self.folder}: {objection or 'not complete'}; run `allo-fast {self.name} CONFIG` first")
 
     def execute(self) -> Iterator[Progress]:
-        """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete."""
-        digest = ranks.on_main(self._start)
+        """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete.
+
+        What is refused before it has made anything leaves no trace. Raises UserError where something lies there that
+        does not fit, unless the run is one that moves it aside.
+        """
+        new, self.mark = ranks.on_main(self._start)
         device = pick_device(self.config.model.device)
         memory.reset_peak(device)
-        begun = time.perf_counter()
-        facts = yield from self.stage.execute(self)
+        begun, work = time.perf_counter(), self.stage.execute(self)
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                facts = end.value
+                break
+            except UserError:
+                if new and ranks.is_main():
+                    self.owner.home.undo(self.place)
+                raise
+            if new and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
+                self.owner.home.take_config(self.config, self.owner.rerun)
+            new = False
+            yield progress
         seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
-        peak = memory.peak_bytes(device)
-        ranks.on_main(lambda: self._finish(digest, facts, seconds, peak))
+        ranks.on_main(lambda: self._finish(facts, seconds, memory.peak_bytes(device)))
 
-    def _start(self) -> str:
-        digest, started = self.digest(), self.folder / STARTED
-        if not (started.is_file() and json.loads(started.read_text()) == digest):
-            shutil.rmtree(self.folder, ignore_errors=True)  # left by other settings: not to be continued
-            self.folder.mkdir(parents=True)
-            write_atomically(started, json.dumps(digest))
-        return digest
+    def _exists(self) -> bool:
+        return self.folder.exists() and any(not path.match(LEFTOVERS) for path in self.folder.iterdir())
 
-    def _finish(self, digest: str, facts: dict, seconds: float, peak: int) -> None:
-        passing = {self.folder / name for name in (STARTED, CHECKPOINT)}
-        passing |= {*(self.folder / SCRATCH).rglob("*"), *self.folder.rglob("*.partial")}
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file() and path not in passing)
+    def _start(self) -> tuple[bool, str]:
+        """Whether nothing had been there, and the mark."""
+        _, objection = self.look()
+        if objection and not self.owner.rerun:
+            raise UserError(
+                f"{self.folder}: {objection}. It stays as it is; --rerun moves it to {self.owner.home.aside.name} and "
+                "makes it anew"
+            )
+        if objection:
+            self.owner.home.set_aside(self.place)
+        if new := not self._exists():
+            write_json(self.folder / STARTED, {"basis": self.basis(), "versions": versions()})
+        started = read_json(self.folder / STARTED)
+        if changed := differences(started["versions"], versions()):
+            logger.warning("%s: continued with other software: %s", self.folder, changed)
+        return new, hashlib.sha256(json.dumps(started["basis"], sort_keys=True).encode()).hexdigest()
+
+    def _finish(self, facts: dict, seconds: float, peak: int) -> None:
         manifest = {
             "stage": self.name,
             "key": self.key,
-            "digest": digest,
+            "basis": read_json(self.folder / STARTED)["basis"],
             "seed": self.seed,
             "seconds": seconds,
             "peak_bytes": peak,
             "facts": facts,
-            "inputs": {f"{unit.name}/{unit.key}": unit.contents() for unit in self.upstream()},
-            "outputs": {str(path.relative_to(self.folder)): _identity(path) for path in files},
+            "outputs": self._identities(*self.stage.outputs),
+            "copies": self._identities(*self.stage.copies),
+            "logs": self._identities(LOG),
             "versions": versions(),
         }
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_json(self.folder / MANIFEST, manifest)
         self.tidy()
 
+    def _identities(self, *patterns: str) -> dict[str, dict]:
+        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file())
+        return {str(path.relative_to(self.folder)): identity(path) for path in paths}
+
     def tidy(self) -> None:
-        """Removes what a complete unit needs no more, and may have where it was killed just before."""
-        (self.folder / STARTED).unlink(missing_ok=True)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+        """The run is one with these settings; what a complete unit needs no more is removed, which a kill may leave."""
+        self.owner.home.take_config(self.config, self.owner.rerun)
+        for pattern in (STARTED, CHECKPOINTS, f"*{SUMS}"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Run:
@@ -193,11 +245,15 @@ class Run:
         zeros: dict[str, Zero] | None = None,
         folder: Path | None = None,
     ):
-        self.config, self.stages = config, stages
+        self.config, self.stages, self.rerun = config, stages, rerun
         self.zeros = zeros or {"dense": None, "sparse": None}
-        self.folder = folder or Path(config.output_dir) / config.name
+        self.home = Home(folder or Path(config.output_dir) / config.name)
         if folder is None:
-            ranks.on_main(lambda: self._claim(rerun))
+            ranks.on_main(self._claim)
+
+    @property
+    def folder(self) -> Path:
+        return self.home.folder
 
     @classmethod
     def read(cls, folder: Path, stages: dict[str, Stage]) -> "Run":
@@ -209,92 +265,14 @@ class Run:
             raise UserError(f"{folder}: not the folder of a run (it has no {CONFIG})")
         return cls(load_config(path), stages, folder=folder)
 
-    def _claim(self, rerun: bool) -> None:
-        config = self.config
-        path = self.folder / CONFIG
-        if path.is_file():
-            if (changed := _differences(load_config(path), config)) and not rerun:
-                raise UserError(
-                    f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), or add "
-                    "--rerun to run again what the change affects"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, path)
+    def _claim(self) -> None:
+        if not self.home.is_begun:
+            self.home.check_free()
+        elif not self.rerun and (changed := self.home.changed_settings(self.config)):
+            raise UserError(
+                f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), or add "
+                "--rerun to run again what the change affects"
+            )
 
     def units(self, names: Iterable[str]) -> list[Unit]:
         return [Unit(self, name, key) for name in names for key in self.stages[name].keys(self.config)]
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Inside, no other command works in a run's folder; the end of rank 0's process lets go too.
-
-    Raises UserError where one does already.
-    """
-    with ExitStack() as stack:
-        ranks.on_main(lambda: _lock(folder, stack))
-        yield
-
-
-def _lock(folder: Path, stack: ExitStack) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(folder.with_name(f".{folder.name}.lock").open("a+"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{folder}: {file.read() or 'another command'} works there; end it first") from None
-    except OSError as error:
-        logger.warning("%s: cannot be locked (%s): see to it that one command works there", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}")
-    file.flush()
-
-
-def versions() -> dict[str, str]:
-    packages = "torch", "transformers", "safetensors", "numpy"
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.rename(partial, path)
-
-
-def sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _identity(path: Path) -> dict:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def _fits(path: Path, entry: dict) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
-
-
-# Where a run is continued and how much of it is kept, not what it is.
-_ELSEWHERE = {"deepspeed": True, "ddp_timeout": True, "save_models": True, "model": {"device"}}
-
-
-def _differences(old: Config, new: Config) -> str:
-    before, after = (_flat(config.model_dump(exclude=_ELSEWHERE)) for config in (old, new))
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in keys)
-
-
-def _flat(section: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

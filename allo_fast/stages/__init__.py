@@ -5,11 +5,14 @@ Each reads files and writes files; what it needs, and which settings it depends 
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import split_slice
-from allo_fast.runs.run import Stage, sha256, versions
+from allo_fast.durable import versions
+from allo_fast.runs.basis import flat, sha256
+from allo_fast.runs.run import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, sft, warmup
 
 
@@ -17,24 +20,31 @@ def _seeds(config: Config) -> list[str]:
     return [f"seed-{seed}" for seed in config.seeds]
 
 
-def _data_files(source: str | None) -> list[Path]:
-    """The file that a data source names, where it names one."""
-    path = Path(split_slice(source)[0]) if source else None
-    return [path] if path and path.is_file() else []
+# What a model is made of: notes, logs and another trainer's states beside it do not count.
+_MODEL_FILES = ("*.safetensors*", "config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model")
+_MODEL_FILES += ("*.tiktoken", "chat_template*")
 
 
-def _model_files(model: str | None) -> list[Path]:
-    """The files of a local model folder."""
-    return sorted(path for path in Path(model).iterdir() if path.is_file()) if model and Path(model).is_dir() else []
+def _files(*keys: str) -> Callable[[Config], dict[str, list[Path]]]:
+    """By each of these keys, and the base's, the files that it names, where they lie here."""
+
+    def files(config: Config) -> dict[str, list[Path]]:
+        values = flat(config.model_dump())
+        by_key = {key: _local(values[key]) for key in ("model.name_or_path", *keys)}
+        return {key: paths for key, paths in by_key.items() if paths}
+
+    return files
 
 
-def _reference_files(section: str):
-    """The base's files, and those of the reference model that a section names."""
-    return lambda config: _base_files(config) + _model_files(getattr(config, section).reference)
-
-
-def _base_files(config: Config) -> list[Path]:
-    return _model_files(config.model.name_or_path)
+def _local(value: str | None) -> list[Path]:
+    """Of a data file, with or without a slice, a folder of `datasets.save_to_disk`, or a model's."""
+    name = split_slice(value)[0] if value else ""
+    path, folder = Path(name).expanduser(), Path(name.partition(":")[0]).expanduser()
+    if path.is_file():
+        return [path]
+    if (path / "config.json").is_file():
+        return sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
+    return sorted(file for file in folder.rglob("*") if file.is_file()) if value and folder.is_dir() else []
 
 
 def _given(config: Config) -> list[tuple[str, str]]:
@@ -84,10 +94,14 @@ _LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens")
 _DATA = (*_PROMPTS, "data.scorer", *_LIMITS)
 _LOCATED = ("locate.clip", "locate.exclude", "locate.pairs")  # of stages that locate for themselves
 
+_SAVED = ("model/*",)
+_RENDERED = ("problems.jsonl", "quarantine.jsonl")
+
 STAGES = {
     "pretrain": Stage(
         number=0,
         execute=pretrain.execute,
+        outputs=_SAVED,
         settings=("pretrain", *_PROMPTS),
         needs=lambda config, key: [],
         keys=lambda config: [] if config.model.name_or_path else ["base"],
@@ -95,73 +109,86 @@ STAGES = {
     "sft": Stage(
         number=1,
         execute=sft.execute,
+        outputs=(*_SAVED, "delta.safetensors", *_RENDERED),
         settings=("sft", "data.train", "sample.max_new_tokens", "model.rounding", *_LOCATED, *_LIMITS, *_PROMPTS),
         needs=lambda config, key: _given(config),
         keys=lambda config: ["base"],
-        files=lambda config: _data_files(config.data.train) + _base_files(config),
+        files=_files("data.train"),
         seed=lambda config: config.seeds[0],
     ),
     "sample": Stage(
         number=2,
         execute=sample.execute,
+        outputs=("responses.jsonl", *_RENDERED),
         settings=("sample", "protocol", "data.train", *_DATA),
         needs=_needs(),
         keys=_seeds,
-        files=lambda config: _data_files(config.data.train) + _base_files(config),
+        files=_files("data.train"),
     ),
-    "pairs": Stage(number=3, execute=pairs.execute, settings=("pairs",), needs=_needs("sample"), keys=_seeds),
+    "pairs": Stage(
+        number=3,
+        execute=pairs.execute,
+        outputs=("pairs.jsonl",),
+        settings=("pairs",),
+        needs=_needs("sample"),
+        keys=_seeds,
+    ),
     "warmup": Stage(
         number=4,
         execute=warmup.execute,
+        outputs=_SAVED,
         settings=("warmup", *_PROMPTS),
         needs=_needs("pairs"),
         keys=_seeds,
-        files=_reference_files("warmup"),
+        files=_files("warmup.reference"),
     ),
     "locate": Stage(
         number=5,
         execute=locate.execute,
+        outputs=("*.safetensors", "counts.json"),
         # Of `warmup` what a warm-up would be: its steps and learning rates, which `linear` follows.
         settings=("locate", "warmup", "forget.ratio", "learn.ratio", "method", "protocol", *_MODEL),
         needs=_locate_needs,
         keys=_seeds,
-        files=lambda config: (
-            _base_files(config) + _model_files(config.locate.after) + _model_files(config.warmup.reference)
-        ),
+        files=_files("locate.after", "warmup.reference"),
     ),
     "rewards": Stage(
         number=6,
         execute=rewards.execute,
+        outputs=("rewards.jsonl",),
         settings=("rewards", "model.rounding", *_LOCATED, *_PROMPTS),
         needs=_needs("sample", "pairs"),
         keys=_seeds,
-        files=lambda config: (
-            _data_files(config.rewards.path) + _model_files(config.rewards.model) + _base_files(config)
-        ),
+        files=_files("rewards.path", "rewards.model"),
     ),
     "forget": Stage(
         number=7,
         execute=forget.execute,
+        outputs=("delta.safetensors",),
+        copies=_SAVED,
         settings=("forget", "protocol", "model.rounding", *_PROMPTS),
         needs=_needs("locate", "rewards"),
         keys=_seeds,
-        files=_reference_files("forget"),
+        files=_files("forget.reference"),
     ),
     "learn": Stage(
         number=8,
         execute=learn.execute,
+        outputs=("delta.safetensors",),
+        copies=_SAVED,
         settings=("learn", "protocol", "model.rounding", *_PROMPTS),
         needs=_learn_needs,
         keys=_seeds,
-        files=_reference_files("learn"),
+        files=_files("learn.reference"),
     ),
     "evaluate": Stage(
         number=9,
         execute=evaluate.execute,
+        outputs=("predictions.jsonl", *_RENDERED),
         settings=("evaluate", "data.test", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,
-        files=lambda config: _data_files(config.data.test) + _base_files(config),
+        files=_files("data.test"),
     ),
 }
 
@@ -171,7 +198,7 @@ def inputs_of(config: Config) -> dict[str, str]:
 
     Of a file its SHA-256; above 64 MiB the size and both ends: 64 ranks reading 140 GB each would take too long.
     """
-    files = {path for stage in STAGES.values() for path in stage.files(config)}
+    files = {path for stage in STAGES.values() for paths in stage.files(config).values() for path in paths}
     return {
         "configuration": config.model_dump_json(),
         "software": str(versions()),

@@ -23,7 +23,7 @@ from allo_fast.model.loading import load_tokenizer, pick_device
 from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
-from allo_fast.runs.run import MANIFEST
+from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards

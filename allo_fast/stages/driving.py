@@ -13,7 +13,7 @@ from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.problems import max_positions
-from allo_fast.training.engine import Trainer
+from allo_fast.training.engine import LOG, Trainer
 
 
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
@@ -24,14 +24,17 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     for metrics in trainer.run():
         notes = {"loss": metrics.loss, **metrics.metrics}
         yield Progress(metrics.step, metrics.total_steps, "step", notes)
-    rows = ranks.on_main(lambda: read_jsonl(unit.folder / "metrics.jsonl"))  # of earlier sessions too
-    parameters = trainer.policy.parameters
+    rows = ranks.on_main(lambda: read_jsonl(unit.folder / LOG))  # of earlier sessions too
+    parameters, seconds = trainer.policy.parameters, sum(row["seconds"] for row in rows)
     facts = {
         "parameters": parameters,
         "examples": len(trainer.corpus.examples),
         "steps": len(trainer.steps),
-        "tokens_per_second": sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows),
     }
+    if seconds:  # else the log of all steps was lost
+        facts["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+    if trainer.skipped:
+        facts["skipped_steps"] = trainer.skipped
     total = sum(trainer.state_bytes().values())
     facts |= {"state_bytes": trainer.state_bytes(), "state_bytes_per_parameter": total / parameters}
     if unit.zero:

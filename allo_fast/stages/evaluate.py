@@ -98,7 +98,7 @@ def evaluate(
             return [_scored(unit, delta or path, row, sums, ref_logps) for row, sums in zip(chunk, logps, strict=True)]
 
         size = unit.config.evaluate.batch_size
-        rows = yield from by_chunks(unit.folder / PREDICTIONS, problems, size, "problem", work)
+        rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work)
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
 

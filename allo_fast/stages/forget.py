@@ -49,6 +49,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         Npo(settings.beta),
         settings,
         unit.folder,
+        mark=unit.mark,
         seed=unit.seed,
         protocol=protocol,
         token_weights=weights,

@@ -1,6 +1,5 @@
 """Scores of weights by gradients at the frozen base, for whichever stage trains a selection of them."""
 
-import json
 import logging
 import random
 import shutil
@@ -14,7 +13,8 @@ from torch import Tensor
 from allo_fast import ranks
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import Batch, Corpus
-from allo_fast.locating.files import StoredScore, appear, stored_scores
+from allo_fast.durable import SCRATCH, read_json, write_json
+from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import pieces_of
 from allo_fast.method.objectives import Dpo, Sft
@@ -26,7 +26,7 @@ from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import room_beside, windows
-from allo_fast.runs.run import SCRATCH, Progress, Unit
+from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples, reference_logps
 from allo_kernels import memory
@@ -90,13 +90,14 @@ def gradient_scores(
         host=unit.config.locate.accumulators == "host",
         compute=base.compute,
         reference=logps,
+        mark=unit.mark,
     )
     for done, steps in sweep.run():
         yield Progress(done, steps, f"micro-batch of {sweep.passes} passes")
     states = sum(sweep.state_bytes.values())
     facts = {"examples": len(examples.corpus.examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
     facts |= {"passes": sweep.passes, "state_bytes": sweep.state_bytes, "state_bytes_per_parameter": states / total}
-    return stored_scores(unit.folder / SCRATCH, sizes), facts
+    return stored_scores(unit.folder / SCRATCH, sizes, unit.mark), facts
 
 
 def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> int:
@@ -139,9 +140,9 @@ def _reference(
     opened = frozen_reference(unit, model)
     if opened is None:
         return None
-    (scratch := unit.folder / SCRATCH).mkdir(exist_ok=True)
+    (scratch := unit.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
     path, share, device = scratch / "reference_logps.safetensors", logps.share_prompts, logps.model.device
-    return (yield from _batches(reference_logps(path, examples, opened(share), share, device)))
+    return (yield from _batches(reference_logps(path, unit.mark, examples, opened(share), share, device)))
 
 
 def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress, None, dict]:
@@ -156,16 +157,17 @@ def located(
     unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
 ) -> Generator[Progress, None, tuple[Selection, dict]]:
     """What a stage trains that locates for itself: by `linear`, in one epoch; kept with the unit. And how it did."""
-    kept, facts = unit.folder / "selection.safetensors", unit.folder / "locating.json"
-    if not ranks.on_main(kept.exists):
+    kept = unit.folder / "selection.safetensors"
+    facts = ranks.on_main(lambda: _located_before(unit, kept))
+    if facts is None:
         once = train.model_copy(update={"num_train_epochs": 1})
         exclude = tuple(unit.config.locate.exclude)
         with frozen_base(unit, path) as base:
             competing(named_weights(base.logps.model), exclude)  # before hours are spent
-            scores, how = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
+            scores, facts = yield from gradient_scores(unit, base, corpus, objective, once, "linear")
         selection = Selection.from_scores(scores, ratio, base=base.fingerprint, exclude=exclude)
-        ranks.on_main(lambda: _keep(selection, kept, how, facts))
-    return Selection.load(kept), {"locating": ranks.on_main(lambda: json.loads(facts.read_text()))}
+        ranks.on_main(lambda: _keep(unit, selection, kept, facts))
+    return Selection.load(kept), {"locating": facts}
 
 
 def located_policy(
@@ -178,8 +180,19 @@ def located_policy(
     return selected_policy(unit, path, selection), facts
 
 
-def _keep(selection: Selection, path: Path, how: dict, facts: Path) -> None:
-    """Appears at once or not at all; the scores, many times its size, go."""
-    appear(facts, lambda partial: partial.write_text(json.dumps(how, indent=1)))
-    appear(path, selection.save)
-    shutil.rmtree(path.parent / SCRATCH)
+def _located_before(unit: Unit, path: Path) -> dict | None:
+    """The facts of the selection that an earlier session left; None without one that is whole."""
+    facts = path.with_name("locating.json")
+    try:
+        said = read_json(facts) if facts.exists() else {}
+        return Selection.load(path) and said["facts"] if said.get("mark") == unit.mark else None
+    except UserError as error:
+        logger.warning("%s; located again", error)
+        return None
+
+
+def _keep(unit: Unit, selection: Selection, path: Path, facts: dict) -> None:
+    """The scores, many times its size, go."""
+    selection.save(path)
+    write_json(path.with_name("locating.json"), {"mark": unit.mark, "facts": facts})
+    shutil.rmtree(unit.folder / SCRATCH)

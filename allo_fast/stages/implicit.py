@@ -30,7 +30,9 @@ def implicit(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
         unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio
     )
     policy = selected_policy(unit, path, selection)
-    trainer = Trainer(policy, corpus, Dpo(settings.beta), settings, unit.folder, seed=unit.seed, zero=unit.zero)
+    trainer = Trainer(
+        policy, corpus, Dpo(settings.beta), settings, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero
+    )
     facts = yield from train(unit, trainer)
 
     def score(batch: Batch) -> Tensor:

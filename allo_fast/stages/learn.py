@@ -35,6 +35,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         objective,
         settings,
         unit.folder,
+        mark=unit.mark,
         seed=unit.seed,
         protocol=protocol,
         zero=unit.zero,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.data.encoding import corpus_of_pairs
+from allo_fast.durable import write_bytes
 from allo_fast.method.objectives import Dpo
 from allo_fast.method.rows import row_lengths
 from allo_fast.method.scores import Given, Random, Score
@@ -48,7 +49,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         facts |= {f"{stage}_selected": selection.selected, f"{stage}_sha256": selection.sha256()}
         yield Progress(done, len(ratios(config)), "selection")
     if ranks.is_main():
-        (unit.folder / "counts.json").write_text(json.dumps(counts, indent=1))
+        write_bytes(unit.folder / "counts.json", json.dumps(counts, indent=1).encode())
     return {"parameters": sum(sizes.values()), "score": config.located_by, **facts}
 
 

@@ -32,7 +32,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     torch.manual_seed(unit.seed)
     model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
     policy = DensePolicy(model)
-    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, zero=unit.zero)
+    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, mark=unit.mark, zero=unit.zero)
     facts = yield from train(unit, trainer)
     save_dense(unit, policy, tokenizer, unit.config.model.dtype)
     trainer.backend.close()

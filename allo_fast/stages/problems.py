@@ -32,7 +32,7 @@ def unit_problems(
             raise UserError(f"data.{key}: {source}: no usable row; {first.id}: {first.reason}")
         return rows
 
-    rows = rendered_once(unit.folder / "problems.jsonl", render)
+    rows = rendered_once(unit, "problems.jsonl", render)
     return rows, len(read_jsonl(unit.folder / "quarantine.jsonl"))
 
 

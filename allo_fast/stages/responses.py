@@ -49,4 +49,4 @@ def rewarded(
             reward_row(row, line[valid].tolist()) for row, line, valid in zip(chunk, rewards, batch.valid, strict=True)
         ]
 
-    yield from by_chunks(unit.folder / REWARDS, rows, unit.config.rewards.batch_size, "response", work)
+    yield from by_chunks(unit, REWARDS, rows, unit.config.rewards.batch_size, "response", work)

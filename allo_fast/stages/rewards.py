@@ -11,12 +11,12 @@ Departs from the release, whose rewriter learns densely from corrections that a 
 prompt, response, the token ids of both, rewards: one float per token of the response, what ends it included}.
 """
 
-import json
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import UserError
+from allo_fast.data.sources import UnusableRow, parse_json
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.implicit import implicit
@@ -78,11 +78,13 @@ def read_rewards(path: str) -> dict[tuple[str, str], list[float]]:
 
 def _parse_rewards(line: bytes, where: str) -> dict:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+        row = parse_json(line)
+    except UnusableRow as error:
+        raise UserError(f"{where}: {error}") from None
     if not isinstance(row, dict) or not {"prompt", "response", "rewards"} <= row.keys():
         raise UserError(f"{where}: expected the fields prompt, response and rewards")
+    if not isinstance(row["response"], str):
+        raise UserError(f"{where}: response: expected a text, got {row['response']!r:.80}")
     rewards = row["rewards"]
     if not isinstance(rewards, list) or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in rewards):
         raise UserError(f"{where}: rewards: expected numbers in 0..1")

@@ -35,7 +35,9 @@ def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
     readable = _rewrites(unit, responses, path)
     corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed))
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
-    trainer = Trainer(policy, corpus, Sft(), settings.train, unit.folder, seed=unit.seed, zero=unit.zero)
+    trainer = Trainer(
+        policy, corpus, Sft(), settings.train, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero
+    )
     facts = yield from train(unit, trainer)
     device = policy.model.device
     yield from rewarded(unit, readable, lambda batch: policy.response_logps(batch).exp(), device, "rewrite_ids")
@@ -59,7 +61,7 @@ def _rewrites(unit: Unit, responses: list[dict], path: str | Path) -> list[dict]
     """
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     positions = limits(unit.config, 0, path).positions
-    rewrites = rendered_once(unit.folder / "rewrites.jsonl", lambda: _rendered(responses, prompts))
+    rewrites = rendered_once(unit, "rewrites.jsonl", lambda: _rendered(responses, prompts))
     readable = [row for row in rewrites if _length(row) <= positions]
     if not readable:
         shortest = min(map(_length, rewrites), default="no")

@@ -58,7 +58,7 @@ def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Pro
             )
             return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
 
-        rows = yield from by_chunks(unit.folder / "responses.jsonl", problems, settings.batch_size, "problem", work)
+        rows = yield from by_chunks(unit, "responses.jsonl", problems, settings.batch_size, "problem", work)
     return rows
 
 

@@ -29,7 +29,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
     corpus = corpus_of_right_responses(rows, settings.max_examples, unit.seed)
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings, settings.ratio)
-    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, seed=unit.seed, zero=unit.zero)
+    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts, dtype=unit.config.model.dtype)
     trainer.backend.close()

@@ -29,6 +29,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         Dpo(settings.beta),
         settings,
         unit.folder,
+        mark=unit.mark,
         seed=unit.seed,
         zero=unit.zero,
         reference=frozen_reference(unit, settings.reference),

@@ -1,22 +1,19 @@
 """Where a training step happens: backward, clip, step, and the state that a resumed run needs."""
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
-from allo_fast.method.optim import ClippedAdamW, SparseAdamW, clip_scale, total_norm
+from allo_fast.durable import about_of, open_tensors, save_tensors
+from allo_fast.method.optim import ClippedAdamW, SparseAdamW, clip_scale, exceeds, total_norm
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,6 +38,7 @@ class LocalBackend:
             self.optimizer.start_state(self.parameters.values())
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False  # has any step moved the policy away from where it started?
+        self.exceeds = torch.tensor(False)  # is a value not finite, or too large for its weight? 0-d, on the device
 
     @property
     def learning_rate(self) -> float:
@@ -54,25 +52,34 @@ class LocalBackend:
         """last: no more of this step's losses follow."""
         loss.backward()
 
-    def step(self) -> Tensor:
-        """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
-        self.updated |= self.learning_rate > 0
+    def step(self, accepts: Callable[[Tensor], bool]) -> None:
+        """Clips, updates, clears the gradients.
+
+        accepts: told the gradient norm before clipping, 0-d fp32, it says whether there is an update.
+        """
+        moves = self.learning_rate > 0
+
+        def asked(norm: Tensor) -> bool:
+            accepted = accepts(norm)
+            self.updated |= accepted and moves
+            return accepted
+
         if isinstance(self.optimizer, SparseAdamW):
-            norm = self._sparse_step()
+            self._sparse_step(asked)
         else:
+            self.optimizer.accepts = asked
             self.optimizer.step()
-            norm = self.optimizer.grad_norm
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
-        return norm
+        self.exceeds = exceeds(self.parameters.values(), largest(self.policy.model))
 
-    def _sparse_step(self) -> Tensor:
+    def _sparse_step(self, accepts: Callable[[Tensor], bool]) -> None:
         dense = list(self.policy.dense_gradients.values())
         norm = total_norm(dense or self.optimizer.gradients())
-        self.optimizer.step(grad_scale=clip_scale(norm, self.max_grad_norm))
+        if accepts(norm):
+            self.optimizer.step(grad_scale=clip_scale(norm, self.max_grad_norm))
         for gradient in dense:
             gradient.zero_()
-        return norm
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as it is trained, whole, one at a time."""
@@ -85,28 +92,27 @@ class LocalBackend:
     def close(self) -> None:
         """Nothing but the policy holds memory."""
 
-    def save(self, path: Path, step: int) -> None:
-        """One file with what is needed to go on after `step` steps; the frozen base is not part of it."""
+    def save(self, path: Path, step: int, about: dict) -> None:
+        """One file with what is needed to go on after `step` steps, and `about`; the frozen base is not part of it."""
         tensors = {f"values.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             tensors |= {f"{key}.{name}": item for key, item in self.optimizer.state[value].items()}
         # A file cannot hold views of one vector, nor one step that all entries share; nor has a device room for both.
         tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
-        save_progress(path, tensors, step, self.scheduler, self.updated)
+        save_progress(path, tensors, step, self.scheduler, self.updated, about)
 
     @torch.no_grad()
-    def load(self, path: Path) -> int:
-        """Restores what `save` wrote; returns the number of steps done, 0 where there is no checkpoint."""
-        if not path.is_file():
-            return 0
-        read, step, self.updated = load_progress(path, self.policy.model.device, self.scheduler)
+    def load(self, path: Path) -> dict:
+        """Restores what `save` wrote, of either backend; returns its `about`, with `step`."""
+        read, progress = load_progress(path, self.policy.model.device, self.scheduler)
+        self.updated = progress["updated"]
         for name, value in self.parameters.items():
             value.copy_(read(f"values.{name}"))
             for key, tensor in self.optimizer.state[value].items():
                 tensor.copy_(read(f"{key}.{name}"))
         if isinstance(self.policy, SparsePolicy):
             self.policy.write_back()
-        return step
+        return progress
 
 
 def adamw_settings(config: TrainConfig) -> dict:
@@ -135,26 +141,30 @@ def learning_rates(config: TrainConfig, total_steps: int) -> list[float]:
     return rates
 
 
-def save_progress(path: Path, tensors: dict[str, Tensor], step: int, scheduler: LRScheduler, updated: bool) -> None:
-    """Appears under `path` at once or not at all."""
-    tensors = {**tensors, "rng": torch.get_rng_state()}
+def largest(model: PreTrainedModel) -> float:
+    """The largest value that every weight of the model can take."""
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}  # not where values lie
+    return min(torch.finfo(dtype).max for dtype in dtypes)
+
+
+def save_progress(
+    path: Path, tensors: dict[str, Tensor], step: int, scheduler: LRScheduler, updated: bool, about: dict
+) -> None:
     progress = {"step": step, "scheduler": scheduler.state_dict(), "updated": updated}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"progress": json.dumps(progress)})
-    os.replace(partial, path)
+    save_tensors(path, {**tensors, "rng": torch.get_rng_state()}, about | progress)
 
 
 def load_progress(
     path: Path, device: torch.device | str, scheduler: LRScheduler
-) -> tuple[Callable[[str], Tensor], int, bool]:
-    """What reads a tensor by its name, the steps done, and whether any moved the policy.
+) -> tuple[Callable[[str], Tensor], dict]:
+    """What reads a tensor by its name, and what `save_progress` was told; of a file that was checked.
 
     The scheduler and torch's generator go on from there.
     """
-    file = safe_open(path, "pt", device=str(device))
-    progress = json.loads(file.metadata()["progress"])
+    file = open_tensors(path, device, check=False)
+    progress = about_of(file)
     scheduler.load_state_dict(progress["scheduler"])
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     torch.set_rng_state(file.get_tensor("rng").cpu())
-    return file.get_tensor, progress["step"], progress["updated"]
+    return file.get_tensor, progress

@@ -27,11 +27,18 @@ from torch import Tensor, nn
 from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
-from allo_fast.method.optim import ClippedAdamW, SparseAdamW
+from allo_fast.method.optim import ClippedAdamW, SparseAdamW, exceeds
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import size_of
-from allo_fast.training.backend import MOMENTS, adamw_settings, load_progress, make_scheduler, save_progress
+from allo_fast.training.backend import (
+    MOMENTS,
+    adamw_settings,
+    largest,
+    load_progress,
+    make_scheduler,
+    save_progress,
+)
 from allo_fast.training.zero import Zero
 
 
@@ -57,6 +64,7 @@ class DeepSpeedBackend:
             policy.release = self.engine.empty_partition_cache
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False
+        self.exceeds = torch.tensor(False)
 
     @property
     def learning_rate(self) -> float:
@@ -71,17 +79,26 @@ class DeepSpeedBackend:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * ranks.world_size())  # DeepSpeed averages over ranks
 
-    def step(self) -> Tensor:
-        """Clips, updates, clears the gradients; returns the gradient norm before clipping, 0-d fp32."""
-        self.updated |= self.learning_rate > 0
-        self.optimizer.grad_norm = torch.tensor(torch.nan)  # stays where DeepSpeed passes over gradients not finite
+    def step(self, accepts: Callable[[Tensor], bool]) -> None:
+        """As LocalBackend.step. Of gradients that are not finite DeepSpeed asks nobody, and makes no update."""
+        moves, norms = self.learning_rate > 0, []
+
+        def asked(norm: Tensor) -> bool:
+            norms.append(norm)
+            accepted = accepts(norm)
+            self.updated |= accepted and moves
+            return accepted
+
+        self.optimizer.accepts = asked
         self.engine.step()
+        if not norms:
+            accepts(torch.tensor(torch.nan))
         if self.sparse and self.zero.stage:
             self.policy.write_back()
         elif self.sparse:
             self.optimizer.zero_grad()  # puts back the flat gradients that DeepSpeed let go of
         self.scheduler.step()
-        return self.optimizer.grad_norm
+        self.exceeds = exceeds(self.parameters.values(), largest(self.policy.model))
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as it is trained, whole, one at a time; every rank iterates together."""
@@ -93,7 +110,7 @@ class DeepSpeedBackend:
         moments = sum(entry[key].nbytes for entry in state.values() for key in MOMENTS)
         return {"moments": moments, "master": sum(share.nbytes for share in state) if self.zero.stage else 0}
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path, step: int, about: dict) -> None:
         """As LocalBackend.save: one file that fits any number of ranks and any stage; rank 0 writes it."""
         tensors = {}
         for name, value in self.parameters.items():
@@ -103,15 +120,14 @@ class DeepSpeedBackend:
                     tensors[f"{key}.{name}"] = full.cpu() if self.zero.stage else full.cpu().clone()
             tensors[f"step.{name}"] = next(iter(self.optimizer.state.values()))["step"].clone()
         if ranks.is_main():
-            save_progress(path, tensors, step, self.scheduler, self.updated)
+            save_progress(path, tensors, step, self.scheduler, self.updated, about)
         ranks.barrier()
 
     @torch.no_grad()
-    def load(self, path: Path) -> int:
-        """Restores what `save` of either backend wrote; returns the number of steps done, 0 without a checkpoint."""
-        if not ranks.on_main(path.is_file):  # asked once: nodes may see a file appear at different times
-            return 0
-        read, step, self.updated = load_progress(path, "cpu", self.scheduler)
+    def load(self, path: Path) -> dict:
+        """As LocalBackend.load."""
+        read, progress = load_progress(path, "cpu", self.scheduler)
+        self.updated = progress["updated"]
         for name, value in self.parameters.items():
             for key in ("values", *MOMENTS):
                 self._write(value, key, read(f"{key}.{name}").to(self.policy.model.device))
@@ -119,7 +135,7 @@ class DeepSpeedBackend:
             state["step"].copy_(read(f"step.{name}"))
         if self.sparse:
             self.policy.write_back()
-        return step
+        return progress
 
     def close(self) -> None:
         """Frees everything that DeepSpeed holds; the policy cannot compute afterwards."""

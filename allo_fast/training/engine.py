@@ -1,6 +1,8 @@
 """One training loop for every stage. It yields metrics and never prints; it can be killed and continued at any step."""
 
-import json
+import logging
+import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +14,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from allo_fast import ranks
+from allo_fast import ranks, signals
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch, Corpus
+from allo_fast.durable import SCRATCH
+from allo_fast.journal import Journal
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backend import LocalBackend
+from allo_fast.training.checkpoints import Checkpoints
 from allo_fast.training.examples import Examples, reference_logps
 from allo_fast.training.zero import Zero, check_divides
 
 if TYPE_CHECKING:
     from allo_fast.training.backend_deepspeed import DeepSpeedBackend
 
-CHECKPOINT = "checkpoint.safetensors"
+logger = logging.getLogger(__name__)
+
+LOG = "metrics.jsonl"
 
 
 class TrainingError(RuntimeError):
-    """A loss or gradient that is not finite: nothing after it could be trusted."""
+    """A loss, gradient or weight that is not finite: nothing after it could be trusted."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,24 @@ class StepMetrics:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> str:
+    def row(self) -> dict[str, float]:
         row = dict(vars(self))
         metrics = row.pop("metrics")
-        return json.dumps({**row, **metrics})
+        return {**row, **metrics}
+
+
+@dataclass(frozen=True)
+class _Asks:
+    """What all ranks do after a step: save a checkpoint; end."""
+
+    due: bool
+    stop: bool
 
 
 class Trainer:
-    """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, checkpoint.
+    """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, two checkpoints.
 
+    mark: of what these are; those of something else are not gone on from.
     token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
     depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
     ranks divide the micro-batches of each step, so that the step is the same for any number of them. Raises UserError
@@ -67,6 +83,7 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         *,
+        mark: str = "",
         seed: int = 0,
         protocol: str = "paper",
         token_weights: Sequence[Sequence[float]] | None = None,
@@ -74,13 +91,15 @@ class Trainer:
         reference: Callable[[bool], AbstractContextManager[Callable[[Batch], Tensor]]] | None = None,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
-        self.open_reference = reference
+        self.open_reference, self.mark = reference, mark
+        self.checkpoints = Checkpoints(folder, mark)
         check_divides(config, ranks.world_size())
         self.examples = Examples(corpus, config, seed, token_weights)
         self.steps = self.examples.steps
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.traffic = ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
+        self.skipped = 0  # steps whose gradients were not finite
         self.reference: dict[str, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
 
     def prepare(self) -> Iterator[tuple[int, int]]:
@@ -91,35 +110,70 @@ class Trainer:
         """
         if not self.objective.needs_reference:
             return
-        path, share = self.folder / "reference_logps.safetensors", self.policy.logps.share_prompts
+        (self.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
+        path, share = self.folder / SCRATCH / "reference_logps.safetensors", self.policy.logps.share_prompts
         opened = self.open_reference(share) if self.open_reference else nullcontext(self.backend.response_logps)
         device = self.policy.model.device
-        self.reference = yield from reference_logps(path, self.examples, opened, share, device)
+        self.reference = yield from reference_logps(path, self.mark, self.examples, opened, share, device)
 
     def run(self) -> Iterator[StepMetrics]:
-        """Yields after each optimizer step. Raises TrainingError when a loss or a gradient is not finite."""
+        """Yields after each optimizer step that was made.
+
+        Raises TrainingError when a loss, a gradient or a weight is not finite, Interrupted after a signal and the
+        checkpoint of its step.
+        """
         if not self.reference:
             deque(self.prepare(), maxlen=0)
-        steps_done = self.backend.load(self.folder / CHECKPOINT)
-        log = self.folder / "metrics.jsonl"
-        if ranks.is_main():
-            log_lines = log.read_text().splitlines(keepends=True)[:steps_done] if log.exists() else []
-            log.write_text("".join(log_lines))
-        with log.open("a") if ranks.is_main() else nullcontext() as lines:
-            for number in range(steps_done, len(self.steps)):
+        done = self._resume()
+        log = self._open_log(done) if ranks.is_main() else None
+        with signals.deferred() as received:
+            self._received, self._saved_at = received, time.monotonic()
+            for number in range(done, len(self.steps)):
                 metrics = self._step(number)
-                if lines:
-                    lines.write(metrics.to_json() + "\n")
-                    lines.flush()
-                if metrics.step % self.config.save_steps == 0:
-                    self.backend.save(self.folder / CHECKPOINT, metrics.step)
-                yield metrics
+                if metrics and log:
+                    log.append([metrics.row()])
+                if self.asks.due or self.asks.stop or (number + 1) % self.config.save_steps == 0:
+                    self._save(number + 1)
+                if metrics:
+                    yield metrics
+                if self.asks.stop:
+                    raise signals.Interrupted(received() or signal.SIGTERM)
+        self._check_weights(len(self.steps))
+
+    def _resume(self) -> int:
+        """The steps that the newest whole checkpoint has."""
+        if (path := ranks.on_main(self.checkpoints.newest)) is None:
+            return 0
+        progress = self.backend.load(path)
+        self.skipped = progress["skipped"]
+        return progress["step"]
+
+    def _open_log(self, done: int) -> Journal:
+        log = Journal(self.folder / LOG, self.mark, lambda row: row["step"] <= done)
+        if lost := done - self.skipped - log.count:
+            logger.warning(
+                "%s: %d of %d steps are not there any more; curves and times lack them", log.path, lost, done
+            )
+        return log
+
+    def _save(self, step: int) -> None:
+        self._check_weights(step)
+        ranks.on_main(self.checkpoints.make_room)
+        self.backend.save(self.checkpoints.path(step), step, {**self.checkpoints.about, "skipped": self.skipped})
+        ranks.on_main(lambda: self.checkpoints.prune(step))
+        self._saved_at = time.monotonic()
+
+    def _check_weights(self, step: int) -> None:
+        """Raises TrainingError where the last update of a weight was too much."""
+        if ranks.add_up(self.backend.exceeds.double()):
+            raise TrainingError(f"step {step}: a weight is NaN, infinite or too large for its dtype after the update")
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's live model states by kind; gradients and moments are there once a step was made."""
         return {**self.policy.state_bytes(), **self.backend.state_bytes()}
 
-    def _step(self, number: int) -> StepMetrics:
+    def _step(self, number: int) -> StepMetrics | None:
+        """None where it was passed over."""
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
         bytes_before = self.traffic.bytes.copy() if self.traffic else None
         share_prompts = self.policy.logps.share_prompts
@@ -128,19 +182,25 @@ class Trainer:
         counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in batches]
         count, tokens = ranks.add_up(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
         totals: dict[str, Tensor] = {}
+        losses: dict[int, Tensor] = {}  # of this rank, by micro-batch
         for place, (micro, _, batch) in enumerate(batches):
             batch = batch.to(self.policy.model.device)
             logps = self.backend.response_logps(batch)
             loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
             share = counts[place][0] / max(1, count)
             self.backend.backward(loss * share, last=place == len(batches) - 1)
+            losses[micro] = loss.detach()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value * share
-        norm = float(self.backend.step())
-        summed = ranks.add_up(torch.stack([value.double() for value in totals.values()]))
-        values = dict(zip(totals, summed.tolist(), strict=True))
-        if not (torch.tensor([norm, values["loss"]]).isfinite().all()):
-            raise TrainingError(f"step {number + 1}: loss {values['loss']}, gradient norm {norm}")
+        values: dict[str, float] = {}
+
+        def accepts(norm: Tensor) -> bool:
+            values.update(self._read(totals, norm))
+            return self._are_finite(number, values, losses)
+
+        self.backend.step(accepts)
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            return None
         if self.traffic:
             self.traffic_by_operation = dict(self.traffic.bytes - bytes_before)
             values["traffic_bytes"] = sum(self.traffic_by_operation.values())
@@ -149,12 +209,46 @@ class Trainer:
             total_steps=len(self.steps),
             epoch=(number + 1) / len(self.examples.epochs[0]),
             loss=values.pop("loss"),
-            grad_norm=norm,
+            grad_norm=values.pop("grad_norm"),
             learning_rate=learning_rate,
             tokens=int(tokens),
             seconds=time.perf_counter() - started,
             metrics=values,
         )
+
+    def _read(self, totals: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+        """What the step computed, of all ranks: the one time that it waits for the device.
+
+        With it goes what else ranks must agree on: is a checkpoint due, did a signal come, did the last update of any
+        weight go too far.
+        """
+        sums = torch.stack([value.double() for value in totals.values()])
+        due = ranks.is_main() and time.monotonic() - self._saved_at > 60 * self.config.save_minutes
+        flags = torch.tensor([due, bool(self._received())]).to(sums)
+        summed = ranks.add_up(torch.cat([sums, flags, self.backend.exceeds.to(sums).view(1)]))
+        *numbers, due, stop, exceeds, norm = torch.cat([summed, norm.to(sums).view(1)]).tolist()
+        self.asks = _Asks(due > 0, stop > 0)
+        return {**dict(zip(totals, numbers, strict=True)), "grad_norm": norm, "exceeds": exceeds}
+
+    def _are_finite(self, number: int, values: dict[str, float], losses: dict[int, Tensor]) -> bool:
+        """Whether step `number`, from 0, can be made; False for one of those that may be passed over."""
+        if values.pop("exceeds"):
+            self._check_weights(number)
+        if math.isfinite(values["loss"] + values["grad_norm"]):
+            return True
+        self.skipped += 1
+        where = "".join(ranks.gather(self._where({micro: float(loss) for micro, loss in losses.items()})))
+        said = f"step {number + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}{where}"
+        if self.skipped > self.config.skip_nonfinite_steps:
+            raise TrainingError(said)
+        logger.warning("%s; passed over, %d of %d", said, self.skipped, self.config.skip_nonfinite_steps)
+        return False
+
+    def _where(self, losses: dict[int, float]) -> str:
+        """Whose losses of this rank are not finite."""
+        micros = [micro for micro, loss in losses.items() if not math.isfinite(loss)]
+        examples = [str(example) for micro in micros for example in self.examples.micro_batches[micro]]
+        return f"; on rank {ranks.rank()} of {', '.join(examples)}" if examples else ""
 
     def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:

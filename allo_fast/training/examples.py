@@ -1,17 +1,19 @@
 """What a stage trains on, step by step, and what the reference model says of it."""
 
-import os
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
+from allo_fast.durable import Damaged, load_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class Examples:
@@ -49,6 +51,7 @@ class Examples:
 
 def reference_logps(
     path: Path,
+    mark: str,
     examples: Examples,
     opened: AbstractContextManager[Callable[[Batch], Tensor]],
     share_prompts: bool,
@@ -56,10 +59,11 @@ def reference_logps(
 ) -> Generator[tuple[int, int], None, dict[str, Tensor]]:
     """By the number of a micro-batch, fp32 [R, L] on the CPU; yields (micro-batches done, all).
 
-    Computed once, and kept in a file for a resumed run. opened: the reference's log-probabilities, while entered.
+    Computed once, and kept in a file for a resumed run. mark: of what they are; others are not taken.
+    opened: the reference's log-probabilities, while entered.
     """
-    if ranks.on_main(path.exists):
-        return load_file(path)
+    if ranks.on_main(lambda: _is_own(path, mark)):
+        return load_tensors(path)[0]
     reference: dict[str, Tensor] = {}
     with opened as compute:
         for first in range(0, len(examples.micro_batches), ranks.world_size()):
@@ -71,7 +75,13 @@ def reference_logps(
                 reference |= part
             yield len(reference), len(examples.micro_batches)
     if ranks.is_main():
-        partial = path.with_suffix(".partial")
-        save_file(reference, partial)
-        os.rename(partial, path)
+        save_tensors(path, reference, {"mark": mark})
     return reference
+
+
+def _is_own(path: Path, mark: str) -> bool:
+    try:
+        return path.exists() and load_tensors(path)[1]["mark"] == mark
+    except Damaged as error:
+        logger.warning("%s; computed again", error)
+        return False

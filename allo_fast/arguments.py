@@ -1,0 +1,65 @@
+"""What the command line takes."""
+
+import argparse
+from pathlib import Path
+
+from allo_fast.plan.phase import DEVICES
+from allo_fast.stages import STAGES
+from allo_fast.stages.export import STAGES_WITH_MODELS
+
+_ABOUT = "The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """name: of the command. Ends the process where it cannot be understood."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after --rerun
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="allo-fast", description=_ABOUT)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says what LOCAL_RANK says
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    about = {"run": "every stage of a run, then its summary and report", "report": "summary and report again"}
+    for name in ("run", *STAGES, "report"):
+        command = commands.add_parser(name, help=about.get(name, f"the stage {name} alone, for every seed"))
+        command.add_argument("config", type=Path)
+        command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+        if name != "report":
+            command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
+    command = commands.add_parser("check", help="what would end a run later, all of it, before anything starts")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command = commands.add_parser("plan", help="memory, traffic, disk and time of a job, before it starts")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command.add_argument("--gpus", type=int, default=1, help="devices of all nodes together")
+    command.add_argument("--gpu-memory", type=float, default=80, help="of one device, in GB (10^9 bytes)")
+    command.add_argument("--device", choices=DEVICES, default="h100", help="whose speed times assume")
+    command.add_argument("--host-memory", type=float, help="of a node of up to 8 devices, in GB")
+    command.add_argument("--model-config", help="config.json of the model, where the model itself is not at hand")
+    command.add_argument("--json", action="store_true")
+    command = commands.add_parser("eval", help="any model on a config's test rows, judged as the run judges")
+    command.add_argument("model", help="Hugging Face folder or hub id")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command = commands.add_parser("merge", help="base + delta -> a Hugging Face folder")
+    for argument in ("base", "delta", "out"):
+        command.add_argument(argument, type=Path)
+    command = commands.add_parser("export", help="a stage of a run -> a Hugging Face folder")
+    command.add_argument("run", type=Path, help="the run's folder, as runs/NAME")
+    command.add_argument("stage", help=f"one of {', '.join(STAGES_WITH_MODELS)}")
+    command.add_argument("out", type=Path)
+    command.add_argument("--seed", type=int, help="by default the run's first")
+    command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
+    command.add_argument("gguf", type=Path)
+    command.add_argument("out", type=Path)
+    command = commands.add_parser("kernels", help="check, compile ahead of time, or measure the kernels")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="check | aot | bench [--json FILE] | --help")
+    command = commands.add_parser("env", help="versions and devices")
+    return parser

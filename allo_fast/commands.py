@@ -1,0 +1,268 @@
+"""What each command does."""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import transformers
+from tqdm import tqdm
+
+from allo_fast import ranks
+from allo_fast.arguments import parse
+from allo_fast.config import Config, ModelConfig, UserError
+from allo_fast.config_file import load_config
+from allo_fast.durable import reason, versions
+from allo_fast.method.delta import Delta
+from allo_fast.model.checkpoint import check_model
+from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
+from allo_fast.model.saving import check_new, save_model
+from allo_fast.plan.advice import advised
+from allo_fast.plan.job import job_of, zeros_of
+from allo_fast.plan.phase import DEVICES
+from allo_fast.plan.rows import count_rows
+from allo_fast.plan.table import table as plan_table
+from allo_fast.report.page import write_report
+from allo_fast.report.summary import evaluation_line, summarize, table
+from allo_fast.runs.lock import alone_in
+from allo_fast.runs.run import Progress, Run, Unit
+from allo_fast.stages import STAGES, inputs_of, stages_of
+from allo_fast.stages.check import check, require, was_checked
+from allo_fast.stages.driving import hidden_updates
+from allo_fast.stages.evaluate import evaluate_alone
+from allo_fast.stages.export import export
+from allo_fast.stages.models import base_path
+from allo_fast.training.engine import TrainingError
+from allo_fast.training.zero import Zero, check_divides, training_sections
+from allo_kernels import memory
+
+logger = logging.getLogger("allo_fast")
+
+
+def run(arguments: list[str] | None) -> int:
+    """The exit code of a command."""
+    options = parse(arguments)
+    command = _COMMANDS.get(options.name, _stage)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("allo_fast").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    ranks.name_accelerator()
+    try:
+        if "LOCAL_RANK" in os.environ and ranks.launched_world_size() > 1 and command not in (_run, _stage):
+            raise UserError(f"{ranks.launched_world_size()} processes were started for what one does")
+        return command(options) or 0
+    except (UserError, TrainingError) as error:
+        _complain(error)
+        return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _complain(f"{f'{error.filename}: ' if error.filename else ''}{reason(error)}")
+        return 2
+
+
+def _complain(error: Exception | str) -> None:
+    """Once: what every rank meets, rank 0 says, and the launcher ends the others before they do."""
+    rank = ranks.launched_rank()
+    if rank:
+        time.sleep(3)
+    print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    with _open_run(options) as run:
+        for unit in run.units(stages_of(run.config)):
+            _complete(unit)
+        ranks.on_main(lambda: _report(run))
+    ranks.stop()
+
+
+def _rewrite(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    with alone_in(Path(config.output_dir) / config.name):
+        run = Run(config, STAGES)
+        for unit in run.units(stages_of(config)):
+            unit.check()
+        _report(run)
+
+
+def _report(run: Run) -> None:
+    summary = summarize(run)
+    write_report(run, summary)
+    print(table(summary))
+    print(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    with _open_run(options) as run:
+        for unit in run.units([options.name]):
+            _complete(unit)
+    ranks.stop()
+
+
+@contextmanager
+def _open_run(options: argparse.Namespace) -> Iterator[Run]:
+    """The run of this command, alone in its folder; several processes all come here, and with the same inputs."""
+    config = load_config(options.config, options.overrides)
+    if options.name in STAGES and options.name not in stages_of(config):
+        raise UserError(f"{options.name}: not a stage of this run, whose stages are {', '.join(stages_of(config))}")
+    if config.deepspeed is None:
+        if ranks.launched_world_size() > 1:
+            raise UserError(
+                f"{ranks.launched_world_size()} processes were started, but deepspeed is not set; add "
+                "deepspeed=configs/zero2.json, or deepspeed=auto"
+            )
+        zeros = None
+    else:
+        ranks.start(config.ddp_timeout)
+        ranks.agree(inputs_of(config))
+        _check_ranks(config, ranks.world_size())
+        zeros = ranks.on_main(lambda: _zeros(config))
+    folder = Path(config.output_dir) / config.name
+    if options.name == "run" and (options.rerun or not was_checked(folder)):
+        for note in ranks.on_main(lambda: require(config)):
+            _say(note)
+    with alone_in(folder):
+        yield Run(config, STAGES, options.rerun, zeros)
+
+
+def _zeros(config: Config) -> dict[str, Zero | None]:
+    """How dense and sparse stages run on these devices."""
+    return zeros_of(config, lambda: job_of(config, ranks.world_size(), memory.device_bytes()))
+
+
+def _check_ranks(config: Config, world: int) -> None:
+    """Raises UserError where a stage's steps cannot be divided, before any stage runs."""
+    for name, train in training_sections(config).items():
+        check_divides(train, world, name)
+
+
+def _check(options: argparse.Namespace) -> int:
+    findings = check(load_config(options.config, options.overrides))
+    print(
+        "\n".join(
+            [*findings.notes, *_shown(findings.first_row), *(f"problem: {problem}" for problem in findings.problems)]
+        )
+    )
+    print(f"problems: {len(findings.problems)}" if findings.problems else "nothing stands against this run")
+    return 2 if findings.problems else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config, gpus, host = load_config(options.config, options.overrides), options.gpus, options.host_memory
+    if gpus < 1 or not 0 < options.gpu_memory < 1e6:
+        raise UserError(f"--gpus, --gpu-memory: expected devices, and GB of each; got {gpus}, {options.gpu_memory:g}")
+    if host is not None and not 0 < host < 1e6:
+        raise UserError(f"--host-memory: expected GB of a node, got {host:g}")
+    if gpus > 1 and config.deepspeed is None:
+        raise UserError(f"--gpus {gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto")
+    _check_ranks(config, gpus)
+    job = job_of(config, gpus, options.gpu_memory * 1e9, options.model_config)
+    job = replace(job, device=DEVICES[options.device], rows=count_rows(config), host_bytes=host and host * 1e9)
+    planned = advised(job, zeros_of(config, lambda: job))
+    print(json.dumps(planned.to_dict(), indent=1) if options.json else plan_table(planned))
+    return 0 if planned.fits else 1
+
+
+def _complete(unit: Unit) -> None:
+    label = f"{unit.name} {unit.key}"
+    if unit.is_complete():
+        ranks.on_main(unit.tidy)
+        _say(f"{label}: complete")
+        return
+    _show(label, unit.execute())
+    facts = unit.manifest()["facts"]
+    _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, int)))
+    for line in _shown(facts.get("first_row", {})):
+        _say(line)
+    if ranks.is_main() and (warning := hidden_updates(unit.config.model, facts)):
+        logger.warning("%s: %s", label, warning)
+
+
+def _shown(first_row: dict[str, str]) -> list[str]:
+    return [f"first {name}: {text!r}" for name, text in first_row.items()]
+
+
+def _say(line: str) -> None:
+    if ranks.is_main():
+        print(line, flush=True)
+
+
+def _show(label: str, work: Generator[Progress, None, object]) -> object:
+    """Runs a generator of progress behind a bar; returns what it returns."""
+    with tqdm(desc=label, mininterval=0.5, file=sys.stderr if ranks.is_main() else StringIO()) as bar:
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                return end.value
+            if bar.unit != progress.noun:
+                bar.unit = progress.noun
+                bar.reset(progress.total)
+            bar.set_postfix({key: f"{value:.3g}" for key, value in progress.notes.items()}, refresh=False)
+            bar.update(progress.done - bar.n)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides).model_copy(update={"deepspeed": None})
+    check_model(options.model)
+    # What the run pretrained or fine-tuned lies in its own folder.
+    base = base_path(Unit(Run(config, STAGES, folder=Path(config.output_dir) / config.name), "evaluate", "base"))
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
+        facts, rows = _show("eval", evaluate_alone(run, options.model, base))
+    print(f"{options.model}: {evaluation_line(config, facts, rows)}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    export(Run.read(options.run, STAGES), options.stage, options.out, options.seed)
+    print(options.out)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    check_new(options.out)
+    delta = Delta.load(options.delta)
+    model = load_model(options.base, ModelConfig(device="cpu"), dtype=delta.dtype)
+    delta.merge_into(model)
+    save_model(model, load_tokenizer(options.base), options.out)
+    print(options.out)
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    """In a process of its own: whether Triton compiles or interprets is settled when it is first imported."""
+    return subprocess.call([sys.executable, "-m", "allo_kernels", *options.arguments])
+
+
+def _convert(options: argparse.Namespace) -> None:
+    convert_gguf(options.gguf, options.out)
+
+
+def _env(options: argparse.Namespace) -> None:
+    import torch
+
+    print("\n".join(f"{name} {number}" for name, number in versions().items()))
+    for index in range(torch.cuda.device_count()):
+        print(torch.cuda.get_device_name(index))
+
+
+_COMMANDS = {
+    "run": _run,
+    "report": _rewrite,
+    "check": _check,
+    "plan": _plan,
+    "eval": _eval,
+    "merge": _merge,
+    "export": _export,
+    "convert": _convert,
+    "kernels": _kernels,
+    "env": _env,
+}

@@ -1,0 +1,57 @@
+"""What a unit's outcome depends on, as a flat mapping of names, and how two of them differ."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+Basis = dict[str, object]
+
+
+def flat(section: Mapping, prefix: str = "") -> Basis:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    entries = {}
+    for key, value in section.items():
+        entries |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return entries
+
+
+def under(entries: Basis, sections: tuple[str, ...]) -> Basis:
+    """The entries that are, or lie in, one of `sections`."""
+    return {key: value for key, value in entries.items() if any(f"{key}.".startswith(f"{name}.") for name in sections)}
+
+
+def differences(old: Basis, new: Basis) -> str:
+    """Of at most five entries what they were and are; empty where nothing differs. Files have names `KEY: FILE`."""
+    named, found = ({key.partition(": ")[0] for key in entries if ": " in key} for entries in (old, new))
+    if gone := named - found:
+        return ", ".join(f"{key}: {new.get(key)} is not there" for key in sorted(gone))
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    said = [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in keys[:5]]
+    return ", ".join(said + [f"and {len(keys) - 5} more"] * (len(keys) > 5))
+
+
+def _shown(entries: Basis, key: str) -> str:
+    value = entries.get(key, "not there")
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}..." if is_digest else str(value)
+
+
+def sha256(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(path: Path) -> dict:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def is_same(path: Path, entry: Mapping) -> bool:
+    """entry: its `identity`, once."""
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]

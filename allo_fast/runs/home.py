@@ -1,0 +1,87 @@
+"""The folder of a run as a whole: its config.yaml, and old-N, where what is replaced is kept."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import dump_config, load_config
+from allo_fast.durable import write_bytes
+from allo_fast.runs.basis import differences, flat
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"  # of a unit
+CONFIG, SUMMARY, REPORT = "config.yaml", "summary.json", "report.html"
+# Where a run lies, how it is continued and how much of it is kept, not what it is.
+_ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models")}
+_ELSEWHERE["model"] = {"device"}
+
+
+@dataclass
+class Home:
+    folder: Path
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any unit is."""
+        return any(any(self.folder.glob(f"[0-9][0-9]-*/*/{name}")) for name in (STARTED, MANIFEST))
+
+    def check_free(self) -> None:
+        """Raises UserError where somebody else's files lie in the folder."""
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / CONFIG).is_file():
+            raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
+
+    def changed_settings(self, config: Config) -> str:
+        """Between config.yaml, where it is not lost, and `config`. Raises UserError where it cannot be read."""
+        if not (path := self.folder / CONFIG).exists():
+            return ""
+        try:
+            old = load_config(path)
+        except UserError as error:
+            raise UserError(f"{error}. With --rerun the run goes on with the settings that are given now") from None
+        return differences(*(flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config)))
+
+    def take_config(self, config: Config, rerun: bool) -> None:
+        """Writes config.yaml, where another or none is there. One that somebody wrote or ran with is kept."""
+        path = self.folder / CONFIG
+        if path.exists():
+            try:
+                if (old := load_config(path)) == config:
+                    return
+                is_ours = dump_config(old) == path.read_text()
+            except UserError:
+                is_ours = False
+            if rerun or not is_ours:
+                self._copy_aside(CONFIG)
+        write_bytes(path, dump_config(config).encode())
+
+    @cached_property
+    def aside(self) -> Path:
+        """Where this command puts what it replaces."""
+        return next(path for number in count(1) if not (path := self.folder / f"old-{number}").exists())
+
+    def set_aside(self, place: Path) -> None:
+        """Moves a unit there, with copies of what was said of the whole run."""
+        (self.aside / place).parent.mkdir(parents=True, exist_ok=True)
+        self._copy_aside(CONFIG, SUMMARY, REPORT)
+        (self.folder / place).rename(self.aside / place)
+        logger.info("%s: moved to %s", self.folder / place, self.aside / place)
+
+    def undo(self, place: Path) -> None:
+        """Takes away a unit that came to nothing, and puts back what this command moved for it."""
+        shutil.rmtree(self.folder / place)
+        if (self.aside / place).exists():
+            (self.aside / place).rename(self.folder / place)
+        for folder in (self.folder / place.parent, self.folder):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _copy_aside(self, *names: str) -> None:
+        for name in names:
+            if (self.folder / name).exists() and not (self.aside / name).exists():
+                self.aside.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.folder / name, self.aside / name)

@@ -1,0 +1,50 @@
+"""SIGTERM, SIGHUP and SIGINT end a command with a line; training finishes its step and saves a checkpoint before."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_deferrals = 0
+_received = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """number: of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}; the same command continues")
+        self.number = number
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Inside, the first signal raises Interrupted, or waits while something defers it; a second one ends at once."""
+    global _received
+    before = {number: signal.signal(number, _receive) for number in _NUMBERS}
+    try:
+        yield
+    finally:
+        _received = 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Inside, a signal only makes what this gives return its number; without one, 0."""
+    global _deferrals
+    _deferrals += 1
+    try:
+        yield lambda: _received
+    finally:
+        _deferrals -= 1
+
+
+def _receive(number: int, frame: object) -> None:
+    global _received
+    _received = number
+    for each in _NUMBERS:
+        signal.signal(each, signal.SIG_DFL)
+    if not _deferrals:
+        raise Interrupted(number)

@@ -1,0 +1,60 @@
+"""The last two checkpoints of a stage's training, checkpoint-STEP.safetensors, and which of them it goes on from."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from allo_fast.durable import Damaged, about_of, open_tensors, versions
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoint-*.safetensors"
+_KEPT = 2
+
+
+class Checkpoints:
+    """Of training in `folder`; rank 0 calls. mark: of what; those of something else are not taken."""
+
+    def __init__(self, folder: Path, mark: str):
+        self.folder, self.mark = folder, mark
+
+    @property
+    def about(self) -> dict:
+        """What each says of itself."""
+        return {"mark": self.mark, "versions": versions()}
+
+    def path(self, step: int) -> Path:
+        return self.folder / CHECKPOINTS.replace("*", str(step))
+
+    def newest(self) -> Path | None:
+        """The last that is whole and of this training; what is passed over is said."""
+        for step in reversed(steps := self._steps()):
+            if not (why := self._objection(path := self.path(step))):
+                return path
+            before = f"the one of step {steps[at - 1]}" if (at := steps.index(step)) else "the beginning"
+            logger.warning("%s; training goes on from %s", why, before)
+        return None
+
+    def make_room(self) -> None:
+        """Where one more does not fit on the disk, the older of two goes first."""
+        steps = self._steps()
+        if len(steps) == _KEPT and shutil.disk_usage(self.folder).free < self.path(steps[-1]).stat().st_size:
+            self.path(steps[0]).unlink()
+
+    def prune(self, step: int) -> None:
+        """Keeps the one of `step` and the one before it."""
+        kept = [older for older in self._steps() if older <= step][-_KEPT:]
+        for other in {*self._steps()} - {*kept}:
+            self.path(other).unlink()
+
+    def _steps(self) -> list[int]:
+        numbers = [path.stem.partition("-")[2] for path in self.folder.glob(CHECKPOINTS)]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _objection(self, path: Path) -> str | None:
+        try:
+            with open_tensors(path) as file:
+                is_own = about_of(file).get("mark") == self.mark
+        except Damaged as error:
+            return str(error)
+        return None if is_own else f"{path}: of another stage, run or setting"

@@ -1,0 +1,54 @@
+"""Signals end a command with one line, and wait where something defers them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from allo_fast import commands, signals
+from allo_fast.__main__ import main
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_the_first_ends_a_command_with_a_line(monkeypatch, capsys, name, code):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    monkeypatch.setattr(commands, "run", lambda arguments: os.kill(os.getpid(), getattr(signal, name)))
+    assert main([]) == code
+    assert capsys.readouterr().err == f"allo-fast: ended by {name}; the same command continues\n"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+def test_a_second_ends_at_once_also_where_the_first_waits():
+    lines = [
+        "import os, signal",
+        "from allo_fast import signals",
+        "with signals.handled(), signals.deferred() as received:",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "    print(int(received()), flush=True)",
+        "    os.kill(os.getpid(), signal.SIGINT)",
+        "    print('never')",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, f"{int(signal.SIGTERM)}\n", "")
+
+
+def test_without_a_command_nothing_is_received():
+    with signals.deferred() as received:
+        assert received() == 0
+
+
+def test_a_command_hears_them_before_its_imports_which_take_seconds():
+    code = (
+        "import sys, allo_fast.__main__; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_public_names_are_imported_when_they_are_asked_for():
+    import allo_fast
+
+    assert all(getattr(allo_fast, name).__name__ == name for name in allo_fast.__all__)
+    with pytest.raises(AttributeError, match="module 'allo_fast' has no attribute 'Adapter'"):
+        allo_fast.Adapter  # noqa: B018
