@@ -16,6 +16,7 @@ from pathlib import Path
 
 import transformers
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allo_fast import ranks
 from allo_fast.arguments import parse
@@ -199,7 +200,8 @@ def _say(line: str) -> None:
 
 def _show(label: str, work: Generator[Progress, None, object]) -> object:
     """Runs a generator of progress behind a bar; returns what it returns."""
-    with tqdm(desc=label, mininterval=0.5, file=sys.stderr if ranks.is_main() else StringIO()) as bar:
+    file = sys.stderr if ranks.is_main() else StringIO()
+    with logging_redirect_tqdm(), tqdm(desc=label, mininterval=0.5, file=file) as bar:  # what is said has its own lines
         while True:
             try:
                 progress = next(work)

@@ -11,11 +11,12 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -185,10 +186,19 @@ def agree(facts: dict[str, str]) -> None:
             raise UserError(f"rank {number} has another {', another '.join(different)} than rank 0")
 
 
-def agree_on(name: str, value: object) -> None:
-    """Raises UserError on every rank where one holds something else than rank 0. value: what `repr` shows in full."""
+def agree_on(name: str, parts: Iterable[object]) -> None:
+    """Raises UserError on every rank where one holds something else than rank 0.
+
+    parts: gone through once where there are several ranks; arrays, or what `repr` shows in full.
+    """
     if world_size() > 1:
-        agree({name: hashlib.sha256(repr(value).encode()).hexdigest()})
+        digest = hashlib.sha256()
+        for part in parts:
+            is_array = isinstance(part, np.ndarray)
+            digest.update(repr((part.shape, part.dtype) if is_array else part).encode())
+            if is_array:
+                digest.update(np.ascontiguousarray(part))
+        agree({name: digest.hexdigest()})
 
 
 def _carrier() -> ModuleType:

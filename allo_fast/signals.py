@@ -1,5 +1,6 @@
 """SIGTERM, SIGHUP and SIGINT end a command with a line; training finishes its step and saves a checkpoint before."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,3 +49,7 @@ def _receive(number: int, frame: object) -> None:
         signal.signal(each, signal.SIG_DFL)
     if not _deferrals:
         raise Interrupted(number)
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        line = f"\n{name}: ends after this step and its checkpoint; a second signal ends it at once\n"
+        os.write(2, line.encode())  # print may be what the signal interrupted

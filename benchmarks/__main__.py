@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
     command.set_defaults(command=_positions)
+    command = commands.add_parser("data", help="preference rows through every stage but for training: time and memory")
+    command.add_argument("--rows", type=int, default=100_000)
+    command.add_argument("--json", type=Path, help="JSON file")
+    command.set_defaults(command=_data)
     command = commands.add_parser("rounding", help="a bfloat16 base to nearest and by chance, against float32: losses")
     command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
     command.add_argument("--rates", type=float, nargs="+", default=[5e-7, 5e-6], help="learning rates")
@@ -104,6 +108,13 @@ def _positions(given: argparse.Namespace) -> int:
     from benchmarks import positions
 
     positions.run(given.weights, tuple(given.ratios))
+    return 0
+
+
+def _data(given: argparse.Namespace) -> int:
+    from benchmarks import data
+
+    data.run(given.rows, given.json)
     return 0
 
 

@@ -11,7 +11,9 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from allo_fast.data import problems
 from allo_fast.data.batch import Corpus
+from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 
@@ -89,8 +91,8 @@ def pair_corpus(problems: int = 6, seed: int = 0) -> Corpus:
         return torch.randint(3, 61, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw).tolist()
 
     corpus = Corpus()
-    for _ in range(problems):
-        right, *wrong = corpus.add(tokens(3, 9), [tokens(2, 9) for _ in range(3)])
+    for number in range(problems):
+        right, *wrong = corpus.add(tokens(3, 9), [tokens(2, 9) for _ in range(3)], f"row:{number}")
         corpus.examples += [(right, index) for index in wrong]
     return corpus
 
@@ -98,6 +100,17 @@ def pair_corpus(problems: int = 6, seed: int = 0) -> Corpus:
 def units_read(manifest: dict) -> set[str]:
     """Of which units of its run, as "pairs/seed-0", a unit depends."""
     return {"/".join(name.split("/")[:2])[3:] for name in manifest["basis"] if "/" in name}
+
+
+def apart(outcomes) -> tuple[list, list[Quarantined]]:
+    """What is usable of a stream, and what is set aside."""
+    outcomes = list(outcomes)
+    aside = [outcome for outcome in outcomes if isinstance(outcome, Quarantined)]
+    return [outcome for outcome in outcomes if not isinstance(outcome, Quarantined)], aside
+
+
+def read_problems(source: str, format: str) -> tuple[list[Problem], list[Quarantined]]:
+    return apart(problems.read_problems(source, format))
 
 
 @pytest.fixture(scope="session")

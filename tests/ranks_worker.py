@@ -150,7 +150,8 @@ def bfloat16(folder: Path) -> None:
         model = tiny_llama(**ODD)
         if kind == "sparse":
             model.bfloat16()
-        return outcome(build(kind, folder / f"{name}-{rank()}", zero, model, torch.bfloat16, **cut))
+        place = f"{name}-{rank()}" if zero is None else name
+        return outcome(build(kind, folder / place, zero, model, torch.bfloat16, **cut))
 
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     wanted = {kind: trained(kind, f"local-{kind}", **cut) for kind in ("dense", "sparse")}
@@ -355,7 +356,7 @@ def other_reference(folder: Path) -> None:
     ).examples.micro_batches
     plain = ResponseLogps(tiny_llama(seed=5))
     with torch.no_grad():
-        wanted = {str(n): plain(collate(corpus, micro)) for n, micro in enumerate(micros)}
+        wanted = {n: plain(collate(corpus, micro)) for n, micro in enumerate(micros)}
     ranks.start(120)
     for stage in (1, 3):
         place = folder / str(stage)

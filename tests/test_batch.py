@@ -95,3 +95,8 @@ def test_every_epoch_visits_every_micro_batch_in_another_order():
     for epoch in epochs[1:]:
         assert [len(step) for step in epoch] == [2, 2, 1] and sorted(sum(epoch, [])) == list(range(5))
     assert epochs[1] != epochs[2] != epochs[0]
+
+
+def test_no_epoch_of_a_seed_is_another_epoch_of_another():
+    orders = [str(sum(epoch, [])) for seed in range(4) for epoch in plan_steps(20, 2, 5, seed)[1:]]
+    assert len(set(orders)) == len(orders)

@@ -13,11 +13,12 @@ from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
+from allo_fast.runs.rows import read_jsonl
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.tools import bench
 from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
 from allo_kernels.tools.check_cases import cases
-from benchmarks import architectures, gpu, locate, rewards, zero
+from benchmarks import architectures, data, gpu, locate, rewards, zero
 from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
@@ -66,6 +67,17 @@ def test_gpu_needs_no_engine():
 def test_bytes_counted_by_hand():
     # 16 weights of bf16 in a sector: all of it moves unless none of them is selected.
     assert _sector_bytes(1600, torch.bfloat16) == pytest.approx(3200 * (1 - 0.95**16))
+
+
+def test_rows_go_through_every_stage(tmp_path):
+    data.make(tmp_path, 30)
+    run = data.open_run(tmp_path)
+    for work in data.WORK.values():
+        work(run)
+    rows = read_jsonl(tmp_path / "runs/data/06-rewards/seed-0/rewards.jsonl")
+    assert len(rows) == 30 and len(rows[0]["rewards"]) == len(rows[0]["response_ids"])
+    row = data._measured("pairs", tmp_path)
+    assert row.seconds > 0 and 0 <= row.anonymous_mib < 100 < row.total_mib
 
 
 def test_positions(capsys):

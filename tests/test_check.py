@@ -159,7 +159,7 @@ def test_rows_that_are_set_aside_are_counted(job, capsys, tmp_path):
     write(tmp_path / "test.jsonl", ROW, {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": "So."})
     assert job("check") == 0
     said = capsys.readouterr().out
-    assert "data.test: 1 rows, 2 set aside; test.jsonl:3: chosen and rejected are equal" in said
+    assert "data.test: 1 rows, 2 set aside; test.jsonl:2: the prompt has " in said
 
 
 def test_a_token_outside_the_embedding(job, capsys, tmp_path):

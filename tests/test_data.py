@@ -1,11 +1,10 @@
 import json
 
 import pytest
-from conftest import shared
+from conftest import read_problems, shared
 
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
-from allo_fast.data.problems import read_problems
 from allo_fast.data.scoring import accuracy_interval, difference_interval, is_correct
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

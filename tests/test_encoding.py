@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from conftest import apart
 from tiny import family
 
 from allo_fast.data.arithmetic import character_tokenizer
@@ -16,8 +17,12 @@ GIVEN = Problem("a:1", "1+1", "2", "2", ("2", "02"), ("3",))
 SAMPLED = Problem("a:2", "1+1", "12", "2")
 
 
+def encoded(*problems, prompts=PROMPTS, limits=WIDE):
+    return apart(encode_problems(problems, prompts, limits))
+
+
 def test_rows():
-    (given, sampled), _ = encode_problems([GIVEN, SAMPLED], PROMPTS, WIDE)
+    (given, sampled), _ = encoded(GIVEN, SAMPLED)
     prompt, (two, long, three) = PROMPTS.encode("1+1", ["2", "02", "3"])
     assert given["prompt_ids"] == prompt and given["id"] == "a:1" and "solution_ids" not in given
     assert given["responses"] == [
@@ -40,21 +45,21 @@ def test_rows():
     ],
 )
 def test_what_does_not_fit(problem, changes, reason):
-    assert encode_problems([problem], PROMPTS, WIDE)[1] == []
-    rows, (aside,) = encode_problems([problem], PROMPTS, replace(WIDE, **changes))
+    assert encoded(problem)[1] == []
+    rows, (aside,) = encoded(problem, limits=replace(WIDE, **changes))
     assert rows == [] and aside.id == problem.id and reason in aside.reason
 
 
 def test_texts_that_are_the_same_tokens():
     """This template trims what is said."""
     same, mixed = Problem("1", "q", "", "", ("a",), (" a ",)), Problem("2", "q", "", "", ("a",), ("a\n", "b"))
-    (row,), (aside,) = encode_problems([same, mixed], Prompts(family("gemma")), WIDE)
+    (row,), (aside,) = encoded(same, mixed, prompts=Prompts(family("gemma")))
     assert aside.id == "1" and aside.reason == "chosen and rejected are the same tokens"
     assert [response["text"] for response in row["responses"]] == ["a", "b"]
 
 
 def test_sampled_responses_that_cannot_be_trained_are_counted():
-    (row,), _ = encode_problems([SAMPLED], PROMPTS, WIDE)
+    (row,), _ = encoded(SAMPLED)
     row = encode_responses(row, [("2", True), ("\ud83d", False)], PROMPTS)
     assert row["responses"] == [{"text": "2", "ids": PROMPTS.encode_response("2"), "correct": True}]
     (reason,) = row["unusable"]

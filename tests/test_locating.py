@@ -272,10 +272,10 @@ def test_other_objectives_and_references(tmp_path, windows):
         sweep = make_sweep(tiny_llama(), place, "grad_sum", windows=windows, **given)
         batch = sweep.losses.of(0, 1.0)[0]
         if reference:
-            sweep.losses.reference = {"0": make_sweep(reference, place, **given).logps(batch).detach()}
+            sweep.losses.reference = {0: make_sweep(reference, place, **given).logps(batch).detach()}
         ours = scores_of(sweep)
         model = make_sweep(tiny_llama(), place, **given)
         logps = model.logps(batch)
-        objective(logps, sweep.losses.reference.get("0", logps.detach()), batch)[0].backward()
+        objective(logps, sweep.losses.reference.get(0, logps.detach()), batch)[0].backward()
         for name, weight in named_weights(model.model).items():
             torch.testing.assert_close(ours[name], weight.grad.view(-1).abs(), rtol=1e-4, atol=1e-7)

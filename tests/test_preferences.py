@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from conftest import read_problems
 
 from allo_fast.config import UserError
 from allo_fast.data.preferences import read_preference
-from allo_fast.data.problems import read_problems
 from allo_fast.data.sources import UnusableRow
 
 S, Q, A, B = "Be kind.", "How hot?", "Hot.", "Cold."
@@ -279,6 +279,8 @@ def test_judged_completions_are_grouped_by_their_prompt(tmp_path):
     (problem,), (alone,) = read_problems(str(path), "preference")
     assert (problem.id, problem.right, problem.wrong) == ("rows.jsonl:1", (A,), (B, "Ice."))
     assert alone.id == "rows.jsonl:2" and "its prompt has no right completion" in alone.reason
+    path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": Q, "chosen": A, "rejected": B}])))
+    assert [problem.id for problem in read_problems(str(path), "preference")[0]] == ["rows.jsonl:6", "rows.jsonl:1"]
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="no usable row; .*no wrong completion"):
         read_problems(str(path), "preference")

@@ -237,21 +237,26 @@ def test_the_default_depends_on_the_data(data_format, source):
 
 
 def test_wrong_responses_once_each_with_what_is_correct(written):
-    rows = wrong_responses(types.SimpleNamespace(needed=lambda stage: written))
+    rows = list(wrong_responses(types.SimpleNamespace(needed=lambda stage: written)))
     assert [(row["id"], row["response"]) for row in rows] == [(p[0], wrong) for p in PROBLEMS for wrong in p[3]]
     assert [text(ids) for ids in rows[0]["correct"]] == ["2<eos>", "1+1=2<eos>"] and rows[0]["solution"] == "2"
     assert [text(ids) for ids in rows[-1]["correct"]] == ["4<eos>"], "what was chosen stands in"
 
 
 def test_a_correction_is_the_nearest_correct_response():
-    row = {"rewrite_ids": [5, 6], "response_ids": [1, 2, 3], "correct": [[9, 9, 9], [1, 2, 9], [1, 2, 3, 4, 5]]}
+    row = {
+        "id": "a",
+        "rewrite_ids": [5, 6],
+        "response_ids": [1, 2, 3],
+        "correct": [[9, 9, 9], [1, 2, 9], [1, 2, 3, 4, 5]],
+    }
     corpus = rewriting._corrections([row])
     assert corpus.prompts == [[5, 6]] and corpus.responses[0].tokens == [1, 2, 9]
 
 
 def test_what_cannot_be_rewritten_is_left_out(make_unit, written, tmp_path):
     """A prompt of no token, and one that the model cannot read with the longest response behind it."""
-    rows = wrong_responses(types.SimpleNamespace(needed=lambda stage: written))
+    rows = list(wrong_responses(types.SimpleNamespace(needed=lambda stage: written)))
     room = 128 - len("1+1#2?3>")
     fits, long = ({**rows[0], "correct": [[5] * length]} for length in (room, room + 1))
     (left,) = rewriting._rewrites(make_unit(source="prompted"), [fits, long], written / "base")
@@ -268,14 +273,14 @@ def test_what_cannot_be_rewritten_is_left_out(make_unit, written, tmp_path):
 def test_the_tokens_a_rewriter_would_change_are_forgotten():
     rows = [
         {"id": "a", "prompt_ids": [1], "response_ids": [2, 3, 1], "rewards": [0.9, 0.1, 0.5]},
-        {"id": "b", "prompt_ids": [2], "response_ids": [4, 1], "rewards": [0.6, 0.7]},
         {"id": "a", "prompt_ids": [1], "response_ids": [5, 1], "rewards": [0.2, 0.9]},
+        {"id": "b", "prompt_ids": [2], "response_ids": [4, 1], "rewards": [0.6, 0.7]},
     ]
     corpus, weights = forget.weighted_corpus(rows, 0.5)
     assert weights == [[0, 1, 0], [1, 0]] and corpus.prompts == [[1]], "nothing is forgotten of the second problem"
     assert [response.tokens for response in corpus.responses] == [[2, 3, 1], [5, 1]]
     _, release = forget.weighted_corpus(rows, None)
-    assert sorted(release) == sorted(row["rewards"] for row in rows)
+    assert list(map(pytest.approx, release)) == [row["rewards"] for row in rows]
 
 
 def test_bad_reward_files(tmp_path):

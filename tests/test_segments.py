@@ -185,6 +185,7 @@ def test_what_is_no_fault_of_the_layers_is_not_taken_for_one(tmp_path, monkeypat
 
 def test_a_disk_without_room(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(captured.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("allo_fast.durable.check_room", lambda *_: None)  # for scores there is some
     whole, parts = (few(tiny_llama(), tmp_path / str(n), windows=n) for n in (1, 5))
     assert same(scores_of(parts), scores_of(whole)) and not parts.captured
     assert "states of its layers take 0.0 GB" in caplog.text

@@ -210,9 +210,9 @@ def test_it_is_sparse_by_default():
 
 
 def test_the_right_responses_train_each_once():
-    sampled = {"prompt_ids": [1], "solution": "gold", "solution_ids": [7, 8], "responses": []}
+    sampled = {"id": "a", "prompt_ids": [1], "solution": "gold", "solution_ids": [7, 8], "responses": []}
     judged = [([2], True), ([3], False), ([4, 5], True), ([2], True)]
-    given = {"prompt_ids": [6], "solution": "gold", "responses": []}
+    given = {"id": "b", "prompt_ids": [6], "solution": "gold", "responses": []}
     given["responses"] = [{"text": "x", "ids": ids, "correct": correct} for ids, correct in judged]
     assert [[response["ids"] for response in right_responses(row)] for row in (sampled, given)] == [
         [[7, 8]],

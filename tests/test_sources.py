@@ -6,11 +6,11 @@ import json
 
 import pyarrow
 import pytest
+from conftest import read_problems
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from allo_fast.config import UserError
-from allo_fast.data.problems import read_problems
 from allo_fast.data.sources import read_rows
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(3)]

@@ -1,5 +1,6 @@
 """What single stages do, on inputs small enough to work out by hand."""
 
+import os
 import types
 
 import pytest
@@ -15,13 +16,7 @@ from allo_fast.model.generation import generate, stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.stages import models, pairs
-
-
-def test_json_lines_survive_every_line_separator(tmp_path):
-    rows = [{"text": "a\u2028b\u0085c\nd\re"}]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+from allo_fast.stages import models, pairs, sample
 
 
 def run_pairs(tmp_path, rows, seed=0, **settings):
@@ -156,3 +151,14 @@ def test_padding_needs_no_token_of_its_own():
     model = tiny_llama(vocab_size=len(tokenizer))
     tokenizer.add_special_tokens({"pad_token": "<outside the embedding>"})
     assert len(generate(model, tokenizer, [[5, 6], [7]], {1}, max_new_tokens=3)) == 2
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_given_responses_are_the_problems_rows_again(tmp_path, monkeypatch, links):
+    (tmp_path / "problems.jsonl").write_text("rows")
+    (tmp_path / "responses.jsonl").write_text("of a killed session")
+    if not links:
+        monkeypatch.setattr("pathlib.Path.hardlink_to", lambda *_: os.link(tmp_path / "nowhere", tmp_path / "to"))
+    sample._link(tmp_path / "problems.jsonl", tmp_path / "responses.jsonl")
+    assert (tmp_path / "responses.jsonl").read_text() == "rows"
+    assert (tmp_path / "responses.jsonl").samefile(tmp_path / "problems.jsonl") == links

@@ -8,11 +8,15 @@ see only [R, L]: one line per response, one column per token of it, and which of
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from allo_fast.data.arrays import Chunks, Lazy, Numbers, Ragged, Tuples
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,74 @@ class Response:
     tokens: list[int]
 
 
+class Responses(Lazy[Response]):
+    def __init__(self, folder: Path | None = None):
+        self.tokens, self._prompts = Ragged("i", folder), Numbers("i", folder)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def append(self, response: Response) -> None:
+        self.tokens.append(response.tokens)
+        self._prompts.extend((response.prompt,))
+
+    def item(self, index: int) -> Response:
+        return Response(int(self.prompts[index]), self.tokens.item(index))
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """Of each response, int32."""
+        return self._prompts.values
+
+
 @dataclass
 class Corpus:
-    """What a stage trains on. An example is a tuple of response indices: (chosen, rejected) or (response,)."""
+    """What a stage trains on. An example is a tuple of response indices: (chosen, rejected) or (response,).
 
-    prompts: list[list[int]] = field(default_factory=list)
-    responses: list[Response] = field(default_factory=list)
-    examples: list[tuple[int, ...]] = field(default_factory=list)
+    names: of the row that each prompt came from.
+    """
 
-    def add(self, prompt: list[int], responses: Iterable[list[int]]) -> list[int]:
+    prompts: Ragged = field(default_factory=lambda: Ragged("i"))
+    responses: Responses = field(default_factory=Responses)
+    examples: Tuples | list[tuple[int, ...]] = field(default_factory=Tuples)
+    names: Ragged = field(default_factory=lambda: Ragged("B"))
+
+    @classmethod
+    def on_disk(cls, folder: Path) -> "Corpus":
+        """One whose numbers lie in nameless files of `folder`, mapped into memory once they are read."""
+        return cls(Ragged("i", folder), Responses(folder), Tuples(folder), Ragged("B", folder))
+
+    def add(self, prompt: list[int], responses: Iterable[list[int]], name: str = "") -> list[int]:
         """Adds one problem; returns the indices of its responses."""
         assert prompt, "the first token of a response needs one before it"
+        number, first = len(self.prompts), len(self.responses)
         self.prompts.append(prompt)
-        first = len(self.responses)
-        self.responses += [Response(len(self.prompts) - 1, tokens) for tokens in responses]
+        self.names.append(name.encode())
+        for tokens in responses:
+            self.responses.append(Response(number, tokens))
         return list(range(first, len(self.responses)))
+
+    def only(self, numbers: Sequence[int]) -> "Corpus":
+        """With these of its examples, by their numbers."""
+        examples = Tuples()
+        examples += map(tuple, np.asarray(self.examples)[numbers])
+        return replace(self, examples=examples)
+
+    def names_of(self, examples: Iterable[tuple[int, ...]]) -> list[str]:
+        """Of the rows that the examples came from, each once."""
+        prompts = dict.fromkeys(self.responses[example[0]].prompt for example in examples)
+        return [bytes(self.names[prompt]).decode() for prompt in prompts]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt with its response, at most."""
+        return int((self.prompts.lengths[self.responses.prompts] + self.responses.tokens.lengths).max())
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """All that it holds, but for names."""
+        yield from self.prompts.arrays()
+        yield from self.responses.tokens.arrays()
+        yield from (self.responses.prompts, np.asarray(self.examples))
 
 
 @dataclass(frozen=True)
@@ -67,25 +124,26 @@ class Batch:
         return grid.scatter(0, self.slots, flat).view(self.valid.shape)
 
 
-def plan_micro_batches(corpus: Corpus, size: int, seed: int) -> list[list[tuple[int, ...]]]:
+def plan_micro_batches(corpus: Corpus, size: int, seed: int) -> Chunks:
     """`size` examples each, the last maybe fewer; problems are shuffled, the examples of one problem stay together."""
-    by_prompt: dict[int, list[tuple[int, ...]]] = {}
-    for example in corpus.examples:
-        by_prompt.setdefault(corpus.responses[example[0]].prompt, []).append(example)
-    order = list(by_prompt)
-    random.Random(seed).shuffle(order)
-    examples = [example for prompt in order for example in by_prompt[prompt]]
-    return [examples[i : i + size] for i in range(0, len(examples), size)]
+    examples = np.asarray(corpus.examples, dtype=np.int32)
+    prompts, numbers = corpus.responses.prompts[examples[:, 0]], np.arange(len(examples), dtype=np.int32)
+    place = np.zeros(len(corpus.prompts), dtype=np.int32)
+    place[prompts[::-1]] = numbers[::-1]  # where each problem is first: the last value is the one that stays
+    order = prompts[place[prompts] == numbers]
+    random.Random(seed).shuffle(memoryview(order))
+    place[order] = numbers[: len(order)]
+    return Chunks(examples[np.argsort(place[prompts], kind="stable")], size)
 
 
-def plan_steps(micro_batches: int, per_step: int, epochs: int, seed: int) -> list[list[list[int]]]:
+def plan_steps(micro_batches: int, per_step: int, epochs: int, seed: int) -> list[Chunks]:
     """Per epoch its optimizer steps, each a list of micro-batch numbers; later epochs shuffle whole micro-batches."""
     planned = []
     for epoch in range(epochs):
-        order = list(range(micro_batches))
+        order = np.arange(micro_batches, dtype=np.int32)
         if epoch:
-            random.Random(seed + epoch).shuffle(order)
-        planned.append([order[i : i + per_step] for i in range(0, micro_batches, per_step)])
+            random.Random(f"{seed} {epoch}").shuffle(memoryview(order))
+        planned.append(Chunks(order, per_step))
     return planned
 
 
@@ -100,13 +158,18 @@ def collate(
 
     token_weights: per response of the corpus, one number per token.
     """
-    responses = list(dict.fromkeys(index for example in examples for index in example))
+    picked = {index: corpus.responses[index] for example in examples for index in example}
+    responses = list(picked)
     rows: dict[int, list[int]] = {}
-    for index in responses:
-        rows.setdefault(corpus.responses[index].prompt if share_prompts else len(rows), []).append(index)
+    for index, response in picked.items():
+        rows.setdefault(response.prompt if share_prompts else len(rows), []).append(index)
+    prompts = {response.prompt: corpus.prompts[response.prompt] for response in picked.values()}
     lines = {index: line for line, index in enumerate(responses)}
-    longest = max(len(corpus.responses[index].tokens) for index in responses)
-    built = [_row(corpus, members) for members in rows.values()]
+    longest = max(len(response.tokens) for response in picked.values())
+    built = [
+        _row(prompts[picked[members[0]].prompt], {index: picked[index].tokens for index in members})
+        for members in rows.values()
+    ]
     width = max(len(row.tokens) for row in built)
     slots = [lines[index] * longest + column for row in built for index, column in row.columns]
     valid = torch.zeros(len(responses) * longest, dtype=torch.bool)
@@ -120,7 +183,7 @@ def collate(
         slots=torch.tensor(slots),
         valid=valid.view(len(responses), longest),
         responses=torch.tensor(responses),
-        prompt_lengths=torch.tensor([len(corpus.prompts[corpus.responses[index].prompt]) for index in responses]),
+        prompt_lengths=torch.tensor([len(prompts[response.prompt]) for response in picked.values()]),
         examples=torch.tensor([[lines[index] for index in example] for example in examples]),
     )
     if token_weights is None:
@@ -138,11 +201,10 @@ class _Row:
     columns: list[tuple[int, int]] = field(default_factory=list)  # (response, its token's number)
 
 
-def _row(corpus: Corpus, members: list[int]) -> _Row:
-    prompt = corpus.prompts[corpus.responses[members[0]].prompt]
+def _row(prompt: list[int], responses: dict[int, list[int]]) -> _Row:
     row = _Row(list(prompt), list(range(len(prompt))), [0] * len(prompt))
-    for segment, index in enumerate(members, start=1):
-        tokens, start = corpus.responses[index].tokens, len(row.tokens)
+    for segment, (index, tokens) in enumerate(responses.items(), start=1):
+        start = len(row.tokens)
         row.sources += [len(prompt) - 1, *range(start, start + len(tokens) - 1)]
         row.targets += tokens
         row.columns += [(index, column) for column in range(len(tokens))]

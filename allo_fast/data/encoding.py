@@ -1,6 +1,10 @@
 """Problems as rows of token ids, the form in which a run stores and trains them; what does not fit is set aside."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 from allo_fast.data.batch import Corpus
 from allo_fast.data.problems import Problem, Quarantined
@@ -19,18 +23,19 @@ class Limits:
     vocabulary: float  # rows of its embedding
 
 
-def encode_problems(problems: list[Problem], prompts: Prompts, limits: Limits) -> tuple[list[dict], list[Quarantined]]:
-    """Rows {id, prompt, solution, answer, prompt_ids, responses: [{text, ids, correct}]}, and what was set aside.
+def encode_problems(
+    problems: Iterable[Problem | Quarantined], prompts: Prompts, limits: Limits
+) -> Iterator[dict | Quarantined]:
+    """Of each problem its row {id, prompt, tools, solution, answer, prompt_ids, responses: [{text, ids, correct}]}, or
+    why it is set aside.
 
     Where responses are to be sampled there are none, and `solution_ids` instead.
     """
-    rows, quarantined = [], []
     for problem in problems:
         try:
-            rows.append(_encode(problem, prompts, limits))
+            yield problem if isinstance(problem, Quarantined) else _encode(problem, prompts, limits)
         except UnusableRow as error:
-            quarantined.append(Quarantined(problem.id, str(error)))
-    return rows, quarantined
+            yield Quarantined(problem.id, str(error))
 
 
 def encode_responses(row: dict, texts: list[tuple[str, bool]], prompts: Prompts) -> dict:
@@ -45,18 +50,18 @@ def encode_responses(row: dict, texts: list[tuple[str, bool]], prompts: Prompts)
     return {**row, "responses": responses, "unusable": unusable}
 
 
-def corpus_of_pairs(rows: list[dict]) -> Corpus:
-    """From rows {id, prompt_ids, chosen_ids, rejected_ids}: each problem once with all responses of its pairs.
+def corpus_of_pairs(rows: Iterable[dict], folder: Path | None = None) -> Corpus:
+    """From rows {id, prompt_ids, chosen_ids, rejected_ids}, those of a problem together: each problem once with all
+    responses of its pairs.
 
-    Examples are (chosen, rejected).
+    Examples are (chosen, rejected). folder: where its numbers lie; None: in memory.
     """
-    corpus, by_id = Corpus(), {}
-    for row in rows:
-        by_id.setdefault(row["id"], []).append((tuple(row["chosen_ids"]), tuple(row["rejected_ids"])))
-    prompts = {row["id"]: row["prompt_ids"] for row in rows}
-    for name, pairs in by_id.items():
+    corpus = Corpus.on_disk(folder) if folder else Corpus()
+    for name, members in groupby(rows, key=itemgetter("id")):
+        first, *others = members
+        pairs = [(tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in (first, *others)]
         responses = list(dict.fromkeys(ids for pair in pairs for ids in pair))
-        number = dict(zip(responses, corpus.add(prompts[name], map(list, responses)), strict=True))
+        number = dict(zip(responses, corpus.add(first["prompt_ids"], responses, name), strict=True))
         corpus.examples += [(number[chosen], number[rejected]) for chosen, rejected in pairs]
     return corpus
 

@@ -1,8 +1,16 @@
 """Rows as problems with their responses, in every format that is read; rows that cannot be used are set aside."""
 
+import hashlib
 import json
 import re
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import BinaryIO
+
+import numpy as np
 
 from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
@@ -28,26 +36,30 @@ class Quarantined:
     reason: str
 
 
-def read_problems(source: str, format: str) -> tuple[list[Problem], list[Quarantined]]:
-    """All usable problems of a source, and the rows that were set aside with the reason.
+def read_problems(source: str, format: str) -> Iterator[Problem | Quarantined]:
+    """The usable problems of a source, one by one, and between them the rows that are set aside with the reason.
 
     source: see `read_rows`. format: problems {problem, solution, answer}; gsm8k {question, answer with "#### N"};
     multiple_choice {problem with an "Options:" list, answer} or {question | question_stem, choices {text, label},
-    answerKey}; preference, see `read_preference`. Raises UserError when the source or every row of it is unusable.
+    answerKey}; preference, see `read_preference`: single judged completions come behind all others, those of one prompt
+    as one problem. Raises UserError when the source or, at its end, every row of it is unusable.
     """
-    problems, quarantined = [], []
-    for row_id, row in read_rows(source):
-        try:
-            problems.append(_FORMATS[format](row_id, row()))
-        except UnusableRow as error:
-            quarantined.append(Quarantined(row_id, str(error)))
-    problems, one_sided = _grouped(problems) if format == "preference" else (problems, [])
-    quarantined += one_sided
-    if not problems:
-        raise UserError(
-            f"{source}: no usable row" + (f"; {quarantined[0].id}: {quarantined[0].reason}" if quarantined else "")
-        )
-    return problems, quarantined
+    read = (_read(row_id, row, format) for row_id, row in read_rows(source))
+    aside, usable = "", False
+    for outcome in _grouped(read) if format == "preference" else read:
+        usable = usable or isinstance(outcome, Problem)
+        if not usable and not aside:
+            aside = f"; {outcome.id}: {outcome.reason}"
+        yield outcome
+    if not usable:
+        raise UserError(f"{source}: no usable row{aside}")
+
+
+def _read(row_id: str, row: Callable[[], dict], format: str) -> Problem | Quarantined:
+    try:
+        return _FORMATS[format](row_id, row())
+    except UnusableRow as error:
+        return Quarantined(row_id, str(error))
 
 
 def _field(row: dict, name: str) -> str:
@@ -107,20 +119,33 @@ def _preference(row_id: str, row: dict) -> Problem:
     return Problem(row_id, read.prompt, gold, gold, read.right, read.wrong, read.tools, read.plain_prompt)
 
 
-def _grouped(problems: list[Problem]) -> tuple[list[Problem], list[Quarantined]]:
-    """Judged completions of one prompt as one problem, in the place of the first; other problems as they are."""
-    groups: dict[str, list[Problem]] = {}
-    for problem in problems:
-        pair = problem.right and problem.wrong
-        key = problem.id if pair else json.dumps([problem.prompt, problem.tools], sort_keys=True)
-        groups.setdefault(key, []).append(problem)
-    merged = [_merged(group) for group in groups.values()]
-    one_sided = [problem for problem in merged if not (problem.right and problem.wrong)]
-    usable = [problem for problem in merged if problem.right and problem.wrong]
-    return usable, [
-        Quarantined(problem.id, f"its prompt has no {'wrong' if problem.right else 'right'} completion beside it")
-        for problem in one_sided
-    ]
+def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quarantined]:
+    """Judged completions of one prompt as one problem, behind the others, in the order of their first ones.
+
+    Until all are read they wait in a nameless file; in memory is which belong together.
+    """
+    groups: dict[bytes, int] = {}  # by a digest of the prompt
+    numbers, places = array("i"), array("q")  # of each completion: of its group, and where in the file it lies
+    with tempfile.TemporaryFile() as waiting:
+        for outcome in read:
+            if isinstance(outcome, Quarantined) or (outcome.right and outcome.wrong):
+                yield outcome
+                continue
+            prompt = json.dumps([outcome.prompt, outcome.tools], sort_keys=True)
+            numbers.append(groups.setdefault(hashlib.sha256(prompt.encode()).digest(), len(groups)))
+            places.append(waiting.tell())
+            waiting.write(json.dumps(vars(outcome)).encode() + b"\n")
+        for _, members in groupby(np.argsort(numbers, kind="stable"), key=numbers.__getitem__):
+            problem = _merged([_waited(waiting, places[member]) for member in members])
+            missing = "wrong" if problem.right else "right"
+            both = problem.right and problem.wrong
+            yield problem if both else Quarantined(problem.id, f"its prompt has no {missing} completion beside it")
+
+
+def _waited(file: BinaryIO, place: int) -> Problem:
+    file.seek(place)
+    row = json.loads(file.readline())
+    return Problem(**row | {side: tuple(row[side]) for side in _SIDES})
 
 
 def _merged(group: list[Problem]) -> Problem:

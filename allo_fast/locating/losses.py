@@ -24,7 +24,7 @@ class Losses:
         logps: ResponseLogps,
         examples: Examples,
         objective: Sft | Npo | Dpo,
-        reference: Mapping[str, Tensor],
+        reference: Mapping[int, Tensor],
         divided: bool,
     ):
         self.logps, self.examples, self.objective, self.reference = logps, examples, objective, reference
@@ -69,7 +69,7 @@ class Losses:
         )
 
     def _loss(self, micro: int, share: float, batch: Batch, logps: Tensor) -> Tensor:
-        reference = self.reference.get(str(micro))
+        reference = self.reference.get(micro)
         reference = logps.detach() if reference is None else reference.to(logps.device)
         return self.objective(logps, reference, batch)[0] * share
 

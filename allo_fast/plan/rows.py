@@ -1,5 +1,6 @@
 """How many rows a job has, where they can be counted without fetching anything; else a thousand."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Rows:
 
 def count_rows(config: Config) -> Rows:
     """Of local files, saved data sets and generated arithmetic; a thousand rows of what lies elsewhere."""
-    return _rows(config, *(_read(source, config.data.format) for source in (config.data.train, config.data.test)))
+    return _rows(config, *(_count(source, config) for source in (config.data.train, config.data.test)))
 
 
 def unknown_rows(config: Config) -> Rows:
@@ -36,43 +37,51 @@ def unknown_rows(config: Config) -> Rows:
     return _rows(config, None, None)
 
 
-def _rows(config: Config, train: list[Problem] | None, test: list[Problem] | None) -> Rows:
-    options = max((len(row.right) + len(row.wrong) for row in [*(train or []), *(test or [])]), default=0)
-    pairs, wrong = _pairs(config, train)
+def _rows(config: Config, train: Counter[str] | None, test: Counter[str] | None) -> Rows:
+    known = train or _unknown(config)
     return Rows(
-        problems=len(train) if train else _THOUSAND,
-        right=sum(max(1, len(row.right)) for row in train) if train else _THOUSAND,
-        pairs=pairs,
-        wrong=wrong,
-        tests=len(test) if test else _THOUSAND,
-        options=options or _OPTIONS.get(config.data.format, 0),
+        problems=known["problems"],
+        right=known["right"],
+        pairs=known["pairs"],
+        wrong=known["wrong"],
+        tests=test["problems"] if test else _THOUSAND,
+        options=max(known["options"], (test or {}).get("options", 0)) or _OPTIONS.get(config.data.format, 0),
         train_known=train is not None,
         test_known=test is not None,
     )
 
 
-def _read(source: str, format: str) -> list[Problem] | None:
+def _count(source: str, config: Config) -> Counter[str] | None:
     """None where it lies elsewhere, or `allo-fast check` has something to say of it."""
     name = split_slice(source)[0]
     if not (name.startswith("arithmetic:") or Path(name).is_file() or Path(name.partition(":")[0]).is_dir()):
         return None
+    counts = Counter(options=0)
     try:
-        return read_problems(source, format)[0]
+        for row in read_problems(source, config.data.format):
+            if isinstance(row, Problem):
+                pairs, wrong = _pairs(config, row)
+                counts.update(problems=1, right=max(1, len(row.right)), pairs=pairs, wrong=wrong)
+                counts["options"] = max(counts["options"], len(row.right) + len(row.wrong))
     except UserError:
         return None
+    return counts
 
 
-def _pairs(config: Config, rows: list[Problem] | None) -> tuple[int, int]:
-    """Pairs, and the different rejected responses in them."""
-    most = config.pairs.max_pairs
-    if rows and config.data.format not in SAMPLED:
-        pairs = sum(min(most, len(row.right) * len(row.wrong)) for row in rows)
-        return pairs, sum(min(most, len(row.wrong)) for row in rows)
-    count = len(rows) if rows else _THOUSAND
+def _unknown(config: Config) -> Counter[str]:
+    pairs, wrong = _pairs(config, None)
+    thousand = {"problems": 1, "right": 1, "pairs": pairs, "wrong": wrong}
+    return Counter({name: _THOUSAND * count for name, count in thousand.items()})
+
+
+def _pairs(config: Config, row: Problem | None) -> tuple[int, int]:
+    """Pairs of a problem, and the different rejected responses in them. None: of one that cannot be read."""
+    most, sampled = config.pairs.max_pairs, config.sample.num_return_sequences
+    if row and config.data.format not in SAMPLED:
+        return min(most, len(row.right) * len(row.wrong)), min(most, len(row.wrong))
     if given := _OPTIONS.get(config.data.format):  # of which one is right
-        return count * min(most, given - 1), count * min(most, given - 1)
-    sampled = config.sample.num_return_sequences
-    return count * min(most, sampled * sampled // 4), count * min(most, sampled - 1)
+        return min(most, given - 1), min(most, given - 1)
+    return min(most, sampled * sampled // 4), min(most, sampled - 1)
 
 
 def examples(config: Config, rows: Rows, section: str) -> int:

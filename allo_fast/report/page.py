@@ -123,7 +123,8 @@ def _curves(run: Run) -> str:
     for stage in ("sft", "warmup", "forget", "learn"):
         if stage in stages_of(run.config):
             seeds = {u.key: read_log(u) for u in run.units([stage])}
-            plots.append(figures.training_curves(stage, seeds))
+            if seeds := {key: rows for key, rows in seeds.items() if rows}:  # not those of a log that was lost
+                plots.append(figures.training_curves(stage, seeds))
     return _section("Training", "Loss and rewards per optimizer step; one line a seed.", "".join(plots))
 
 

@@ -3,7 +3,8 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,46 +109,70 @@ def _base_config(config: Config) -> PretrainedConfig:
         raise UserError(f"model.name_or_path: {error}") from None
 
 
-def _check_data(findings: Findings, config: Config, key: Key, prompts: Prompts | None, new_tokens: int) -> list[dict]:
-    """The usable rows. Without prompts, whose lack is a problem of its own, the rows are read and not rendered."""
+def _check_data(
+    findings: Findings, config: Config, key: Key, prompts: Prompts | None, new_tokens: int
+) -> Iterable[dict]:
+    """The usable rows, read again as far as they are gone through.
+
+    Without prompts, whose lack is a problem of its own, the rows are read and not rendered.
+    """
     if prompts is None:
-        findings.attempt(lambda: problems_of(config, key))
+        findings.attempt(lambda: deque(problems_of(config, key), maxlen=0))
         return []
-    read = findings.attempt(lambda: usable_problems(config, key, prompts, new_tokens))
-    if read is None:
+    seen = findings.attempt(lambda: _look(usable_problems(config, key, prompts, new_tokens), new_tokens))
+    if seen is None:
         return []
-    rows, aside = read
-    reasons = "; ".join(_reasons(aside))
-    if not rows:
+    reasons = "; ".join(_reasons(seen))
+    if not seen.first:
         findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
         return []
-    findings.notes.append("; ".join(filter(None, [f"data.{key}: {len(rows)} rows, {len(aside)} set aside", reasons])))
+    said = f"data.{key}: {seen.rows} rows, {seen.aside.total()} set aside"
+    findings.notes.append("; ".join(filter(None, [said, reasons])))
     if key == "train":
-        findings.first_row = first_row(rows, prompts, right_responses) if config.sft else first_row(rows, prompts)
-        findings.longest, findings.highest = _extent(rows, new_tokens)
-    return rows
+        first = [seen.first]
+        findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
+        findings.longest, findings.highest = seen.longest, seen.highest
+    return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))
 
 
-def _extent(rows: list[dict], new_tokens: int) -> tuple[int, int]:
-    """The most tokens of a prompt with a response, and the highest token id."""
-    longest = highest = 0
-    for row in rows:
+@dataclass
+class _Seen:
+    """Of the rows of a data source. longest: tokens of a prompt with a response. highest: token id.
+
+    aside: how many for each kind of reason, and in `kinds` the first of them.
+    """
+
+    first: dict | None = None
+    rows: int = 0
+    longest: int = 0
+    highest: int = 0
+    aside: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, Quarantined] = field(default_factory=dict)
+
+
+def _look(outcomes: Iterable[dict | Quarantined], new_tokens: int) -> _Seen:
+    seen = _Seen()
+    for row in outcomes:
+        if isinstance(row, Quarantined):
+            kind = re.sub(r"'.*'|\".*\"|\d+", "", row.reason)
+            seen.aside[kind] += 1
+            seen.kinds.setdefault(kind, row)
+            continue
         responses = [response["ids"] for response in row["responses"]]
-        longest = max(longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
-        highest = max(highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
-    return longest, highest
+        seen.first = seen.first or row
+        seen.rows += 1
+        seen.longest = max(seen.longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
+        seen.highest = max(seen.highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
+    return seen
 
 
-def _reasons(aside: list[Quarantined]) -> list[str]:
+def _reasons(seen: _Seen) -> list[str]:
     """Each kind of reason once, with the first row that has it and how many have; at most five."""
-    kinds: dict[str, list[Quarantined]] = {}
-    for row in aside:
-        kinds.setdefault(re.sub(r"'.*'|\".*\"|\d+", "", row.reason), []).append(row)
-    largest = sorted(kinds.values(), key=len, reverse=True)[:5]
-    return [f"{rows[0].id}: {rows[0].reason}" + f" ({len(rows)} rows)" * (len(rows) > 1) for rows in largest]
+    largest = [(seen.kinds[kind], count) for kind, count in seen.aside.most_common(5)]
+    return [f"{row.id}: {row.reason}" + f" ({count} rows)" * (count > 1) for row, count in largest]
 
 
-def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, rows: list[dict]) -> None:
+def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, rows: Iterable[dict]) -> None:
     """Rewards that are given can be read; the rewriting prompt of a row, or of any, leaves room for a response."""
     settings = config.rewards
     if settings.source == "file":

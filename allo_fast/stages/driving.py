@@ -88,8 +88,7 @@ def _of_ranks(unit: Unit, trainer: Trainer) -> dict:
 
 def check_lengths(model: PreTrainedModel, corpus: Corpus) -> None:
     """Raises UserError when a prompt with its response is longer than the model can read."""
-    longest = max(len(corpus.prompts[response.prompt]) + len(response.tokens) for response in corpus.responses)
-    if longest > (positions := max_positions(model.config.get_text_config())):
+    if (longest := corpus.longest) > (positions := max_positions(model.config.get_text_config())):
         raise UserError(
             f"a prompt with its response has {longest} tokens, the model reads {positions}; lower "
             "data.max_prompt_tokens, data.max_response_tokens or sample.max_new_tokens"

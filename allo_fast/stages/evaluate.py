@@ -15,6 +15,7 @@ preferences {id, responses}. Responses are {logp, tokens, correct, ref_logp (by 
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -26,14 +27,15 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import SCORERS, best_response, is_correct, is_tie, pair_margins
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.runs.rows import by_chunks, read_jsonl
+from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
 from allo_fast.runs.run import Progress, Run, Unit
 from allo_fast.stages.models import Inference, base_path, inference, made_in, prompts_of
-from allo_fast.stages.problems import unit_problems
+from allo_fast.stages.problems import PROBLEMS, QUARANTINE, unit_problems
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
+_COUNTED = {"strict": "strict", "release": "release", "per_token": "per_token", "tie": "ties"}
 # The stage that makes each model; none the base, nor the given one where `sft` made the base of it.
 PRODUCERS = {"given": None, "base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}
 
@@ -60,7 +62,7 @@ def evaluate_alone(run: Run, path: str | Path, base: str | Path) -> Generator[Pr
             logger.warning("no implicit rewards: %s", error)
     unit.folder.mkdir(parents=True)
     facts = yield from evaluate(unit, path, against)
-    return facts, read_jsonl(unit.folder / PREDICTIONS)
+    return facts, list(read_jsonl(unit.folder / PREDICTIONS))  # the folder may go
 
 
 def _evaluate_base(unit: Unit, path: str | Path, reader: str | Path) -> Generator[Progress, None, Path]:
@@ -87,7 +89,7 @@ def evaluate(
     """
     prompts = prompts_of(unit.config, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, prompts, against, path, reader or path)
-    ref_logps = _logps_of(against) if against and unit.key != "given" else {}
+    reference = read_jsonl(against / PREDICTIONS) if against and unit.key != "given" else None
     scoring = bool(problems[0]["responses"])
     with inference(unit, path, delta, scoring=scoring) as frozen:
 
@@ -95,24 +97,19 @@ def evaluate(
             if not scoring:
                 return _answered(frozen, prompts, chunk, unit.config.evaluate)
             logps = response_logps(frozen, chunk, unit.config.evaluate.batch_size)
-            return [_scored(unit, delta or path, row, sums, ref_logps) for row, sums in zip(chunk, logps, strict=True)]
+            judged = reference[start : start + len(chunk)] if reference else [None] * len(chunk)
+            return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
 
         size = unit.config.evaluate.batch_size
         rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work)
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
 
-def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[list[dict], int]:
+def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[Rows, int]:
     """The test rows that the models at `paths` can read, and how many were set aside; or those of the base."""
     if against:
-        return read_jsonl(against / "problems.jsonl"), len(read_jsonl(against / "quarantine.jsonl"))
+        return read_jsonl(against / PROBLEMS), len(read_jsonl(against / QUARANTINE))
     return unit_problems(unit, "test", prompts, unit.config.evaluate.max_new_tokens, *paths)
-
-
-def _logps_of(folder: Path) -> dict[str, list[float]]:
-    """By the row's id, the log-probabilities of its responses that an evaluation found."""
-    rows = read_jsonl(folder / PREDICTIONS)
-    return {row["id"]: [response["logp"] for response in row["responses"]] for row in rows if "responses" in row}
 
 
 @torch.no_grad()
@@ -133,7 +130,8 @@ def response_logps(frozen: Inference, chunk: list[dict], rounds: int) -> list[li
     return found[: len(chunk)]
 
 
-def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], ref_logps: dict[str, list[float]]) -> dict:
+def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], reference: dict | None) -> dict:
+    """reference: what the base's evaluation found of the row."""
     if not all(map(math.isfinite, logps)):
         raise UserError(f"{path}: the log-probabilities of the responses to {row['id']} are {logps}: not finite")
     responses = [
@@ -142,9 +140,9 @@ def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], ref_log
     ]
     if unit.config.data.format != "preference":
         return {"id": row["id"], **_chosen(row, responses), "responses": responses}
-    if ref_logps:
-        for response, ref_logp in zip(responses, ref_logps[row["id"]], strict=True):
-            response["ref_logp"] = ref_logp
+    if reference:
+        for response, judged in zip(responses, reference["responses"], strict=True):
+            response["ref_logp"] = judged["logp"]
     return {"id": row["id"], "responses": responses}
 
 
@@ -177,11 +175,14 @@ def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: 
     return judged
 
 
-def _counts(rows: list[dict]) -> dict[str, int]:
+def _counts(rows: Rows) -> dict[str, int]:
     """How many are right, and how many ties are among the others; of preferences, how many pairs there are and tie."""
-    if "strict" in rows[0]:
-        names = {"strict": "strict", "release": "release", "per_token": "per_token", "tie": "ties"}
-        return {count: sum(row[name] for row in rows) for name, count in names.items() if name in rows[0]}
-    margins = [pair_margins(row["responses"], 1.0) for row in rows]
-    ties = {f"{score}/ties": sum(row[score].count(0) for row in margins) for score in margins[0]}
-    return {"pairs": sum(len(row["logps"]) for row in margins), **ties}
+    counts = Counter()
+    for row in rows:
+        if "strict" in row:
+            counts.update({count: int(row[name]) for name, count in _COUNTED.items() if name in row})
+        else:
+            margins = pair_margins(row["responses"], 1.0)
+            counts.update(pairs=len(margins["logps"]))
+            counts.update({f"{score}/ties": of_pairs.count(0) for score, of_pairs in margins.items()})
+    return dict(counts)

@@ -8,12 +8,18 @@ kept tokens most and contradicts the paper's figure. Writes delta.safetensors, w
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from itertools import groupby
 from math import fsum
+from operator import itemgetter
+from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
+from allo_fast.data.arrays import Ragged
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Npo
 from allo_fast.model.loading import load_tokenizer
@@ -30,10 +36,10 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.forget, unit.config.protocol
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
-    corpus, weights = weighted_corpus(rows, threshold_of(unit.config))
+    corpus, weights = weighted_corpus(rows, threshold_of(unit.config), unit.folder)
     if not corpus.examples:
         raise UserError(f"nothing to forget: no token's reward is below forget.threshold: {settings.threshold}")
-    forgotten, tokens = sum(weight != 0 for row in weights for weight in row), sum(map(len, weights))
+    forgotten, tokens = int(np.count_nonzero(weights.flat.values)), len(weights.flat)
     if ranks.is_main() and protocol == "paper" and forgotten > 0.9 * tokens:
         logger.warning(
             "forget.threshold: %s: %d of %d tokens of the responses that are left have a reward below it; "
@@ -79,19 +85,18 @@ def token_weights(rewards: list[float], threshold: Threshold) -> list[float]:
     return [float(reward < threshold) for reward in rewards]
 
 
-def weighted_corpus(rows: list[dict], threshold: Threshold) -> tuple[Corpus, list[list[float]]]:
+def weighted_corpus(rows: Iterable[dict], threshold: Threshold, folder: Path | None = None) -> tuple[Corpus, Ragged]:
     """Wrong responses with the weight of each token; those where no token weighs are left out.
 
-    rows: {id, prompt_ids, response_ids, rewards}.
+    rows: {id, prompt_ids, response_ids, rewards}, those of a problem together. folder: where both lie; None: in memory.
     """
-    by_id: dict[str, list[tuple[list[int], list[float]]]] = {}
-    for row in rows:
-        weights = token_weights(row["rewards"], threshold)
-        if any(weights):
-            by_id.setdefault(row["id"], []).append((row["response_ids"], weights))
-    prompts = {row["id"]: row["prompt_ids"] for row in rows}
-    corpus, every_weight = Corpus(), []
-    for name, members in by_id.items():
-        corpus.examples += [(index,) for index in corpus.add(prompts[name], [ids for ids, _ in members])]
-        every_weight += [weights for _, weights in members]
+    corpus, every_weight = Corpus.on_disk(folder) if folder else Corpus(), Ragged("f", folder)
+    for name, members in groupby(rows, key=itemgetter("id")):
+        weighted = [(row, token_weights(row["rewards"], threshold)) for row in members]
+        weighted = [(row, weights) for row, weights in weighted if any(weights)]
+        if weighted:
+            responses = [row["response_ids"] for row, _ in weighted]
+            corpus.examples += [(index,) for index in corpus.add(weighted[0][0]["prompt_ids"], responses, name)]
+        for _, weights in weighted:
+            every_weight.append(weights)
     return corpus, every_weight

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -130,19 +130,18 @@ def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> C
     if count < train.examples_per_step:
         raise UserError(f"locate.pairs: expected at least the {train.examples_per_step} of a step, got {count}")
     chosen = sorted(random.Random(seed).sample(range(len(corpus.examples)), count))
-    return replace(corpus, examples=[corpus.examples[index] for index in chosen])
+    return corpus.only(chosen)
 
 
 def _reference(
     unit: Unit, examples: Examples, logps: ResponseLogps, model: str | None
-) -> Generator[Progress, None, Mapping[str, Tensor] | None]:
+) -> Generator[Progress, None, Mapping[int, Tensor] | None]:
     """Of another reference model than the base, where one is named."""
     opened = frozen_reference(unit, model)
     if opened is None:
         return None
-    (scratch := unit.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
-    path, share, device = scratch / "reference_logps.safetensors", logps.share_prompts, logps.model.device
-    return (yield from _batches(reference_logps(path, unit.mark, examples, opened(share), share, device)))
+    scratch, share, device = unit.folder / SCRATCH, logps.share_prompts, logps.model.device
+    return (yield from _batches(reference_logps(scratch, unit.mark, examples, opened(share), share, device)))
 
 
 def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress, None, dict]:

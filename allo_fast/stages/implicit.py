@@ -14,7 +14,7 @@ from torch import Tensor
 from allo_fast.data.batch import Batch
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.objectives import Dpo
-from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.rows import Rows, read_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.gradients import located
@@ -23,9 +23,9 @@ from allo_fast.stages.responses import rewarded
 from allo_fast.training.engine import Trainer
 
 
-def implicit(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     settings, path = unit.config.rewards.dpo, unit.config.rewards.model or base_path(unit)
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     selection, locating = yield from located(
         unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio
     )

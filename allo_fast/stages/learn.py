@@ -25,7 +25,7 @@ from allo_fast.training.engine import Trainer
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.learn, unit.config.protocol
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     start = unit.needed("forget") / DELTA if unit.config.method == "allo" else None
     policy = sparse_policy(unit, settings, start)
     objective = Dpo(settings.beta, unit.config.epsilon, settings.label_smoothing, protocol)

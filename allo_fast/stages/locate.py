@@ -113,7 +113,7 @@ def _changes(unit: Unit, base: PreTrainedModel, path: str | Path, sharded: bool)
 def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[Scored, dict]]:
     """The scores, and what the manifest says of them."""
     settings = unit.config.warmup
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     with frozen_base(unit, path) as base:
         lengths = row_lengths(base.logps.model)
         scores, facts = yield from gradient_scores(

@@ -7,9 +7,11 @@ and the token ids of all three}.
 """
 
 import random
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from itertools import product
 
+from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Progress, Unit
@@ -18,26 +20,38 @@ from allo_fast.stages.problems import distinct_responses
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     problems = read_jsonl(unit.needed("sample") / "responses.jsonl")
-    settings, pairs, counts = unit.config.pairs, [], {"no_correct": 0, "no_wrong": 0}
-    for row in problems:
-        correct, wrong = distinct_responses(row, True), distinct_responses(row, False)
-        counts["no_correct"] += not correct
-        counts["no_wrong"] += not wrong
-        if not correct and settings.gold == "missing" and "solution_ids" in row:
-            correct = [{"text": row["solution"], "ids": row["solution_ids"]}]
-        drawn = random.Random(f"{unit.seed} {row['id']}")
-        both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen["ids"] != rejected["ids"]]
-        pairs += [
-            _pair(row, chosen, rejected) for chosen, rejected in drawn.sample(both, min(settings.max_pairs, len(both)))
-        ]
-    if not pairs:
-        raise UserError(
-            f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
-            f"{counts['no_wrong']} no wrong one; sample more, or set pairs.gold: missing"
-        )
-    write_jsonl(unit.folder / "pairs.jsonl", pairs)
+    counts = ranks.on_main(lambda: _write(unit, problems))
     yield Progress(len(problems), len(problems), "problem")
-    return {"pairs": len(pairs), "problems": len({pair["id"] for pair in pairs}), **counts}
+    return dict(counts)
+
+
+def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
+    counts = Counter(pairs=0, problems=0, no_correct=0, no_wrong=0)
+
+    def pairs() -> Iterator[dict]:
+        for row in problems:
+            yield from _pairs(row, unit, counts)
+        if not counts["pairs"]:
+            raise UserError(
+                f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
+                f"{counts['no_wrong']} no wrong one; sample more, or set pairs.gold: missing"
+            )
+
+    write_jsonl(unit.folder / "pairs.jsonl", pairs())
+    return counts
+
+
+def _pairs(row: dict, unit: Unit, counts: Counter[str]) -> list[dict]:
+    """Of one problem, which is counted."""
+    settings = unit.config.pairs
+    correct, wrong = distinct_responses(row, True), distinct_responses(row, False)
+    counts.update(no_correct=not correct, no_wrong=not wrong)
+    if not correct and settings.gold == "missing" and "solution_ids" in row:
+        correct = [{"text": row["solution"], "ids": row["solution_ids"]}]
+    both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen["ids"] != rejected["ids"]]
+    drawn = random.Random(f"{unit.seed} {row['id']}").sample(both, min(settings.max_pairs, len(both)))
+    counts.update(pairs=len(drawn), problems=bool(drawn))
+    return [_pair(row, chosen, rejected) for chosen, rejected in drawn]
 
 
 def _pair(row: dict, chosen: dict, rejected: dict) -> dict:

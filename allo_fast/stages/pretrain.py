@@ -28,7 +28,8 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = Corpus()
     for index in range(settings.problems):
         row = arithmetic_row("train", index)
-        corpus.examples.append(tuple(corpus.add(*prompts.encode(row["problem"], [row["solution"]]))))
+        encoded = prompts.encode(row["problem"], [row["solution"]])
+        corpus.examples.append(tuple(corpus.add(*encoded, f"arithmetic:train:{index}")))
     torch.manual_seed(unit.seed)
     model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
     policy = DensePolicy(model)

@@ -1,6 +1,6 @@
 """The problems of a data source as a run trains and answers them: rendered once, kept with the unit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,50 +9,53 @@ from allo_fast.data.encoding import Limits, encode_problems
 from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.plan.shapes import model_config
-from allo_fast.runs.rows import read_jsonl, rendered_once, write_jsonl
+from allo_fast.runs.rows import Rows, split_once
 from allo_fast.runs.run import Unit
 
 Key = Literal["train", "test"]  # of `data`
+PROBLEMS, QUARANTINE = "problems.jsonl", "quarantine.jsonl"
 
 
-def unit_problems(
-    unit: Unit, key: Key, prompts: Prompts, new_tokens: int, *paths: str | Path
-) -> tuple[list[dict], int]:
+def unit_problems(unit: Unit, key: Key, prompts: Prompts, new_tokens: int, *paths: str | Path) -> tuple[Rows, int]:
     """Rows of `encode_problems`, and how many were set aside; problems.jsonl and quarantine.jsonl of the unit.
 
     paths: the models that read them; none: the base. A continued unit reads what it rendered, so that a chat template
     with today's date changes nothing. Raises UserError where no row is usable.
     """
 
-    def render() -> list[dict]:
-        rows, quarantined = usable_problems(unit.config, key, prompts, new_tokens, *paths)
-        write_jsonl(unit.folder / "quarantine.jsonl", map(vars, quarantined))
-        if not rows:
-            first, source = quarantined[0], getattr(unit.config.data, key)
-            raise UserError(f"data.{key}: {source}: no usable row; {first.id}: {first.reason}")
-        return rows
+    def render() -> Iterator[tuple[dict, str]]:
+        aside, usable = None, False
+        for outcome in usable_problems(unit.config, key, prompts, new_tokens, *paths):
+            if isinstance(outcome, Quarantined):
+                aside = aside or outcome
+                yield vars(outcome), QUARANTINE
+            else:
+                usable = True
+                yield outcome, PROBLEMS
+        if not usable:
+            source = getattr(unit.config.data, key)
+            raise UserError(f"data.{key}: {source}: no usable row; {aside.id}: {aside.reason}")
 
-    rows = rendered_once(unit, "problems.jsonl", render)
-    return rows, len(read_jsonl(unit.folder / "quarantine.jsonl"))
+    rows, quarantined = split_once(unit, (PROBLEMS, QUARANTINE), render)
+    return rows, len(quarantined)
 
 
 def usable_problems(
     config: Config, key: Key, prompts: Prompts, new_tokens: int, *paths: str | Path
-) -> tuple[list[dict], list[Quarantined]]:
-    problems, quarantined = problems_of(config, key)
-    rows, refused = encode_problems(problems, prompts, limits(config, new_tokens, *paths))
-    return rows, quarantined + refused
+) -> Iterator[dict | Quarantined]:
+    """Of each row of a data source what it is when it is encoded, or why it is set aside; one by one."""
+    return encode_problems(problems_of(config, key), prompts, limits(config, new_tokens, *paths))
 
 
-def problems_of(config: Config, key: Key) -> tuple[list[Problem], list[Quarantined]]:
+def problems_of(config: Config, key: Key) -> Iterator[Problem | Quarantined]:
     try:
-        return read_problems(getattr(config.data, key), config.data.format)
+        yield from read_problems(getattr(config.data, key), config.data.format)
     except UserError as error:
         raise UserError(f"data.{key}: {error}") from None
 
 
 def first_row(
-    rows: list[dict], prompts: Prompts, responses: Callable[[dict], list[dict]] = lambda row: row["responses"]
+    rows: Sequence[dict], prompts: Prompts, responses: Callable[[dict], list[dict]] = lambda row: row["responses"]
 ) -> dict[str, str]:
     """The first prompt and, once there is one, its response as they are trained, with their special tokens.
 

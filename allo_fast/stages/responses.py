@@ -1,6 +1,8 @@
 """The wrong responses of a run, and what a model says of each of their tokens."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -13,17 +15,20 @@ from allo_fast.runs.run import Progress, Unit
 REWARDS = "rewards.jsonl"
 
 
-def wrong_responses(unit: Unit) -> list[dict]:
-    """Each rejected response once, with its problem's gold solution and the tokens of its correct responses."""
-    problems = {row["id"]: row for row in read_jsonl(unit.needed("sample") / "responses.jsonl")}
-    responses = {}
-    for pair in read_jsonl(unit.needed("pairs") / "pairs.jsonl"):
-        problem = problems[pair["id"]]
-        correct = [response["ids"] for response in problem["responses"] if response["correct"]]
-        row = {name: pair[name] for name in ("id", "prompt", "prompt_ids")} | {"solution": problem["solution"]}
-        row |= {"response": pair["rejected"], "response_ids": pair["rejected_ids"]}
-        responses[pair["id"], tuple(pair["rejected_ids"])] = {**row, "correct": correct or [pair["chosen_ids"]]}
-    return list(responses.values())
+def wrong_responses(unit: Unit) -> Iterator[dict]:
+    """Each rejected response once, with its problem's gold solution and the tokens of its correct responses.
+
+    Pairs are in the order of their problems, so both files are gone through once, together.
+    """
+    problems = iter(read_jsonl(unit.needed("sample") / "responses.jsonl"))
+    for name, members in groupby(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), key=itemgetter("id")):
+        problem = next(row for row in problems if row["id"] == name)
+        correct, responses = [response["ids"] for response in problem["responses"] if response["correct"]], {}
+        for pair in members:
+            row = {key: pair[key] for key in ("id", "prompt", "prompt_ids")} | {"solution": problem["solution"]}
+            row |= {"response": pair["rejected"], "response_ids": pair["rejected_ids"]}
+            responses[tuple(pair["rejected_ids"])] = {**row, "correct": correct or [pair["chosen_ids"]]}
+        yield from responses.values()
 
 
 def reward_row(row: dict, rewards: list[float]) -> dict:

@@ -11,51 +11,59 @@ Departs from the release, whose rewriter learns densely from corrections that a 
 prompt, response, the token ids of both, rewards: one float per token of the response, what ends it included}.
 """
 
-from collections.abc import Callable, Generator
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.sources import UnusableRow, parse_json
-from allo_fast.runs.rows import read_jsonl, write_jsonl
+from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.implicit import implicit
 from allo_fast.stages.models import base_path, inference
 from allo_fast.stages.responses import REWARDS, reward_row, rewarded, wrong_responses
 from allo_fast.stages.rewriting import prompted, rewriter
 
+_WRONG = "wrong.jsonl"  # the responses; of no use once they have rewards
+
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
-    source, responses = unit.config.reward_source, wrong_responses(unit)
+    source = unit.config.reward_source
+    responses = rendered_once(unit, _WRONG, lambda: wrong_responses(unit))
     facts = yield from _SOURCES[source](unit, responses)
     rewarded_responses = ranks.on_main(lambda: len(read_jsonl(unit.folder / REWARDS)))  # which rank 0 has written
     left_out = len(responses) - rewarded_responses
+    ranks.on_main((unit.folder / _WRONG).unlink)
     return {**facts, "responses": rewarded_responses, "left_out": left_out, "source": source}
 
 
-def _confidence(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+def _confidence(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     with inference(unit, unit.config.rewards.model or base_path(unit), scoring=True) as frozen:
         yield from rewarded(unit, responses, lambda batch: frozen.compute(batch).exp(), frozen.model.device)
     return {}
 
 
-def _file(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+def _file(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     """The user's rewards for the responses of this run; every response must have one number per token."""
     path = unit.config.rewards.path
-    by_response, rows = read_rewards(path), []
-    for row in responses:
-        rewards = by_response.get((str(row["prompt"]), row["response"]))
-        length = len(row["response_ids"])
-        if rewards is None or len(rewards) != length:
-            got = "none" if rewards is None else str(len(rewards))
-            raise UserError(f"{path}: {row['id']}: expected {length} rewards, one per token, got {got}")
-        rows.append(reward_row(row, rewards))
-    write_jsonl(unit.folder / REWARDS, rows)
-    yield Progress(len(rows), len(rows), "response")
+
+    def rewards() -> Iterator[dict]:
+        by_response = read_rewards(path)
+        for row in responses:
+            rewards, length = by_response(row["prompt"], row["response"]), len(row["response_ids"])
+            if rewards is None or len(rewards) != length:
+                got = "none" if rewards is None else str(len(rewards))
+                raise UserError(f"{path}: {row['id']}: expected {length} rewards, one per token, got {got}")
+            yield reward_row(row, rewards)
+
+    ranks.on_main(lambda: write_jsonl(unit.folder / REWARDS, rewards()))
+    yield Progress(len(responses), len(responses), "response")
     return {"path": path}
 
 
-_SOURCES: dict[str, Callable[[Unit, list[dict]], Generator[Progress, None, dict]]] = {
+_SOURCES: dict[str, Callable[[Unit, Rows], Generator[Progress, None, dict]]] = {
     "confidence": _confidence,
     "rewriter": rewriter,
     "prompted": prompted,
@@ -64,16 +72,33 @@ _SOURCES: dict[str, Callable[[Unit, list[dict]], Generator[Progress, None, dict]
 }
 
 
-def read_rewards(path: str) -> dict[tuple[str, str], list[float]]:
-    """A user's rewards by prompt and response: JSON lines {prompt, response, rewards}. Raises UserError."""
+def read_rewards(path: str) -> Callable[[object, str], list[float] | None]:
+    """What finds a user's rewards by prompt and response in JSON lines {prompt, response, rewards}. Raises UserError.
+
+    Of the rows only where they lie is kept.
+    """
     if not Path(path).is_file():
         raise UserError(f"rewards.path: {path}: no such file")
-    rewards = {}
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            row = _parse_rewards(line, f"{path}:{number}")
-            rewards[str(row["prompt"]), row["response"]] = row["rewards"]
-    return rewards
+    places, place = {}, 0
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = _parse_rewards(line, f"{path}:{number}")
+                places[_key(row["prompt"], row["response"])] = place
+            place += len(line)
+
+    def find(prompt: object, response: str) -> list[float] | None:
+        if (place := places.get(_key(prompt, response))) is None:
+            return None
+        with Path(path).open("rb") as file:
+            file.seek(place)
+            return json.loads(file.readline())["rewards"]
+
+    return find
+
+
+def _key(prompt: object, response: object) -> bytes:
+    return hashlib.sha256(repr((str(prompt), response)).encode()).digest()
 
 
 def _parse_rewards(line: bytes, where: str) -> dict:

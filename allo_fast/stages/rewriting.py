@@ -8,7 +8,8 @@ prompted: the base itself, which is trained for nothing.
 """
 
 import random
-from collections.abc import Generator
+from array import array
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
 from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.runs.rows import rendered_once
+from allo_fast.runs.rows import Rows, rendered_once
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.gradients import located_policy
@@ -30,10 +31,10 @@ from allo_fast.stages.responses import rewarded
 from allo_fast.training.engine import Trainer
 
 
-def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+def rewriter(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     settings, path = unit.config.rewards, unit.config.rewards.model or base_path(unit)
     readable = _rewrites(unit, responses, path)
-    corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed))
+    corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed), unit.folder)
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
     trainer = Trainer(
         policy, corpus, Sft(), settings.train, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero
@@ -45,7 +46,7 @@ def rewriter(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
     return {**facts, **locating}
 
 
-def prompted(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dict]:
+def prompted(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     path = unit.config.rewards.model or base_path(unit)
     readable = _rewrites(unit, responses, path)
     with inference(unit, path, scoring=True) as frozen:
@@ -54,7 +55,7 @@ def prompted(unit: Unit, responses: list[dict]) -> Generator[Progress, None, dic
     return {}
 
 
-def _rewrites(unit: Unit, responses: list[dict], path: str | Path) -> list[dict]:
+def _rewrites(unit: Unit, responses: Iterable[dict], path: str | Path) -> Rows:
     """Each with the tokens of its rewriting prompt; those whose prompt the model cannot read are left out.
 
     Raises UserError where none is left.
@@ -62,22 +63,21 @@ def _rewrites(unit: Unit, responses: list[dict], path: str | Path) -> list[dict]
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
     positions = limits(unit.config, 0, path).positions
     rewrites = rendered_once(unit, "rewrites.jsonl", lambda: _rendered(responses, prompts))
-    readable = [row for row in rewrites if _length(row) <= positions]
+    lengths = array("i", map(_length, rewrites))
+    readable = rewrites.only([number for number, length in enumerate(lengths) if length <= positions])
     if not readable:
-        shortest = min(map(_length, rewrites), default="no")
+        shortest = min(lengths, default="no")
         raise UserError(
             f"rewards: the shortest rewriting prompt with its response has {shortest} tokens, {path} reads {positions}"
         )
     return readable
 
 
-def _rendered(responses: list[dict], prompts: Prompts) -> list[dict]:
-    rows = []
+def _rendered(responses: Iterable[dict], prompts: Prompts) -> Iterator[dict]:
     for row in responses:
         with suppress(UnusableRow):  # counted by the stage
             ids = prompts.encode_rewrite(row["prompt"], row["solution"], row["response"])
-            rows.append({**row, "rewrite_ids": ids})
-    return rows
+            yield {**row, "rewrite_ids": ids}
 
 
 def _length(row: dict) -> int:
@@ -85,14 +85,14 @@ def _length(row: dict) -> int:
     return len(row["rewrite_ids"]) + max(map(len, (*row["correct"], row["response_ids"])))
 
 
-def _drawn(rows: list[dict], limit: int | None, seed: int) -> list[dict]:
-    return rows if limit is None else random.Random(seed).sample(rows, min(limit, len(rows)))
+def _drawn(rows: Rows, limit: int | None, seed: int) -> Rows:
+    return rows if limit is None else rows.only(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
 
 
-def _corrections(rows: list[dict]) -> Corpus:
-    """Rewriting prompt -> the correct response nearest to the wrong one."""
-    corpus = Corpus()
+def _corrections(rows: Iterable[dict], folder: Path | None = None) -> Corpus:
+    """Rewriting prompt -> the correct response nearest to the wrong one. folder: where it lies; None: in memory."""
+    corpus = Corpus.on_disk(folder) if folder else Corpus()
     for row in rows:
         nearest = min(row["correct"], key=lambda ids: Levenshtein.distance(ids, row["response_ids"]))
-        corpus.examples.append(tuple(corpus.add(row["rewrite_ids"], [nearest])))
+        corpus.examples.append(tuple(corpus.add(row["rewrite_ids"], [nearest], row["id"])))
     return corpus

@@ -7,18 +7,24 @@ Departs from the release: a seed reaches the sampler, and responses are sampled 
 Writes responses.jsonl (texts and token ids), problems.jsonl, and quarantine.jsonl (rows set aside, with the reason).
 """
 
+import shutil
 from collections.abc import Generator
+from pathlib import Path
 
+from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.encoding import encode_responses
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import is_correct
+from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.runs.rows import by_chunks, write_jsonl
+from allo_fast.runs.rows import Rows, by_chunks
 from allo_fast.runs.run import Progress, Unit
 from allo_fast.stages.models import base_path, inference, prompts_of
-from allo_fast.stages.problems import first_row, unit_problems
+from allo_fast.stages.problems import PROBLEMS, first_row, unit_problems
+
+RESPONSES = "responses.jsonl"
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -26,28 +32,44 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
     facts = {"problems": len(rows), "quarantined": quarantined}
     if rows[0]["responses"]:
-        write_jsonl(unit.folder / "responses.jsonl", rows)
+        ranks.on_main(lambda: _link(unit.folder / PROBLEMS, unit.folder / RESPONSES))
+        responses = sum(len(row["responses"]) for row in rows)
     else:
         rows = yield from _sample(unit, rows, prompts)
-        unusable = [reason for row in rows for reason in row["unusable"]]
-        if not any(row["responses"] for row in rows):
-            raise UserError(f"no sampled response can be trained: {unusable[0]}")
-        facts["unusable_responses"] = len(unusable)
-    return {**facts, "responses": sum(len(row["responses"]) for row in rows), "first_row": first_row(rows, prompts)}
+        counts = [(len(row["responses"]), len(row["unusable"])) for row in rows]
+        responses, unusable = map(sum, zip(*counts, strict=True))
+        if not responses:
+            first = next(reason for row in rows for reason in row["unusable"])
+            raise UserError(f"no sampled response can be trained: {first}")
+        facts["unusable_responses"] = unusable
+    return {**facts, "responses": responses, "first_row": first_row(rows, prompts)}
 
 
-def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Progress, None, list[dict]]:
-    settings, asked = unit.config.sample, problems
-    if unit.config.protocol == "release" and not prompts.chat:
-        # The release samples after one space more than it trains after.
-        asked = [{**row, "prompt_ids": prompts.encode_prompt(row["prompt"], suffix=" ")} for row in problems]
+def _link(problems: Path, responses: Path) -> None:
+    """Given responses are in the problems' rows already: one file under two names, where the file system has that."""
+    responses.unlink(missing_ok=True)
+    try:
+        responses.hardlink_to(problems)
+    except OSError:
+        with appearing(responses) as partial:
+            shutil.copyfile(problems, partial)
+
+
+def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
+    settings = unit.config.sample
+    # The release samples after one space more than it trains after.
+    spaced = unit.config.protocol == "release" and not prompts.chat
+
+    def asked(row: dict) -> list[int]:
+        return prompts.encode_prompt(row["prompt"], suffix=" ") if spaced else row["prompt_ids"]
+
     with inference(unit, base_path(unit), scoring=True) as frozen:  # refused now, if it cannot be trained
 
         def work(chunk: list[dict], start: int) -> list[dict]:
             texts = generate(
                 frozen.model,
                 prompts.tokenizer,
-                [row["prompt_ids"] for row in asked[start : start + len(chunk)]],
+                [asked(row) for row in chunk],
                 prompts.end_tokens,
                 max_new_tokens=settings.max_new_tokens,
                 seed=unit.seed * 1_000_003 + start,
@@ -58,7 +80,7 @@ def _sample(unit: Unit, problems: list[dict], prompts: Prompts) -> Generator[Pro
             )
             return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
 
-        rows = yield from by_chunks(unit, "responses.jsonl", problems, settings.batch_size, "problem", work)
+        rows = yield from by_chunks(unit, RESPONSES, problems, settings.batch_size, "problem", work)
     return rows
 
 

@@ -10,7 +10,8 @@ quarantine.jsonl, as `sample` does.
 """
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from pathlib import Path
 
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
@@ -27,7 +28,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, path = unit.config.sft, base_path(unit)
     prompts = prompts_of(unit.config, load_tokenizer(path))
     rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
-    corpus = corpus_of_right_responses(rows, settings.max_examples, unit.seed)
+    corpus = corpus_of_right_responses(rows, settings.max_examples, unit.seed, unit.folder)
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings, settings.ratio)
     trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero)
     facts = yield from train(unit, trainer)
@@ -37,12 +38,15 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     return {**facts, **locating, "problems": len(rows), "quarantined": quarantined, "first_row": first}
 
 
-def corpus_of_right_responses(rows: list[dict], limit: int | None, seed: int) -> Corpus:
-    """Each right response of the rows of `encode_problems` is an example; limit: of these so many, drawn at random."""
-    corpus = Corpus()
+def corpus_of_right_responses(rows: Iterable[dict], limit: int | None, seed: int, folder: Path | None = None) -> Corpus:
+    """Each right response of the rows of `encode_problems` is an example; limit: of these so many, drawn at random.
+
+    folder: where its numbers lie; None: in memory.
+    """
+    corpus = Corpus.on_disk(folder) if folder else Corpus()
     for row in rows:
         responses = [response["ids"] for response in right_responses(row)]
-        corpus.examples += [(index,) for index in corpus.add(row["prompt_ids"], responses)]
+        corpus.examples += [(index,) for index in corpus.add(row["prompt_ids"], responses, row["id"])]
     if limit is not None and limit < len(corpus.examples):
-        corpus.examples = random.Random(seed).sample(corpus.examples, limit)
+        return corpus.only(random.Random(seed).sample(range(len(corpus.examples)), limit))
     return corpus

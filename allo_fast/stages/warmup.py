@@ -20,7 +20,7 @@ from allo_fast.training.engine import Trainer
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"))
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))
     trainer = Trainer(

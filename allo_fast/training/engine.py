@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,7 @@ class Trainer:
         self.traffic = ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
         self.skipped = 0  # steps whose gradients were not finite
-        self.reference: dict[str, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
+        self.reference: Mapping[int, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
 
     def prepare(self) -> Iterator[tuple[int, int]]:
         """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
@@ -110,11 +110,10 @@ class Trainer:
         """
         if not self.objective.needs_reference:
             return
-        (self.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
-        path, share = self.folder / SCRATCH / "reference_logps.safetensors", self.policy.logps.share_prompts
+        scratch, share = self.folder / SCRATCH, self.policy.logps.share_prompts
         opened = self.open_reference(share) if self.open_reference else nullcontext(self.backend.response_logps)
         device = self.policy.model.device
-        self.reference = yield from reference_logps(path, self.mark, self.examples, opened, share, device)
+        self.reference = yield from reference_logps(scratch, self.mark, self.examples, opened, share, device)
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step that was made.
@@ -247,15 +246,15 @@ class Trainer:
     def _where(self, losses: dict[int, float]) -> str:
         """Whose losses of this rank are not finite."""
         micros = [micro for micro, loss in losses.items() if not math.isfinite(loss)]
-        examples = [str(example) for micro in micros for example in self.examples.micro_batches[micro]]
-        return f"; on rank {ranks.rank()} of {', '.join(examples)}" if examples else ""
+        names = [name for micro in micros for name in self.examples.names_of(micro)]
+        return f"; on rank {ranks.rank()} in {', '.join(names)}" if names else ""
 
     def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
         if not self.objective.needs_reference:
             return None
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
         policy_is_reference = self.open_reference is None and not self.backend.updated
-        return logps.detach() if policy_is_reference else self.reference[str(micro)].to(logps.device)
+        return logps.detach() if policy_is_reference else self.reference[micro].to(logps.device)
 
 
 def make_backend(

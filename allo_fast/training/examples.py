@@ -1,8 +1,9 @@
 """What a stage trains on, step by step, and what the reference model says of it."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from allo_fast import ranks
 from allo_fast.config import TrainConfig
+from allo_fast.data.arrays import Chained, Ragged
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.durable import Damaged, load_tensors, save_tensors
+from allo_fast.durable import Damaged, about_of, open_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
+
+PART_NUMBERS = 1 << 22  # that a file of reference log-probabilities has at most, if a micro-batch has fewer
 
 
 class Examples:
@@ -28,19 +32,24 @@ class Examples:
         corpus: Corpus,
         config: TrainConfig,
         seed: int = 0,
-        token_weights: Sequence[Sequence[float]] | None = None,
+        token_weights: Ragged | list[list[float]] | None = None,
     ):
         self.corpus, self.token_weights = corpus, token_weights
         self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
         per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
-        ranks.agree_on("corpus", (corpus, token_weights))
+        weights = token_weights.arrays() if isinstance(token_weights, Ragged) else [token_weights]
+        ranks.agree_on("corpus", chain(corpus.arrays(), weights))
         self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
-        self.steps = [step for epoch in self.epochs for step in epoch]
+        self.steps = Chained(self.epochs)
 
     def collate(self, micro: int, share_prompts: bool) -> Batch:
         """On the CPU."""
         examples = self.micro_batches[micro]
         return collate(self.corpus, examples, share_prompts=share_prompts, token_weights=self.token_weights)
+
+    def names_of(self, micro: int) -> list[str]:
+        """Of the rows that a micro-batch came from."""
+        return self.corpus.names_of(self.micro_batches[micro])
 
     def share(self, step: int) -> list[tuple[int, float]]:
         """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
@@ -49,39 +58,91 @@ class Examples:
         return local_micro_batches + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(local_micro_batches))
 
 
+class Reference(Mapping[int, Tensor]):
+    """By the number of a micro-batch, fp32 [R, L] on the CPU, mapped from files of as many micro-batches each.
+
+    A file has `values`, those of all its micro-batches one after another, and `shapes` [n, 2]. mark: of what they are.
+    """
+
+    def __init__(self, folder: Path, mark: str, examples: Examples):
+        self.folder, self.mark, self.count = folder, mark, len(examples.micro_batches)
+        largest = examples.micro_batches.rows.shape[1] * examples.micro_batches.size
+        largest *= int(examples.corpus.responses.tokens.lengths.max())
+        self.size = max(1, PART_NUMBERS // largest)
+        self._parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+    def __getitem__(self, micro: int) -> Tensor:
+        if micro not in range(self.count):
+            raise KeyError(micro)
+        part, place = divmod(micro, self.size)
+        if part not in self._parts:
+            self._parts[part] = self._opened(part)
+        values, shapes, ends = self._parts[part]
+        return values[ends[place] - shapes[place].prod() : ends[place]].view(*shapes[place].tolist())
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"reference-{part:05d}.safetensors"
+
+    def micros(self, part: int) -> range:
+        return range(part * self.size, min(self.count, (part + 1) * self.size))
+
+    def missing(self) -> list[int]:
+        """The parts that are not there; of those that are damaged this is said."""
+        return [part for part in range(-(-self.count // self.size)) if not self._is_whole(part)]
+
+    def save(self, part: int, logps: list[Tensor]) -> None:
+        """logps: of its micro-batches, in order."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values, shapes = torch.cat([item.flatten() for item in logps]), torch.tensor([item.shape for item in logps])
+        save_tensors(self.path(part), {"values": values, "shapes": shapes}, {"mark": self.mark})
+
+    def _is_whole(self, part: int) -> bool:
+        try:
+            return self.path(part).exists() and about_of(open_tensors(self.path(part)))["mark"] == self.mark
+        except Damaged as error:
+            logger.warning("%s; computed again", error)
+            return False
+
+    def _opened(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
+        file = open_tensors(self.path(part), check=False)
+        shapes = file.get_tensor("shapes")
+        return file.get_tensor("values"), shapes, shapes.prod(1).cumsum(0)
+
+
 def reference_logps(
-    path: Path,
+    folder: Path,
     mark: str,
     examples: Examples,
     opened: AbstractContextManager[Callable[[Batch], Tensor]],
     share_prompts: bool,
     device: torch.device,
-) -> Generator[tuple[int, int], None, dict[str, Tensor]]:
-    """By the number of a micro-batch, fp32 [R, L] on the CPU; yields (micro-batches done, all).
+) -> Generator[tuple[int, int], None, Reference]:
+    """Yields (micro-batches done, all).
 
-    Computed once, and kept in a file for a resumed run. mark: of what they are; others are not taken.
-    opened: the reference's log-probabilities, while entered.
+    Computed once, file by file in `folder`, so that a killed stage goes on. opened: the reference's log-probabilities,
+    while entered.
     """
-    if ranks.on_main(lambda: _is_own(path, mark)):
-        return load_tensors(path)[0]
-    reference: dict[str, Tensor] = {}
+    reference = Reference(folder, mark, examples)
+    if not (missing := ranks.on_main(reference.missing)):
+        return reference
+    done = reference.count - sum(len(reference.micros(part)) for part in missing)
     with opened as compute:
-        for first in range(0, len(examples.micro_batches), ranks.world_size()):
-            # Where fewer are left than there are ranks, some compute the first one too: a sharded model needs them all.
-            micro = first + ranks.rank() if first + ranks.rank() < len(examples.micro_batches) else first
-            with torch.no_grad():
-                logps = compute(examples.collate(micro, share_prompts).to(device)).cpu()
-            for part in ranks.gather({str(micro): logps}):
-                reference |= part
-            yield len(reference), len(examples.micro_batches)
-    if ranks.is_main():
-        save_tensors(path, reference, {"mark": mark})
+        for part in missing:
+            logps: list[Tensor] = []
+            micros = reference.micros(part)
+            for first in micros[:: ranks.world_size()]:
+                # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
+                micro = first + ranks.rank() if first + ranks.rank() in micros else first
+                with torch.no_grad():
+                    found = compute(examples.collate(micro, share_prompts).to(device)).cpu()
+                logps += ranks.gather(found)[: len(micros) - len(logps)]
+                yield done + len(logps), reference.count
+            ranks.on_main(lambda part=part, logps=logps: reference.save(part, logps))
+            done += len(micros)
     return reference
-
-
-def _is_own(path: Path, mark: str) -> bool:
-    try:
-        return path.exists() and load_tensors(path)[1]["mark"] == mark
-    except Damaged as error:
-        logger.warning("%s; computed again", error)
-        return False
