@@ -1,0 +1,1 @@
+"""Fault drills: what happens to a run when disks fill, processes die, files rot and input is not what it should be."""
