@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 
 from allo_fast.__main__ import main
-
 from allo_fast.config import Config
 from allo_fast.config_file import load_config
 from allo_fast.data.scoring import accuracy_interval, difference_interval

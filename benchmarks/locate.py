@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from allo_fast.__main__ import main
 from matplotlib.figure import Figure
 
+from allo_fast.__main__ import main
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.config_file import load_config
 from allo_fast.data.batch import Corpus

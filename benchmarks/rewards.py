@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from allo_fast.__main__ import main
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
+from allo_fast.__main__ import main
 from allo_fast.config import Config
 from allo_fast.config_file import load_config
 from allo_fast.durable import versions

@@ -447,6 +447,14 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "micro").iterdir()] == ["thesis.txt"]
 
 
+def test_what_was_killed_at_its_first_write_begins_again(copied):
+    config, folder = copied
+    shutil.rmtree(folder)
+    (torn := folder / "00-pretrain/base/.STARTED.json.partial").mkdir(parents=True)
+    (torn / "STARTED.json").write_text("to")
+    assert main(["pretrain", str(config)]) == 0 and not list(folder.rglob("*.partial"))
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

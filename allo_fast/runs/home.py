@@ -5,11 +5,11 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import dump_config, load_config
-from allo_fast.durable import write_bytes
+from allo_fast.durable import LEFTOVERS, write_bytes
 from allo_fast.runs.basis import differences, flat
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,11 @@ class Home:
         return any(any(self.folder.glob(f"[0-9][0-9]-*/*/{name}")) for name in (STARTED, MANIFEST))
 
     def check_free(self) -> None:
-        """Raises UserError where somebody else's files lie in the folder."""
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / CONFIG).is_file():
+        """Raises UserError where somebody else's files lie in the folder; what a killed write left is nobody's."""
+        if (self.folder / CONFIG).is_file():
+            return
+        files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if not path.is_dir())
+        if any(not any(PurePath(part).match(LEFTOVERS) for part in file.parts) for file in files):
             raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
 
     def changed_settings(self, config: Config) -> str:

@@ -109,7 +109,7 @@ def killed_twice(lab: Lab) -> Verdict:
 
 
 config_writes = {f"{kind} {at}": (kind, at, SAVED_CONFIG) for kind in ("kill", "half") for at in (1, 2, 3)}
-table(KILLED, "killed-learn", killed_at, {f"kill -9 while {SAVED_CONFIG} is rewritten": config_writes})
+table(KILLED, "fresh", killed_at, {f"kill -9 while {SAVED_CONFIG} is written": config_writes})
 table(
     KILLED,
     "killed-warmup",
