@@ -297,6 +297,15 @@ def test_steps_that_are_not_finite_may_be_passed_over(tmp_path, caplog, dense):
     assert next(again.run()).step == 4 and again.skipped == 1 and "not there any more" not in caplog.text
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_was_counted_is_known_where_no_step_is_left(tmp_path, dense):
+    def build():
+        return trainer(tmp_path, policy=DensePolicy(tiny_llama()) if dense else None, save_steps=1)
+
+    list((first := build()).run())
+    assert not list((again := build()).run()) and again.state_bytes() == first.state_bytes()
+
+
 def test_a_weight_without_gradient_survives_a_resume(tmp_path):
     def build():
         model = tiny_llama()

@@ -99,6 +99,7 @@ class Trainer:
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.traffic = ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
+        self._state_bytes: dict[str, int] = {}  # as an earlier session counted them, until this one makes a step
         self.skipped = 0  # steps whose gradients were not finite
         self.reference: Mapping[int, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
 
@@ -144,7 +145,8 @@ class Trainer:
         if (path := ranks.on_main(self.checkpoints.newest)) is None:
             return 0
         progress = self.backend.load(path)
-        self.skipped = progress["skipped"]
+        self.skipped, self.traffic_by_operation = progress["skipped"], progress["traffic_by_operation"]
+        self._state_bytes = progress["state_bytes"]
         return progress["step"]
 
     def _open_log(self, done: int) -> Journal:
@@ -158,9 +160,14 @@ class Trainer:
     def _save(self, step: int) -> None:
         self._check_weights(step)
         ranks.on_main(self.checkpoints.make_room)
-        self.backend.save(self.checkpoints.path(step), step, {**self.checkpoints.about, "skipped": self.skipped})
+        self.backend.save(self.checkpoints.path(step), step, {**self.checkpoints.about, **self._seen()})
         ranks.on_main(lambda: self.checkpoints.prune(step))
         self._saved_at = time.monotonic()
+
+    def _seen(self) -> dict:
+        """What a session that makes no step more cannot see."""
+        seen = {"state_bytes": self.state_bytes(), "traffic_by_operation": self.traffic_by_operation}
+        return {"skipped": self.skipped, **seen}
 
     def _check_weights(self, step: int) -> None:
         """Raises TrainingError where the last update of a weight was too much."""
@@ -169,7 +176,7 @@ class Trainer:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's live model states by kind; gradients and moments are there once a step was made."""
-        return {**self.policy.state_bytes(), **self.backend.state_bytes()}
+        return self._state_bytes or {**self.policy.state_bytes(), **self.backend.state_bytes()}
 
     def _step(self, number: int) -> StepMetrics | None:
         """None where it was passed over."""
@@ -198,6 +205,7 @@ class Trainer:
             return self._are_finite(number, values, losses)
 
         self.backend.step(accepts)
+        self._state_bytes = {}
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             return None
         if self.traffic:
