@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from allo_fast import ranks
+from allo_fast import ranks, signals
 from allo_fast.arguments import parse
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
@@ -72,7 +72,11 @@ def run(arguments: list[str] | None) -> int:
 
 
 def _complain(error: Exception | str) -> None:
-    """Once: what every rank meets, rank 0 says, and the launcher ends the others before they do."""
+    """Once: what every rank meets, rank 0 says, and the launcher ends the others before they do.
+
+    Raises Interrupted where a signal was what came first.
+    """
+    signals.check()
     rank = ranks.launched_rank()
     if rank:
         time.sleep(3)
@@ -207,6 +211,7 @@ def _show(label: str, work: Generator[Progress, None, object]) -> object:
                 progress = next(work)
             except StopIteration as end:
                 return end.value
+            signals.check()
             if bar.unit != progress.noun:
                 bar.unit = progress.noun
                 bar.reset(progress.total)

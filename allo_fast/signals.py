@@ -20,15 +20,27 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, the first signal raises Interrupted, or waits while something defers it; a second one ends at once."""
+    """Inside, the first signal raises Interrupted, or waits while something defers it; a second one ends at once.
+
+    Whatever a library makes of Interrupted, outside it is that again.
+    """
     global _received
     before = {number: signal.signal(number, _receive) for number in _NUMBERS}
     try:
         yield
+    except Exception:
+        check()
+        raise
     finally:
         _received = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raises Interrupted where a signal came that nothing defers."""
+    if _received and not _deferrals:
+        raise Interrupted(_received)
 
 
 @contextmanager
@@ -47,8 +59,7 @@ def _receive(number: int, frame: object) -> None:
     _received = number
     for each in _NUMBERS:
         signal.signal(each, signal.SIG_DFL)
-    if not _deferrals:
-        raise Interrupted(number)
+    check()
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         line = f"\n{name}: ends after this step and its checkpoint; a second signal ends it at once\n"

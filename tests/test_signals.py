@@ -9,6 +9,8 @@ import pytest
 
 from allo_fast import commands, signals
 from allo_fast.__main__ import main
+from allo_fast.config import UserError
+from allo_fast.runs.run import Progress
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
@@ -18,6 +20,21 @@ def test_the_first_ends_a_command_with_a_line(monkeypatch, capsys, name, code):
     assert main([]) == code
     assert capsys.readouterr().err == f"allo-fast: ended by {name}; the same command continues\n"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("error", [ValueError("could not determine the shape"), UserError("of the disk"), None])
+def test_what_a_library_makes_of_it_is_not_taken_for_an_error(monkeypatch, capsys, error):
+    def command(options):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except signals.Interrupted:
+            if error:
+                raise error from None
+        commands._show("stage", (progress for progress in [Progress(1, 2, "step")]))
+
+    monkeypatch.setitem(commands._COMMANDS, "env", command)
+    assert main(["env"]) == 143
+    assert "allo-fast: ended by SIGTERM; the same command continues\n" in capsys.readouterr().err
 
 
 def test_a_second_ends_at_once_also_where_the_first_waits():
