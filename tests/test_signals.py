@@ -18,7 +18,7 @@ def test_the_first_ends_a_command_with_a_line(monkeypatch, capsys, name, code):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
     monkeypatch.setattr(commands, "run", lambda arguments: os.kill(os.getpid(), getattr(signal, name)))
     assert main([]) == code
-    assert capsys.readouterr().err == f"allo-fast: ended by {name}; the same command continues\n"
+    assert capsys.readouterr().err == f"\nallo-fast: ended by {name}; the same command continues\n"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
 
 
