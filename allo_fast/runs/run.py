@@ -49,7 +49,7 @@ class Stage:
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
     files: Callable[[Config], dict[str, list[Path]]] = lambda config: {}  # those outside the run that a key names
     seed: Callable[[Config], int] = lambda config: 0  # of a unit whose key names none
-    copies: tuple[str, ...] = ()  # of what it makes in other forms, which nothing reads and which may be removed
+    copies: tuple[str, ...] = ()  # of what it makes beside them, which nothing reads again and which may be removed
 
 
 @dataclass

@@ -95,6 +95,7 @@ _DATA = (*_PROMPTS, "data.scorer", *_LIMITS)
 _LOCATED = ("locate.clip", "locate.exclude", "locate.pairs")  # of stages that locate for themselves
 
 _SAVED = ("model/*",)
+_LOCATING = ("selection.safetensors", "locating.json")  # of stages that locate for themselves
 _RENDERED = ("problems.jsonl", "quarantine.jsonl")
 
 STAGES = {
@@ -110,6 +111,7 @@ STAGES = {
         number=1,
         execute=sft.execute,
         outputs=(*_SAVED, "delta.safetensors", *_RENDERED),
+        copies=_LOCATING,
         settings=("sft", "data.train", "sample.max_new_tokens", "model.rounding", *_LOCATED, *_LIMITS, *_PROMPTS),
         needs=lambda config, key: _given(config),
         keys=lambda config: ["base"],
@@ -156,6 +158,7 @@ STAGES = {
         number=6,
         execute=rewards.execute,
         outputs=("rewards.jsonl",),
+        copies=("rewrites.jsonl", *_LOCATING),
         settings=("rewards", "model.rounding", *_LOCATED, *_PROMPTS),
         needs=_needs("sample", "pairs"),
         keys=_seeds,

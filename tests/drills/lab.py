@@ -160,7 +160,7 @@ class Lab:
         return ""
 
     def _word_of_it(self, done: Done) -> bool:
-        words = {"checkpoint", "step 1", *(path.name for path in self.damaged)}
+        words = {"checkpoint", "step 1", *(path.name.removesuffix(".sums") for path in self.damaged)}
         return any(word in line for line in done.lines for word in words)
 
     def changed(self) -> str:
