@@ -25,6 +25,7 @@ from tests.drills.states import KILLED, States
 
 # What no result depends on: it may stay as it was damaged.
 LOGS = ("metrics.jsonl", "reference-00000.safetensors")
+COPIES = ("rewrites.jsonl", "locating.json", "selection.safetensors")  # which may be removed
 KILLED_STATES = {f"killed-{stage}": unit for stage, (unit, _) in KILLED.items()}
 VALUES = (None, True, -1, 0, 1 << 70, 1e400, float("nan"), "", "x" * 5000, "\ud800", [], {}, [[]], {"a": {}}, "../../x")
 
@@ -249,9 +250,12 @@ def judge(lab: Lab, target: Target, path: Path, touched: list[Path]) -> Verdict:
     def wrong(_) -> str:
         changed = lab.changed()
         name = str(path.relative_to(lab.run))
-        only_this = changed in (f"other bytes: {name}", f"missing: {name}")
         unread = target.state in KILLED_STATES and not name.startswith(KILLED_STATES[target.state])
-        return "" if only_this and (path.name in LOGS or unread) else changed
+        hurt = {str(each.relative_to(lab.run)).removesuffix(".sums") for each in (path, *touched)}
+        logs = {each for each in hurt if Path(each).name in LOGS} | ({name} if unread else set())
+        copies = {each for each in hurt if Path(each).name in COPIES}
+        allowed = {f"other bytes: {each}" for each in logs} | {f"missing: {each}" for each in logs | copies}
+        return "" if changed in allowed else changed
 
     return lab.judged(wrong, *target.words, refusal=True, timeout=120)
 
