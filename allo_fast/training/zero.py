@@ -89,7 +89,7 @@ def read_zero(path: str, config: Config) -> Zero:
         settings = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"deepspeed: {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"deepspeed: {path}: not JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise UserError(f'deepspeed: {path}: expected an object with "zero_optimization"')
