@@ -7,6 +7,7 @@ JSON carry a SHA-256 of themselves.
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_fast.config import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 LEFTOVERS = ".*.partial"
 SCRATCH = "scratch"  # a folder of what a unit needs until it is complete
@@ -141,6 +144,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors, on the CPU, and what `save_tensors` was told about them. Raises Damaged."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, about_of(file)
+
+
+def is_own(path: Path, mark: str) -> bool:
+    """Whether a file of tensors is there, whole, and says that it is of `mark`; what is damaged is said."""
+    try:
+        if not path.exists():
+            return False
+        with open_tensors(path) as file:
+            return about_of(file).get("mark") == mark
+    except Damaged as error:
+        logger.warning("%s; computed again", error)
+        return False
 
 
 def check_room(path: Path, size: int) -> None:

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from allo_fast import durable
 from allo_fast.config import UserError
-from allo_fast.durable import Damaged, about_of, open_tensors, read_json, save_tensors, write_json
+from allo_fast.durable import Damaged, about_of, read_json, save_tensors, write_json
 from allo_fast.locating.windows import Piece
 
 logger = logging.getLogger(__name__)
@@ -50,18 +51,13 @@ def finished(folder: Path, kind: str, mark: str = "") -> dict[int, list[Path]]:
 
 
 def is_own(path: Path, mark: str) -> bool:
-    """Whether a file is there, whole and of `mark`; what is not is said."""
+    """`durable.is_own`; a file that stays as it is is read once."""
     return path.exists() and _is_own(path, path.stat().st_mtime_ns, mark)
 
 
 @cache
 def _is_own(path: Path, changed: int, mark: str) -> bool:
-    try:
-        with open_tensors(path) as file:
-            return about_of(file).get("mark") == mark
-    except Damaged as error:
-        logger.warning("%s; computed again", error)
-        return False
+    return durable.is_own(path, mark)
 
 
 def save_pass(

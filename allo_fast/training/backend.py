@@ -38,6 +38,7 @@ class LocalBackend:
             self.optimizer.start_state(self.parameters.values())
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False  # has any step moved the policy away from where it started?
+        self.largest = largest(policy.model)
         self.exceeds = torch.tensor(False)  # is a value not finite, or too large for its weight? 0-d, on the device
 
     @property
@@ -71,7 +72,7 @@ class LocalBackend:
             self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
-        self.exceeds = exceeds(self.parameters.values(), largest(self.policy.model))
+        self.exceeds = exceeds(self.parameters.values(), self.largest)
 
     def _sparse_step(self, accepts: Callable[[Tensor], bool]) -> None:
         dense = list(self.policy.dense_gradients.values())

@@ -64,6 +64,7 @@ class DeepSpeedBackend:
             policy.release = self.engine.empty_partition_cache
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False
+        self.largest = largest(policy.model)
         self.exceeds = torch.tensor(False)
 
     @property
@@ -98,7 +99,7 @@ class DeepSpeedBackend:
         elif self.sparse:
             self.optimizer.zero_grad()  # puts back the flat gradients that DeepSpeed let go of
         self.scheduler.step()
-        self.exceeds = exceeds(self.parameters.values(), largest(self.policy.model))
+        self.exceeds = exceeds(self.parameters.values(), self.largest)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight as it is trained, whole, one at a time; every rank iterates together."""

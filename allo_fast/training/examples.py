@@ -1,6 +1,5 @@
 """What a stage trains on, step by step, and what the reference model says of it."""
 
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -13,9 +12,7 @@ from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.arrays import Chained, Ragged
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.durable import Damaged, about_of, open_tensors, save_tensors
-
-logger = logging.getLogger(__name__)
+from allo_fast.durable import is_own, open_tensors, save_tensors
 
 PART_NUMBERS = 1 << 22  # that a file of reference log-probabilities has at most, if a micro-batch has fewer
 
@@ -94,20 +91,13 @@ class Reference(Mapping[int, Tensor]):
 
     def missing(self) -> list[int]:
         """The parts that are not there; of those that are damaged this is said."""
-        return [part for part in range(-(-self.count // self.size)) if not self._is_whole(part)]
+        return [part for part in range(-(-self.count // self.size)) if not is_own(self.path(part), self.mark)]
 
     def save(self, part: int, logps: list[Tensor]) -> None:
         """logps: of its micro-batches, in order."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values, shapes = torch.cat([item.flatten() for item in logps]), torch.tensor([item.shape for item in logps])
         save_tensors(self.path(part), {"values": values, "shapes": shapes}, {"mark": self.mark})
-
-    def _is_whole(self, part: int) -> bool:
-        try:
-            return self.path(part).exists() and about_of(open_tensors(self.path(part)))["mark"] == self.mark
-        except Damaged as error:
-            logger.warning("%s; computed again", error)
-            return False
 
     def _opened(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
         file = open_tensors(self.path(part), check=False)
