@@ -243,13 +243,13 @@ def test_weights_that_go_too_far_end_the_run_with_the_last_good_checkpoint(tmp_p
         model = tiny_llama() if dense else tiny_llama().to(dtype)
         policy = DensePolicy(model) if dense else SparsePolicy(model, random_selection(model))
         settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 9.0, "num_train_epochs": 1}
-        return trainer(tmp_path, policy=policy, save_steps=1, **settings | changes)
+        return trainer(tmp_path, policy=policy, **{"save_steps": 1} | settings | changes)
 
     with pytest.raises(TrainingError, match="step 1: a weight is NaN, infinite or too large for its dtype after"):
         next(build(learning_rate=rate).run())
     assert not checkpoints(tmp_path)
     with pytest.raises(TrainingError, match="step 1: a weight is NaN"):
-        list(build(learning_rate=rate, per_device_train_batch_size=99).run())
+        list(build(learning_rate=rate, per_device_train_batch_size=99, save_steps=99).run())
 
 
 def poisoned(folder, steps: set[int], **changes) -> Trainer:
