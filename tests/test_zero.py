@@ -68,6 +68,26 @@ def test_shipped_files_are_read(path):
         ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}}, "bf16.enabled is False, but model.dtype"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "no"}}, "bf16.enabled: expected true, false or"),
         ({"zero_optimization": {"stage": 2}, "comms_logger": True}, "comms_logger: expected dict, got True"),
+        (
+            {"zero_optimization": {"stage": 2}, "comms_logger": {"enabled": "often"}},
+            "comms_logger.enabled: expected bool, got 'often'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "comms_logger": {"prof_op": []}},
+            r"comms_logger: unknown or unsupported: prof_op \(did you mean prof_ops",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "flops_profiler": {"profile_step": 1.5}},
+            "flops_profiler.profile_step: expected int, got 1.5",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "flops_profiler": {"output_file": 1}},
+            "flops_profiler.output_file: expected str, got 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "steps_per_print": float("inf")},
+            "steps_per_print: expected int, got inf",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, held, message):
@@ -94,9 +114,10 @@ def test_what_agrees_is_taken(tmp_path):
 
 
 def test_what_has_no_effect_is_said(tmp_path, caplog):
-    held = {"zero_allow_untested_optimizer": True, "steps_per_print": 1e5, "bf16": None}
+    passed_on = {"comms_logger": {"enabled": True}, "flops_profiler": {"profile_step": 5, "recompute_fwd_factor": 1}}
+    held = {"zero_allow_untested_optimizer": True, "steps_per_print": 1e5, "bf16": None, **passed_on}
     zero = read(tmp_path, {**held, "zero_optimization": {"stage": 3, "sub_group_size": 1e9}})
-    assert zero.others == {"steps_per_print": 100_000} and zero.options == {"stage": 3}
+    assert zero.others == {"steps_per_print": 100_000, **passed_on} and zero.options == {"stage": 3}
     assert "zero_allow_untested_optimizer is not used" in caplog.text
     assert "sub_group_size is not used: one optimizer step takes all gradients" in caplog.text
 

@@ -101,6 +101,7 @@ def read_zero(path: str, config: Config) -> Zero:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed: {path}: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
     _check_values(path, options)
+    _check_passed_on(path, settings)
     offload = options.get("offload_optimizer") or {}
     device = offload.get("device", "none")
     if device not in ("none", "cpu") or offload.keys() - {"device", "pin_memory"}:
@@ -167,9 +168,28 @@ def _check_values(path: str, options: dict) -> None:
         raise UserError(f"deepspeed: {path}: zero_optimization.{where}: {first['msg']}") from None
 
 
+def _check_passed_on(path: str, settings: dict) -> None:
+    """Names and kinds of what goes to DeepSpeed as it is, by DeepSpeed's defaults."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+
+    known = {"comms_logger": CommsLoggerConfig().model_dump(), "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({}))}
+    for name, defaults in known.items():
+        section = settings.get(name, "auto")
+        if section == "auto":
+            continue
+        _check_names(f"{path}: {name}", section, tuple(defaults))
+        for key, value in section.items():
+            kind = str if defaults[key] is None else type(defaults[key])
+            if not _is_of_kind(value, kind):
+                raise UserError(f"deepspeed: {path}: {name}.{key}: expected {kind.__name__}, got {value!r}")
+
+
 def _is_of_kind(value: object, kind: type) -> bool:
-    """1e5 is an integer too, though JSON reads a float."""
-    return type(value) is kind or (kind is int and type(value) is float and value.is_integer())
+    """1e5 is an integer too, though JSON reads a float; and 1 is a number as 1.0 is."""
+    if type(value) in (int, float) and kind in (int, float):
+        return kind is float or float(value).is_integer()
+    return type(value) is kind
 
 
 def _enabled(path: str, settings: dict, section: str) -> bool | None:
