@@ -289,6 +289,11 @@ def test_bad_reward_files(tmp_path):
         ("{", "rewards.jsonl:1: not JSON"),
         ('{"response": "x", "rewards": []}', "expected the fields prompt, response and rewards"),
         (json.dumps({"prompt": "p", "response": "x", "rewards": [2.0]}), "expected numbers in 0..1"),
+        (json.dumps({"prompt": "p", "response": "x", "rewards": [True]}), "expected numbers in 0..1"),
+        (
+            "\n".join(json.dumps({"prompt": "p", "response": "x", "rewards": [x]}) for x in (0.5, 0.5, 0.25)),
+            "rewards.jsonl:3: other rewards than an earlier row has for the same response",
+        ),
         (json.dumps({"prompt": "p", "response": ["x"], "rewards": []}), "1: response: expected a text, got ..x.."),
         (
             '{"prompt": "p", "prompt": "q", "response": "x", "rewards": []}',

@@ -29,9 +29,10 @@ class Losses:
     ):
         self.logps, self.examples, self.objective, self.reference = logps, examples, objective, reference
         self.divided = divided
-        batches = [self._collate(micro) for micro in range(len(examples.micro_batches))]
-        self.positions = [batch.input_ids.numel() for batch in batches]
-        self._counts = [objective.count(batch) for batch in batches]
+        self.positions, self._counts = [], []
+        for batch in map(self._collate, range(len(examples.micro_batches))):
+            self.positions.append(batch.input_ids.numel())
+            self._counts.append(objective.count(batch))
 
     def step(self, number: int) -> list[Part]:
         """Those that this rank computes."""

@@ -79,20 +79,25 @@ def read_rewards(path: str) -> Callable[[object, str], list[float] | None]:
     """
     if not Path(path).is_file():
         raise UserError(f"rewards.path: {path}: no such file")
+
+    def rewards_at(place: int) -> list[float]:
+        with Path(path).open("rb") as file:
+            file.seek(place)
+            return json.loads(file.readline())["rewards"]
+
     places, place = {}, 0
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row = _parse_rewards(line, f"{path}:{number}")
-                places[_key(row["prompt"], row["response"])] = place
+                earlier = places.setdefault(_key(row["prompt"], row["response"]), place)
+                if earlier != place and rewards_at(earlier) != row["rewards"]:
+                    raise UserError(f"{path}:{number}: other rewards than an earlier row has for the same response")
             place += len(line)
 
     def find(prompt: object, response: str) -> list[float] | None:
-        if (place := places.get(_key(prompt, response))) is None:
-            return None
-        with Path(path).open("rb") as file:
-            file.seek(place)
-            return json.loads(file.readline())["rewards"]
+        place = places.get(_key(prompt, response))
+        return None if place is None else rewards_at(place)
 
     return find
 
@@ -111,6 +116,6 @@ def _parse_rewards(line: bytes, where: str) -> dict:
     if not isinstance(row["response"], str):
         raise UserError(f"{where}: response: expected a text, got {row['response']!r:.80}")
     rewards = row["rewards"]
-    if not isinstance(rewards, list) or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in rewards):
+    if not isinstance(rewards, list) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in rewards):
         raise UserError(f"{where}: rewards: expected numbers in 0..1")
     return row
