@@ -42,7 +42,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "gguf": ["gguf>=0.17"],
         "flash-attn": ["flash-attn>=2.8"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16"],
+        "test": ["pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16"],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},
 )

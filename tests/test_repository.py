@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -117,3 +118,10 @@ def test_the_packages_are_all_installed_ones():
     setup = (ROOT / "setup.py").read_text()
     for path in (ROOT / "allo_fast").rglob("__init__.py"):
         assert f'"{".".join(path.relative_to(ROOT).parts[:-1])}"' in setup
+
+
+@pytest.mark.xdist_group("grouped")
+def test_groups_of_tests_share_what_is_made_once(request):
+    """pytest 9.2 takes a node's name in a way that pytest-xdist 3.8 cannot add a group to."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@grouped")
