@@ -9,7 +9,6 @@ import pytest
 from allo_kernels.__main__ import main
 from allo_kernels.tools import aot
 
-
 MODELS = ("Llama-3-8B", "uneven")  # sizes that 16 divides, and sizes that nothing does; the command has more
 COMPILE = f"""
 import dataclasses, json
