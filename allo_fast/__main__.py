@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return commands.run(arguments)
     except signals.Interrupted as interruption:
-        print(f"\nallo-fast: {interruption}", file=sys.stderr)  # a bar may have been cut in its line
+        signals.say(f"allo-fast: {interruption}")
         return 128 + interruption.number
 
 

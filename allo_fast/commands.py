@@ -61,26 +61,24 @@ def run(arguments: list[str] | None) -> int:
         if "LOCAL_RANK" in os.environ and ranks.launched_world_size() > 1 and command not in (_run, _stage):
             raise UserError(f"{ranks.launched_world_size()} processes were started for what one does")
         return command(options) or 0
-    except (UserError, TrainingError) as error:
-        _complain(error)
-        return 2
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        signals.check_cause(error)
+        rank = ranks.launched_rank()
+        if (
+            rank
+        ):  # what every rank meets, and what one meets when another has ended, rank 0 says before a launcher ends it
+            time.sleep(3)
+        if not (line := _line(error)):
             raise
-        _complain(f"{f'{error.filename}: ' if error.filename else ''}{reason(error)}")
+        print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
         return 2
 
 
-def _complain(error: Exception | str) -> None:
-    """Once: what every rank meets, rank 0 says, and the launcher ends the others before they do.
-
-    Raises Interrupted where a signal was what came first.
-    """
-    signals.check()
-    rank = ranks.launched_rank()
-    if rank:
-        time.sleep(3)
-    print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+def _line(error: Exception) -> str | None:
+    """What a user is told; None of an error that is the program's own."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{f'{error.filename}: ' if error.filename else ''}{reason(error)}"
+    return str(error) if isinstance(error, UserError | TrainingError) else None
 
 
 def _run(options: argparse.Namespace) -> None:

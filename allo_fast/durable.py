@@ -36,24 +36,26 @@ class Damaged(UserError):
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Where to write the file or folder that then appears at `path`, at once and in place of an older one.
+def appearing(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Where to write the file or folder that then appears at `path`, at once.
 
-    Raises UserError where the disk refuses.
+    replace: a folder that is there with something in it. Raises UserError where the disk refuses.
     """
     path = path.absolute()
     around = path.with_name(f".{path.name}.partial")
     try:
+        make_folder(path.parent)
         shutil.rmtree(around, ignore_errors=True)
-        around.mkdir(parents=True)
+        around.mkdir()
         yield (partial := around / path.name)
         for file in [*partial.rglob("*"), partial, around]:
             flush(file)
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink() and replace:
             shutil.rmtree(path)
-        os.replace(partial, path)
-        flush(path.parent)
+        move(partial, path)
     except (OSError, SafetensorError) as error:
+        if (read := getattr(error, "filename", None)) and not Path(read).absolute().is_relative_to(around):
+            raise
         raise UserError(f"{path}: cannot be written: {reason(error)}") from None
     finally:
         shutil.rmtree(around, ignore_errors=True)
@@ -64,6 +66,20 @@ def reason(error: OSError | SafetensorError) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
     why = getattr(error, "strerror", None) or first_line(error)
     return "no space left on the disk; with more of it the same command continues" if full else why
+
+
+def make_folder(path: Path) -> None:
+    """With those above it that are missing, each flushed where it is named."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
+def move(path: Path, to: Path) -> None:
+    """At once, on one disk, and in place of an older file."""
+    os.replace(path, to)
+    flush(to.parent)
 
 
 def flush(path: Path) -> None:

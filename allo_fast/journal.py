@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from allo_fast.config import UserError
-from allo_fast.durable import flush, reason
+from allo_fast.durable import Damaged, flush, reason
 
 logger = logging.getLogger(__name__)
 
 SUMS = ".sums"
+_BLOCK = 1 << 20  # bytes that are read at once
 _FLUSH_SECONDS = 1.0  # what a loss of power may cost
 
 
@@ -31,7 +32,7 @@ class Journal:
 
     def __init__(self, path: Path, mark: str, keeps: Callable[[dict], bool] | None = None):
         self.path, self.sums = path, path.with_name(path.name + SUMS)
-        self.count, self._end, self._digest = 0, 0, hashlib.sha256(mark.encode())
+        self.count, self._end, self._mark, self._digest = 0, 0, mark.encode(), hashlib.sha256(mark.encode())
         self._flushed = time.monotonic()
         self._open(keeps)
 
@@ -54,6 +55,16 @@ class Journal:
         flush(self.path)
         flush(self.sums)
         self._flushed = time.monotonic()
+
+    def finish(self) -> None:
+        """To the disk. Raises Damaged where that holds something else; opening it again cuts off what."""
+        self.flush()
+        digest = hashlib.sha256(self._mark)
+        with self.path.open("rb") as file:
+            while part := file.read(_BLOCK):
+                digest.update(part)
+        if digest.digest() != self._digest.digest():
+            raise Damaged(f"{self.path}: damaged while it was written; the same command makes again what is")
 
     def _take(self, data: bytes) -> None:
         self.count, self._end = self.count + data.count(b"\n"), self._end + len(data)

@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 
 from allo_fast import durable
 from allo_fast.config import UserError
-from allo_fast.durable import Damaged, appearing, load_tensors, read_json, save_tensors, write_bytes, write_json
+from allo_fast.durable import (
+    Damaged,
+    appearing,
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    write_bytes,
+    write_json,
+)
 from allo_fast.journal import Journal, lines
 
 
@@ -50,6 +59,37 @@ def test_file_and_folder_are_flushed_before_and_after_the_name_is_given(tmp_path
     monkeypatch.setattr(durable.os, "replace", lambda old, new: done.append("named"))
     write_bytes(tmp_path / "file", b"")
     assert done == ["file", ".file.partial", "named", tmp_path.name]
+
+
+def test_of_new_folders_each_name_is_flushed(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(durable, "flush", done.append)
+    make_folder(tmp_path / "a/b")
+    make_folder(tmp_path / "a/b/c")
+    assert done == [tmp_path / "a", tmp_path, tmp_path / "a/b"]
+
+
+def test_every_file_of_a_folder_is_flushed(tmp_path, monkeypatch):
+    done = set()
+    monkeypatch.setattr(durable, "flush", lambda path: done.add(path.name))
+    with appearing(tmp_path / "folder") as partial:
+        (partial / "in").mkdir(parents=True)
+        (partial / "in" / "file").touch()
+    assert {"file", "in", "folder", ".folder.partial"} <= done
+
+
+def test_a_folder_that_somebody_filled_meanwhile_stays(tmp_path):
+    with pytest.raises(UserError, match="folder: cannot be written: Directory not empty"):
+        with appearing(tmp_path / "folder", replace=False) as partial:
+            for folder in (partial, tmp_path / "folder"):
+                folder.mkdir()
+                (folder / folder.parent.name).touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [tmp_path.name]
+
+
+def test_what_cannot_be_read_meanwhile_is_not_said_of_what_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), appearing(tmp_path / "file"):
+        open(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("code, said", [(errno.ENOSPC, "no space left on the disk; with more"), (errno.EIO, "Input/")])
@@ -172,6 +212,15 @@ def test_rows_that_are_damaged_are_not_taken_which_is_said(tmp_path, caplog):
         sums.write_bytes(entries)
         again = journal(tmp_path)
         assert data.read_bytes() == lines(ROWS[: again.count])
+
+
+def test_rows_that_the_disk_changes_meanwhile_are_not_taken(tmp_path):
+    made, data = fill(tmp_path), tmp_path / "rows.jsonl"
+    made.finish()
+    data.write_bytes(data.read_bytes().replace(b"5", b"6"))
+    with pytest.raises(Damaged, match="rows.jsonl: damaged while it was written; the same command makes again what is"):
+        made.finish()
+    assert journal(tmp_path).count == 4
 
 
 def test_rows_of_something_else_are_not_taken(tmp_path):

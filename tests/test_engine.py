@@ -213,6 +213,31 @@ def test_a_disk_without_room_for_a_third_loses_the_older(tmp_path, monkeypatch):
     assert next(trainer(tmp_path, save_steps=1).run()).step == 3
 
 
+def test_a_checkpoint_that_was_refused_goes_before_one_that_is_good(tmp_path, monkeypatch):
+    stopped_after(tmp_path, 3)
+    turn_a_bit(tmp_path / "checkpoint-3.safetensors")
+    (size,) = {path.stat().st_size for path in tmp_path.glob("checkpoint-*")}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    run = trainer(tmp_path, save_steps=2).run()
+    with pytest.raises(UserError, match="checkpoint-4.safetensors: needs"):
+        deque(run, maxlen=0)
+    assert checkpoints(tmp_path) == ["checkpoint-2.safetensors"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+    stopped_after(tmp_path / "pruned", 3)
+    turn_a_bit(tmp_path / "pruned/checkpoint-3.safetensors")
+    next(trainer(tmp_path / "pruned", save_steps=1).run())
+    assert checkpoints(tmp_path / "pruned") == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
+    assert next(trainer(tmp_path / "pruned", save_steps=1).run()).step == 4
+
+
+def test_a_signal_after_the_last_step_too(tmp_path):
+    with signals.handled(), pytest.raises(signals.Interrupted):
+        for metrics in trainer(tmp_path, save_steps=99).run():
+            if metrics.step == metrics.total_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert checkpoints(tmp_path) == ["checkpoint-6.safetensors"] and not list(trainer(tmp_path).run())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_it_with_the_checkpoint_of_its_step(tmp_path, number):
     with signals.handled():

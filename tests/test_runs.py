@@ -277,7 +277,7 @@ def test_what_is_refused_at_once_leaves_all_as_it_was(copied, capsys, tmp_path):
     config, folder = copied
     before = every_byte(folder)
     refused(capsys, "rewards", config, "rewards.source=file", f"rewards.path={tmp_path}/typo", "--rerun")
-    assert {name: data for name, data in every_byte(folder).items() if not name.startswith("old-")} == before
+    assert every_byte(folder) == before and not list(folder.glob("old-*"))
     assert main(["run", str(config)]) == 0
     fresh = tmp_path / "fresh.yaml"
     fresh.write_text(config.read_text().replace("name: micro", "name: fresh"))
@@ -453,6 +453,16 @@ def test_what_was_killed_at_its_first_write_begins_again(copied):
     (torn := folder / "00-pretrain/base/.STARTED.json.partial").mkdir(parents=True)
     (torn / "STARTED.json").write_text("to")
     assert main(["pretrain", str(config)]) == 0 and not list(folder.rglob("*.partial"))
+
+
+def test_what_was_killed_before_its_first_progress_says_then_what_run_it_is(copied):
+    config, folder = copied
+    shutil.rmtree(folder)
+    run = Run(load_config(config), STAGES)
+    assert Unit(run, "pretrain", "base")._start()[0] and not (folder / "config.yaml").exists()
+    work = Unit(run, "pretrain", "base").execute()
+    next(work)
+    assert (folder / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(

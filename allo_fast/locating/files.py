@@ -37,7 +37,6 @@ def planned_windows(folder: Path, mark: str) -> int | None:
 
 
 def plan_windows(folder: Path, count: int, mark: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _PLAN, {"windows": count, "mark": mark})
 
 

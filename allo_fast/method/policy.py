@@ -168,10 +168,13 @@ class SparsePolicy:
         for name, at, value in self.trained():
             if ranks.is_main():
                 positions[name], values[name] = at.to("cpu"), value.to("cpu", copy=True)
-        if ranks.is_main():
-            dtype, stops = str(self.model.dtype).removeprefix("torch."), tuple(sorted(stop_tokens(self.model)))
+        dtype, stops = str(self.model.dtype).removeprefix("torch."), tuple(sorted(stop_tokens(self.model)))
+
+        def write() -> None:
             delta = Delta(self.base, dtype, positions, values, stops, self.rounding_seed)
             (delta.over(Delta.load(before)) if before else delta).save(path)
+
+        ranks.on_main(write)
 
     def _group(self, dtype: torch.dtype, selection: Selection) -> Group:
         weights = {name: weight for name, weight in self.weights.items() if weight.dtype == dtype}

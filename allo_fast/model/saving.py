@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from allo_fast import ranks
 from allo_fast.config import UserError, first_line
-from allo_fast.durable import appearing, check_room
+from allo_fast.durable import appearing, check_room, make_folder
 from allo_fast.model.checkpoint import check_model, read, weight_files
 from allo_fast.model.weights import named_weights, same_bits, whole_weights
 
@@ -26,15 +26,16 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     weights: Iterable[tuple[str, Tensor]] | None = None,
+    replace: bool = False,
 ) -> None:
     """A normal Hugging Face folder: config, safetensors, generation config, tokenizer; rank 0 writes it.
 
     weights: what to save instead of the model's own weights, whole, one at a time; every rank iterates together. The
-    folder gets its name, in place of an older one, when what was written reads back as it is here. Raises UserError on
-    every rank where it does not, or cannot be written.
+    folder gets its name when what was written reads back as it is here. Raises UserError on every rank where it does
+    not, cannot be written, or where another that holds something is there, unless it is to `replace` that.
     """
     state = _state_dict(model, whole_weights(model) if weights is None else weights)
-    ranks.on_main(lambda: _save(model, tokenizer, folder, state))
+    ranks.on_main(lambda: _save(model, tokenizer, folder, state, replace))
 
 
 def check_new(folder: Path) -> None:
@@ -59,14 +60,20 @@ def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -
     return state
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, Tensor]) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, Tensor],
+    replace: bool,
+) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{folder}: {name} holds values that are not finite; the model is not written")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.absolute().parent)
     check_room(folder, sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in state.values()}.values()))
     generation = model.generation_config
-    with appearing(folder) as partial_folder:
+    with appearing(folder, replace) as partial_folder:
         try:
             model.generation_config = _savable(generation, partial_folder)
             model.save_pretrained(partial_folder, state_dict=dict(state))

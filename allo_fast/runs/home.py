@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import dump_config, load_config
-from allo_fast.durable import LEFTOVERS, write_bytes
+from allo_fast.durable import LEFTOVERS, make_folder, move, write_bytes
 from allo_fast.runs.basis import differences, flat
 
 logger = logging.getLogger(__name__)
@@ -69,22 +69,20 @@ class Home:
 
     def set_aside(self, place: Path) -> None:
         """Moves a unit there, with copies of what was said of the whole run."""
-        (self.aside / place).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((self.aside / place).parent)
         self._copy_aside(CONFIG, SUMMARY, REPORT)
-        (self.folder / place).rename(self.aside / place)
+        move(self.folder / place, self.aside / place)
         logger.info("%s: moved to %s", self.folder / place, self.aside / place)
 
     def undo(self, place: Path) -> None:
         """Takes away a unit that came to nothing, and puts back what this command moved for it."""
         shutil.rmtree(self.folder / place)
         if (self.aside / place).exists():
-            (self.aside / place).rename(self.folder / place)
-        for folder in (self.folder / place.parent, self.folder):
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            move(self.aside / place, self.folder / place)
+            if not any(self.aside.glob("*/*")):  # of units; copies alone are of no use
+                shutil.rmtree(self.aside)
 
     def _copy_aside(self, *names: str) -> None:
         for name in names:
             if (self.folder / name).exists() and not (self.aside / name).exists():
-                self.aside.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.folder / name, self.aside / name)
+                write_bytes(self.aside / name, (self.folder / name).read_bytes())

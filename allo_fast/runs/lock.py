@@ -10,6 +10,7 @@ from pathlib import Path
 
 from allo_fast import ranks
 from allo_fast.config import UserError
+from allo_fast.durable import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, stack: ExitStack) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     file = stack.enter_context(folder.with_name(f".{folder.name}.lock").open("a+"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

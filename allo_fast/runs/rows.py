@@ -119,7 +119,7 @@ def split_once(unit: Unit, names: Sequence[str], render: Callable[[], Iterable[t
                 if rows := [row for row, file in chunk if file == name]:
                     journal.append(rows)
         for journal in journals.values():
-            journal.flush()
+            journal.finish()
         write_json(whole, {"rows": {name: journal.count for name, journal in journals.items()}})
 
     ranks.on_main(write)
@@ -155,5 +155,5 @@ def by_chunks(
             if journal and part:
                 journal.append(part)
         yield Progress(done, len(items), noun)
-    ranks.on_main(lambda: journal.flush())
+    ranks.on_main(lambda: journal.finish())
     return read_jsonl(unit.folder / name)

@@ -159,6 +159,7 @@ class Unit:
         does not fit, unless the run is one that moves it aside.
         """
         new, self.mark = ranks.on_main(self._start)
+        first = True
         device = pick_device(self.config.model.device)
         memory.reset_peak(device)
         begun, work = time.perf_counter(), self.stage.execute(self)
@@ -172,9 +173,9 @@ class Unit:
                 if new and ranks.is_main():
                     self.owner.home.undo(self.place)
                 raise
-            if new and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
+            if first and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
                 self.owner.home.take_config(self.config, self.owner.rerun)
-            new = False
+            new = first = False
             yield progress
         seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
         ranks.on_main(lambda: self._finish(facts, seconds, memory.peak_bytes(device)))

@@ -13,6 +13,7 @@ forget.safetensors, learn.safetensors and counts.json.
 import json
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -43,13 +44,11 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     counts = {}
     for done, (stage, ratio) in enumerate(ratios(config).items(), start=1):
         selection = select(config, scored, ratio)
-        if ranks.is_main():
-            selection.save(unit.folder / f"{stage}.safetensors")
+        ranks.on_main(partial(selection.save, unit.folder / f"{stage}.safetensors"))
         counts[stage] = {name: [len(selection.positions(name)), size] for name, size in sizes.items()}
         facts |= {f"{stage}_selected": selection.selected, f"{stage}_sha256": selection.sha256()}
         yield Progress(done, len(ratios(config)), "selection")
-    if ranks.is_main():
-        write_bytes(unit.folder / "counts.json", json.dumps(counts, indent=1).encode())
+    ranks.on_main(lambda: write_bytes(unit.folder / "counts.json", json.dumps(counts, indent=1).encode()))
     return {"parameters": sum(sizes.values()), "score": config.located_by, **facts}
 
 

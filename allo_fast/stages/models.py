@@ -113,7 +113,7 @@ def save_trained(
     if isinstance(policy, SparsePolicy):
         policy.save_delta(unit.folder / DELTA, before=start)
         if unit.config.keeps_model(unit.name):
-            save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights())
+            save_model(policy.model, prompts.tokenizer, unit.folder / "model", policy.full_weights(), replace=True)
     else:
         save_dense(unit, policy, prompts.tokenizer, dtype)
 
@@ -123,7 +123,7 @@ def save_dense(unit: Unit, policy: DensePolicy, tokenizer: PreTrainedTokenizerBa
     rounded = getattr(torch, dtype)
     policy.model.to(rounded)  # of a sharded model, what its configuration will say
     weights = ((name, weight.to(rounded)) for name, weight in policy.full_weights())
-    save_model(policy.model, tokenizer, unit.folder / "model", weights)
+    save_model(policy.model, tokenizer, unit.folder / "model", weights, replace=True)
 
 
 @dataclass(frozen=True)

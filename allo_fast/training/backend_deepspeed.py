@@ -120,9 +120,7 @@ class DeepSpeedBackend:
                 if ranks.is_main():  # at stage 0 it is no copy, and may be a view
                     tensors[f"{key}.{name}"] = full.cpu() if self.zero.stage else full.cpu().clone()
             tensors[f"step.{name}"] = next(iter(self.optimizer.state.values()))["step"].clone()
-        if ranks.is_main():
-            save_progress(path, tensors, step, self.scheduler, self.updated, about)
-        ranks.barrier()
+        ranks.on_main(lambda: save_progress(path, tensors, step, self.scheduler, self.updated, about))
 
     @torch.no_grad()
     def load(self, path: Path) -> dict:

@@ -17,6 +17,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mark: str):
         self.folder, self.mark = folder, mark
+        self._refused: set[int] = set()
 
     @property
     def about(self) -> dict:
@@ -31,21 +32,28 @@ class Checkpoints:
         for step in reversed(steps := self._steps()):
             if not (why := self._objection(path := self.path(step))):
                 return path
+            self._refused.add(step)
             before = f"the one of step {steps[at - 1]}" if (at := steps.index(step)) else "the beginning"
             logger.warning("%s; training goes on from %s", why, before)
         return None
 
     def make_room(self) -> None:
-        """Where one more does not fit on the disk, the older of two goes first."""
-        steps = self._steps()
-        if len(steps) == _KEPT and shutil.disk_usage(self.folder).free < self.path(steps[-1]).stat().st_size:
-            self.path(steps[0]).unlink()
+        """Where one more does not fit on the disk, those that were refused go first, then the older of two."""
+        good = self._good()
+        for step in [*{*self._steps()} - {*good}, *good[:-1]]:
+            if shutil.disk_usage(self.folder).free >= (path := self.path(step)).stat().st_size:
+                break
+            path.unlink()
 
     def prune(self, step: int) -> None:
-        """Keeps the one of `step` and the one before it."""
-        kept = [older for older in self._steps() if older <= step][-_KEPT:]
+        """Keeps the one of `step`, which is new, and the one before it."""
+        self._refused.discard(step)
+        kept = [older for older in self._good() if older <= step][-_KEPT:]
         for other in {*self._steps()} - {*kept}:
             self.path(other).unlink()
+
+    def _good(self) -> list[int]:
+        return [step for step in self._steps() if step not in self._refused]
 
     def _steps(self) -> list[int]:
         numbers = [path.stem.partition("-")[2] for path in self.folder.glob(CHECKPOINTS)]

@@ -138,7 +138,11 @@ class Trainer:
                     yield metrics
                 if self.asks.stop:
                     raise signals.Interrupted(received() or signal.SIGTERM)
+            if ranks.add_up(torch.tensor(float(bool(received())))):  # since the last step looked
+                self._save(len(self.steps))
+                raise signals.Interrupted(received() or signal.SIGTERM)
         self._check_weights(len(self.steps))
+        ranks.on_main(lambda: log.flush())
 
     def _resume(self) -> int:
         """The steps that the newest whole checkpoint has."""

@@ -12,7 +12,7 @@ from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.arrays import Chained, Ragged
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.durable import is_own, open_tensors, save_tensors
+from allo_fast.durable import is_own, make_folder, open_tensors, save_tensors
 
 PART_NUMBERS = 1 << 22  # that a file of reference log-probabilities has at most, if a micro-batch has fewer
 
@@ -95,7 +95,7 @@ class Reference(Mapping[int, Tensor]):
 
     def save(self, part: int, logps: list[Tensor]) -> None:
         """logps: of its micro-batches, in order."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         values, shapes = torch.cat([item.flatten() for item in logps]), torch.tensor([item.shape for item in logps])
         save_tensors(self.path(part), {"values": values, "shapes": shapes}, {"mark": self.mark})
 
