@@ -71,7 +71,8 @@ def reason(error: OSError | SafetensorError) -> str:
 def make_folder(path: Path) -> None:
     """With those above it that are missing, each flushed where it is named."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    if missing:
+        path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         flush(folder.parent)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.injector import fault, library, operations, reason
+from tests.drills.flushed import unflushed
+from tests.drills.injector import Operation, fault, library, operations, reason
 from tests.drills.lab import Lab, contents
 from tests.drills.process import Done
 from tests.drills.run import LEARN, MANIFEST, RUN
@@ -142,6 +143,29 @@ def test_a_mended_fault_must_lead_on(lab):
     assert lab.resumes("run", mend=lambda: whole.write_text("values")).grade == "good"
     program(lab, (CLEAR, nothing), (TRACEBACK, nothing))
     assert lab.resumes("run", mend=lambda: None).grade == "unclear"
+
+
+# ---- what a loss of power could take
+
+
+@pytest.mark.parametrize(
+    "operations, lost",
+    [
+        ("write .f.partial/f, fsync .f.partial/f, rename .f.partial/f f, fsync .", ""),
+        ("write .f.partial/f, rename .f.partial/f f, fsync .", ".f.partial/f"),
+        ("write .f.partial/f, fsync .f.partial/f, rename .f.partial/f f", "."),
+        (
+            "write f.partial/tmp, rename f.partial/tmp f.partial/f, fsync f.partial/f, rename f.partial/f f, fsync .",
+            "",
+        ),
+        ("mkdir u, write u/rows, rename u/M.partial/m u/MANIFEST.json, fsync u, fsync .", ". u/rows"),
+        ("mkdir u, fsync ., write u/rows, fsync u/rows, rename u/M.partial/m u/MANIFEST.json, fsync u", ""),
+        ("mkdir u, fsync ., write u/rows, unlink u/rows, rename u/M.partial/m u/MANIFEST.json, fsync u", ""),
+    ],
+)
+def test_what_is_not_flushed(operations, lost):
+    made = [Operation(n, *(words.split() + [""])[:3]) for n, words in enumerate(operations.split(", "))]
+    assert " ".join(unflushed(made)) == lost
 
 
 # ---- the injector, on a program that writes a file as it should be written

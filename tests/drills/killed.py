@@ -22,6 +22,7 @@ from tests.drills.run import (
     SAVED_CONFIG,
     UNITS,
     WARMUP,
+    hang_up,
     kill_at_rename,
     stop_after,
     stop_in_report,
@@ -143,6 +144,17 @@ for names in ("TERM", "HUP", "INT", "INT twice", "INT four times"):
     name, count = names.split()[0], 2 if "twice" in names else 4 if "four" in names else 1
     row = {f"SIG{name} in warm-up" if count == 1 else f"SIG{names}": (signal.Signals[f"SIG{name}"],) * count}
     table(KILLED, "killed-warmup", ended_by, row)
+
+
+@drill(KILLED, "SIGHUP in warm-up, and the terminal is gone", "killed-warmup")
+def terminal_closed(lab: Lab) -> Verdict:
+    """Nothing can be said any more; the step's checkpoint is there, and the code is the signal's."""
+    shutil.rmtree(lab.run / WARMUP)
+    done = lab.allo("warmup", CONFIG, before=stop_after("warmup", 5, signal.SIGHUP, noun="step", first=hang_up))
+    saved = (lab.run / WARMUP / "checkpoint-6.safetensors").exists()
+    verdict = lab.resumes("warmup", CONFIG)
+    as_it_should = done.code == 129 and saved
+    return verdict if as_it_should else Verdict("unclear", f"{done.line}; checkpoint of the next step: {saved}")
 
 
 @drill(KILLED, "SIGINT while importing", "fresh")

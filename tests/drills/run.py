@@ -89,7 +89,17 @@ def sigkill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop_after(stage: str, done: int, *signals: int, noun: str | None = None) -> Callable[[], None]:
+def hang_up() -> None:
+    """Nobody listens any more to what is said, as where a terminal is closed or `tee` ended."""
+    read, write = os.pipe()
+    os.close(read)
+    for output in (1, 2):
+        os.dup2(write, output)
+
+
+def stop_after(
+    stage: str, done: int, *signals: int, noun: str | None = None, first: Callable[[], None] = lambda: None
+) -> Callable[[], None]:
     """For `before`: a command sends itself `signals`, by default SIGKILL, once a unit of `stage` has done so many."""
 
     def patch() -> None:
@@ -99,6 +109,7 @@ def stop_after(stage: str, done: int, *signals: int, noun: str | None = None) ->
             left = list(signals or [signal.SIGKILL])
             for progress in execute(unit):
                 if left and unit.name == stage and progress.done >= done and noun in (None, progress.noun):
+                    first()
                     while left:
                         os.kill(os.getpid(), left.pop(0))
                 yield progress

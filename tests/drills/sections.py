@@ -1,14 +1,16 @@
 """Every drill, in the order of the table: importing these files fills the list."""
 
 # ruff: noqa: F401, I001
-from tests.drills import killed, finished, resumed, numbers, data, configuration, tools, size, ranks
+from tests.drills import killed, flushed, finished, resumed, numbers, data, configuration, tools, size, ranks
 from tests.drills.drill import DRILLS, Drill
 
 # By title, those of the test suite: of every kind a few that take a second or two.
 FAST = {
     "kill -9 in learn, same command",
+    "loss of power: what is said to be there is flushed",
     "SIGTERM in warm-up",
     "SIGHUP in warm-up",
+    "SIGHUP in warm-up, and the terminal is gone",
     "SIGINT in warm-up",
     "SIGINT twice",
     "in warm-up's checkpoint",
