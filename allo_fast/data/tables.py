@@ -36,7 +36,7 @@ def parquet_rows(path: Path) -> Iterator[dict]:
         check_columns(path, file.schema_arrow.names)
         for batch in file.iter_batches(_ROWS):
             yield from _rows(batch, is_whole=True)
-    except (pyarrow.ArrowException, OverflowError) as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{path}: no usable row; not parquet: {first_line(error)}") from None
 
 
@@ -50,7 +50,7 @@ def arrow_rows(paths: Sequence[Path]) -> Iterator[dict]:
                 check_columns(path, batches.schema.names)
                 for batch in batches:
                     yield from _rows(batch)
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a file of a saved data set, or a damaged one: {first_line(error)}") from None
 
 
