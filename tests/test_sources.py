@@ -203,14 +203,12 @@ def test_of_a_saved_data_set_only_its_rows_count(tmp_path):
     assert source_files(f"{tmp_path}:test[:5]") == [tmp_path / "test/data-00000-of-00001.arrow"]
 
 
-@pytest.mark.parametrize(
-    "data", ["{}", "[]", "null", '{"_data_files": [1]}', "[" * 100_000, '{"_data_files": null}', ""]
-)
+@pytest.mark.parametrize("data", ["{}", "[]", '{"_data_files": [1]}', '{"_data_files": null}', "", "deep"])
 def test_saved_data_sets_that_are_none(tmp_path, data):
     Dataset.from_list(ROWS).save_to_disk(tmp_path)
     (tmp_path / "dataset_info.json").write_text("[]")
     assert len(list(read_rows(str(tmp_path)))) == 3, "the rows say what they are"
-    (tmp_path / "state.json").write_text(data)
+    (tmp_path / "state.json").write_text("[" * 100_000 if data == "deep" else data)
     with pytest.raises(UserError, match="not a saved data set: state.json: ."):
         list(read_rows(str(tmp_path)))
 
