@@ -345,6 +345,7 @@ def test_what_the_hub_has_is_told_apart_by_its_contents(finished, tmp_path, monk
     for name in "ab":
         shutil.copytree(folder / "00-pretrain/base/model", hub / "snapshots" / (name * 40))
         (hub / "snapshots" / (name * 40) / "merges.txt").write_text(name)
+        (hub / "snapshots" / (name * 40) / "model.safetensors.index.json").write_text("{}")
     (hub / "refs").mkdir()
 
     def begin(cache="hub", revision="a", name="org/base"):

@@ -254,8 +254,8 @@ def test_a_cell_that_cannot_be_read_is_its_rows_fault(tmp_path, kind):
 
 
 def test_json_in_a_table_is_what_it_says(tmp_path):
-    mixed = [{"prompt": "p", "tools": [{"a": 1}, {"b": "x"}]}, {"prompt": "q", "tools": None}]
-    features = Features({"prompt": Value("string"), "tools": List(Json())})
+    mixed = [{"prompt": "p", "tools": [{"of": {"a": 1}}, {"of": {"b": "x"}}]}, {"prompt": "q", "tools": None}]
+    features = Features({"prompt": Value("string"), "tools": List({"of": Json()})})
     Dataset.from_list(mixed, features=features).save_to_disk(tmp_path)
     assert [row() for _, row in read_rows(str(tmp_path))] == [mixed[0], {"prompt": "q"}]
 

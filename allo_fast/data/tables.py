@@ -91,9 +91,10 @@ def _parsed(value: object, kind) -> object:
 
     if isinstance(kind, pyarrow.JsonType):
         return None if value is None else json.loads(value)
-    if isinstance(value, dict):
+    if isinstance(kind, pyarrow.StructType) and value is not None:
         return {field.name: _parsed(value[field.name], field.type) for field in kind}
-    return [_parsed(item, kind.value_type) for item in value] if isinstance(value, list) else value
+    is_list = isinstance(kind, pyarrow.ListType | pyarrow.LargeListType | pyarrow.FixedSizeListType)
+    return [_parsed(item, kind.value_type) for item in value] if is_list and value is not None else value
 
 
 def saved_files(folder: Path, split: str) -> list[Path]:
