@@ -12,8 +12,8 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -185,9 +185,12 @@ def check_room(path: Path, size: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the software that writes."""
-    packages = "torch", "transformers", "safetensors", "numpy"
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    """Of the software that a result depends on, as far as it is installed."""
+    installed = {"python": platform.python_version()}
+    for name in ("allo-fast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "deepspeed", "triton"):
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def _read_seal(path: Path) -> tuple[int, str, str]:

@@ -143,6 +143,12 @@ def test_damaged_deltas_are_refused(tmp_path):
         seal(path)
         with pytest.raises(UserError, match=f"delta.safetensors: .*{message}"):
             Delta.load(path)
+    for metadata in ("[]", "null", "5", "[" * 100_000 + "]" * 100_000):
+        text = f'{{"sha256": "{"0" * 64}"}}'
+        save_file(tensors, path, {"about": f"[{text}, {metadata}]"})
+        seal(path)
+        with pytest.raises(UserError, match="delta.safetensors: not a delta: metadata: expected an object"):
+            Delta.load(path)
     save_file(tensors, path, {"about": "[" * 100_000})
     for other in (path, __file__):
         with pytest.raises(UserError, match="not a delta"):

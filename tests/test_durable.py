@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -239,3 +240,15 @@ def test_a_full_disk_while_rows_are_written(tmp_path, monkeypatch):
     made.path = tmp_path / "nowhere" / "rows.jsonl"
     with pytest.raises(UserError, match="rows.jsonl: cannot be written: No such file or directory"):
         made.append(ROWS)
+
+
+def test_what_a_result_depends_on_is_said_where_it_is_installed(monkeypatch):
+    names = {"allo-fast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "deepspeed", "triton"}
+
+    def look(name):
+        if name in ("deepspeed", "triton"):
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(durable, "version", look)
+    assert durable.versions().keys() == {"python"} | names - {"deepspeed", "triton"}

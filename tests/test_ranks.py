@@ -230,7 +230,7 @@ def test_mistakes_are_said_once(server, tmp_path, job):
         "rank 1 has another configuration",
         "2 ranks cannot divide the 3",
         "not the folder of a run",
-        "rank 1 has another rows.jsonl than rank 0",
+        "rank 1 has another data.train: rows.jsonl than rank 0",
     ]
     assert len(said) == len(expected) and all(text in line for text, line in zip(expected, said, strict=True)), said
 

@@ -21,7 +21,10 @@ from allo_fast.config_file import load_config
 from allo_fast.durable import versions
 from allo_fast.method.delta import Delta
 from allo_fast.method.selection import Selection
+from allo_fast.model import loading
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.weights import named_weights, same_bits
+from allo_fast.runs.basis import differences
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.run import Run, Unit
@@ -65,7 +68,7 @@ def test_large_files_are_told_apart_by_their_ends(tmp_path):
             file.write(first)
             file.seek((1 << 26) + 1)
             file.write(last)
-        data = {"train": "a", "test": "b"}
+        data = {"train": "a.jsonl", "test": "b.jsonl"}
         found.append(str(inputs_of(Config(name="x", model={"name_or_path": str(tmp_path)}, data=data))))
     assert len(set(found)) == 3
 
@@ -318,6 +321,7 @@ def test_changed_input_files_are_named(copied, tmp_path):
 
     list(unit().execute())
     (base / "README.md").write_text("a note beside the weights")
+    (base / "tokenizer_old").mkdir()
     assert unit().is_complete()
     (moved := tmp_path / "elsewhere").mkdir()
     shutil.copytree(base, moved / "base")
@@ -333,6 +337,40 @@ def test_changed_input_files_are_named(copied, tmp_path):
     weights[-1] ^= 1
     (base / "model.safetensors").write_bytes(weights)
     assert "model.name_or_path: model.safetensors was " in unit().look()[1]
+
+
+def test_what_the_hub_has_is_told_apart_by_its_contents(finished, tmp_path, monkeypatch):
+    config, folder = finished
+    hub = tmp_path / "hub/models--org--base"
+    for name in "ab":
+        shutil.copytree(folder / "00-pretrain/base/model", hub / "snapshots" / (name * 40))
+        (hub / "snapshots" / (name * 40) / "merges.txt").write_text(name)
+        (hub / "snapshots" / (name * 40) / "model.safetensors.index.json").write_text("{}")
+    (hub / "refs").mkdir()
+
+    def begin(cache="hub", revision="a", name="org/base"):
+        """A process in which main is at this revision."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / cache))
+        (tmp_path / cache / "models--org--base/refs/main").write_text(revision * 40)
+        loading._weights.cache_clear()
+        return Unit(Run(load_config(config, [f"model.name_or_path={name}", "name=hub"]), STAGES), "sample", "seed-0")
+
+    first = (unit := begin()).basis()
+    assert {"model.name_or_path: model.safetensors", "model.name_or_path: merges.txt"} < first.keys()
+    (hub / "refs/main").write_text("b" * 40)
+    assert unit.basis() == first, "as long as the process lasts"
+    assert load_tokenizer("org/base").name_or_path.endswith("a" * 40)
+    assert re.match(
+        r"model.name_or_path: merges.txt was \S+, now \S+$", differences(first, begin(revision="b").basis())
+    )
+    (hub / "snapshots" / ("a" * 40) / "README.md").write_text("a note")
+    shutil.copytree(tmp_path / "hub", tmp_path / "elsewhere")
+    shutil.copytree(hub / "snapshots" / ("a" * 40), tmp_path / "base")
+    assert begin("elsewhere").basis() == begin(name=tmp_path / "base").basis() == first
+    shutil.rmtree(hub)
+    with pytest.raises(UserError, match="^org/base: no model configuration that can be read"):
+        hub.joinpath("refs").mkdir(parents=True)
+        begin().basis()
 
 
 def test_a_stage_does_not_trust_what_is_out_of_date(copied, capsys):

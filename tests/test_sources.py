@@ -3,15 +3,19 @@
 import csv
 import gzip
 import json
+import random
+import re
+from contextlib import suppress
 
 import pyarrow
 import pytest
 from conftest import read_problems
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
 from allo_fast.config import UserError
-from allo_fast.data.sources import read_rows
+from allo_fast.data.sources import UnusableRow, read_rows, source_files
 
 ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(3)]
 
@@ -120,8 +124,13 @@ def test_a_column_that_stands_twice(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
     columns = [pyarrow.array(["a"])] * 2
     parquet.write_table(pyarrow.Table.from_arrays(columns, names=["chosen", "chosen"]), tmp_path / "rows.parquet")
-    for name in ("rows.csv", "rows.parquet"):
-        with pytest.raises(UserError, match=f"{name}: the column 'chosen' stands twice"):
+    table_of(tmp_path, "arrow", {})
+    with pyarrow.ipc.new_stream(
+        tmp_path / "rows.arrow", (schema := pyarrow.schema([("chosen", "string")] * 2))
+    ) as file:
+        file.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+    for name in ("rows.csv", "rows.parquet", ""):
+        with pytest.raises(UserError, match=f"^{tmp_path / (name or 'rows.arrow')}: the column 'chosen' stands twice"):
             list(read_rows(str(tmp_path / name)))
 
 
@@ -160,14 +169,115 @@ def test_lines_that_are_no_objects_are_set_aside(tmp_path):
     ]
 
 
-def test_the_hub(monkeypatch):
+def test_the_hub(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *name, split: asked.append((*name, split)) or Dataset.from_list(ROWS)
-    )
+    Dataset.from_list(ROWS).save_to_disk(tmp_path)
+
+    def load(*name, split, **_):
+        asked.append((*name, split))
+        return load_from_disk(tmp_path)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/name:main:train[:1]", "org/name:test"):
-        list(read_rows(source))
+        assert list(read_rows(source))[0][1]() == ROWS[0]
+        assert source_files(source) == [tmp_path / "data-00000-of-00001.arrow"], "as long as the process lasts"
     assert asked == [("org/name", "main", "train"), ("org/name", None, "test")]
     for source in ("org/name", "rows", "folder/rows"):
         with pytest.raises(UserError, match="no such file; a data set of the hub is org/name:config:split"):
             list(read_rows(source))
+
+
+def test_a_hub_data_set_that_cannot_be_made(monkeypatch):
+    def load(*_, **__):
+        raise DatasetGenerationError("a file of it is broken")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match="^org/broken:a:b: not to be had from the hub: a file of it is broken$"):
+        list(read_rows("org/broken:a:b"))
+
+
+def test_of_a_saved_data_set_only_its_rows_count(tmp_path):
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path)
+    for name in ("README.md", "test/README.md", "test/cache-1.arrow"):
+        (tmp_path / name).write_text("a note")
+    assert source_files(f"{tmp_path}:test[:5]") == [tmp_path / "test/data-00000-of-00001.arrow"]
+
+
+@pytest.mark.parametrize("data", ["{}", "[]", '{"_data_files": [1]}', '{"_data_files": null}', "", "deep"])
+def test_saved_data_sets_that_are_none(tmp_path, data):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    (tmp_path / "dataset_info.json").write_text("[]")
+    assert len(list(read_rows(str(tmp_path)))) == 3, "the rows say what they are"
+    (tmp_path / "state.json").write_text("[" * 100_000 if data == "deep" else data)
+    with pytest.raises(UserError, match="not a saved data set: state.json: ."):
+        list(read_rows(str(tmp_path)))
+
+
+def odd_cells() -> dict[str, pyarrow.Array]:
+    """Columns of three values, one of which Python cannot hold."""
+    numbers = pyarrow.array([0, 2**45, 5])
+    bad_text = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0\6\0\0\0"), pyarrow.py_buffer(b"ab\xff\xfecd")]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, bad_text)
+    return {
+        "date": numbers.view(pyarrow.timestamp("s")),
+        "before": pyarrow.array([0, -(2**45), 5]).view(pyarrow.timestamp("s")),
+        "long": numbers.view(pyarrow.duration("s")),
+        "text": text,
+        "nested": pyarrow.StructArray.from_arrays([numbers.view(pyarrow.timestamp("s"))], ["at"]),
+    }
+
+
+def table_of(folder, kind, columns) -> str:
+    """A source of these columns beside the three rows'."""
+    table = pyarrow.table({key: [row[key] for row in ROWS] for key in ROWS[0]} | columns)
+    if kind == "parquet":
+        parquet.write_table(table, folder / "rows.parquet")
+        return str(folder / "rows.parquet")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "rows.arrow"}]}')
+    with pyarrow.ipc.new_stream(folder / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("name", odd_cells())
+def test_cells_that_cannot_be_read_in_a_column_that_nobody_reads(tmp_path, kind, name):
+    problems, bad = read_problems(table_of(tmp_path, kind, {"when": odd_cells()[name]}), "preference")
+    assert len(problems) == 3 and not bad
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_cell_that_cannot_be_read_is_its_rows_fault(tmp_path, kind):
+    problems, (bad,) = read_problems(table_of(tmp_path, kind, {"chosen": odd_cells()["text"]}), "preference")
+    assert [problem.right for problem in problems] == [("ab",), ("cd",)]
+    assert re.match("chosen: expected .* got a value that cannot be read .*(utf-8|UTF8)", bad.reason)
+
+
+def test_json_in_a_table_is_what_it_says(tmp_path):
+    mixed = [{"prompt": "p", "tools": [{"of": {"a": 1}}, {"of": {"b": "x"}}]}, {"prompt": "q", "tools": None}]
+    features = Features({"prompt": Value("string"), "tools": List({"of": Json()})})
+    Dataset.from_list(mixed, features=features).save_to_disk(tmp_path)
+    assert [row() for _, row in read_rows(str(tmp_path))] == [mixed[0], {"prompt": "q"}]
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.parquet", "rows.jsonl.gz", "saved/data-00000-of-00001.arrow", "saved/state.json"]
+)
+def test_flipped_bits_end_in_one_line(tmp_path, name):
+    for each in ("rows.parquet", "rows.jsonl.gz"):
+        written(tmp_path, each)
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    path, draw = tmp_path / name, random.Random(0)
+    data = path.read_bytes()
+    said = []
+    for _ in range(200):
+        damaged = bytearray(data)
+        damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            for _, row in read_rows(str(path.parent if name.startswith("saved") else path)):
+                with suppress(UnusableRow):
+                    row()
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) > 20 and not any("\n" in line for line in said)

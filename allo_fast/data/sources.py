@@ -5,13 +5,15 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
 from allo_fast.config import UserError, first_line
 from allo_fast.data.arithmetic import arithmetic_row
+from allo_fast.data.tables import arrow_rows, check_columns, hub_files, parquet_rows, saved_files
 
 Row = tuple[str, Callable[[], dict]]  # where it stands, and what gives it or raises UnusableRow
 _DEPTH = 50  # levels of nesting in a row
@@ -20,6 +22,7 @@ _NOT_UTF8 = {  # how a file begins
     "compressed by gzip; name it .gz": rb"\x1f\x8b",
     "compressed; unpack it": rb"\x28\xb5\x2f\xfd|PK\x03\x04|BZh|\xfd7zXZ",
 }
+_GENERATED = ("arithmetic:train", "arithmetic:test")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -35,19 +38,46 @@ def read_rows(source: str) -> Iterator[Row]:
     name, start, stop = split_slice(source)
     if re.search(r"\[[^\[\]/]*\]$", name):
         raise UserError(f"{source}: a slice is [i:j], of whole numbers that are not negative")
-    if name in ("arithmetic:train", "arithmetic:test"):
+    if name in _GENERATED:
         if stop is None:
             raise UserError(f"{source}: the generator is endless; name a slice like {name}[:500]")
         return ((f"{name}:{i}", lambda i=i: arithmetic_row(name.split(":")[1], i)) for i in range(start, stop))
-    folder, _, split = name.partition(":")
-    path = Path(name).expanduser()
-    if path.suffix.lower() in (*_READERS, ".gz") or os.path.isfile(path):
-        rows = _file_rows(path)
-    elif os.path.isdir(folder):
-        rows = _saved_rows(folder, split)
-    else:
-        rows = _hub_rows(name)
+    rows = _file_rows(_path(name)) if _is_file(name) else _set_rows(name)
     return islice(rows, start, stop)
+
+
+def source_files(source: str) -> list[Path]:
+    """The files that `read_rows` reads, as far as they are here; none for what is generated.
+
+    Raises UserError for a data set that cannot be had.
+    """
+    name, _, _ = split_slice(source)
+    if name in _GENERATED:
+        return []
+    paths = [_path(name)] if _is_file(name) else _set_files(name)
+    return [path for path in paths if path.is_file()]
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def _is_file(name: str) -> bool:
+    """Whether it can only be a file."""
+    return _path(name).suffix.lower() in (*_READERS, ".gz") or os.path.isfile(_path(name))
+
+
+def _set_files(name: str) -> list[Path]:
+    """Of a saved data set, or one of the hub."""
+    folder, _, split = os.path.expanduser(name).partition(":")
+    return saved_files(Path(folder), split) if os.path.isdir(folder) else hub_files(name)
+
+
+def _set_rows(name: str) -> Iterator[Row]:
+    folder = os.path.expanduser(name).partition(":")[0]
+    said = Path(folder).name if os.path.isdir(folder) else name
+    for number, row in _numbered(arrow_rows(_set_files(name))):
+        yield f"{said}:{number}", row
 
 
 def split_slice(source: str) -> tuple[str, int, int | None]:
@@ -68,8 +98,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if suffix != ".parquet":
             _check_text(path)
         yield from ((f"{path.name}:{number}", row) for number, row in _READERS[suffix](path))
-    except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:  # a broken file, not a broken row
-        raise UserError(f"{path}: no usable row; it cannot be read: {error}") from None
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # a broken file, not a broken row
+        raise UserError(f"{path}: no usable row; it cannot be read: {first_line(error)}") from None
 
 
 def _open(path: Path):
@@ -154,14 +184,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     csv.field_size_limit(1 << 27)
     with _open(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter=delimiter)
-        _check_columns(path, rows.fieldnames or ())
+        check_columns(path, rows.fieldnames or ())
         for number, row in enumerate(rows, start=1):
             yield number, lambda row=row: _cells(row)
-
-
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: the column {twice[0]!r} stands twice")
 
 
 def _cells(row: dict) -> dict:
@@ -171,21 +196,19 @@ def _cells(row: dict) -> dict:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        file = ParquetFile(path)
-        _check_columns(path, file.schema_arrow.names)
-        batches = file.iter_batches()
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: no usable row; not parquet: {error}") from None
+    return _numbered(parquet_rows(path))
 
 
 def _numbered(rows: Iterable[dict]) -> Iterator[tuple[int, Callable[[], dict]]]:
     for number, row in enumerate(rows, start=1):
-        yield number, lambda row=row: _without_nulls(row)
+        yield number, lambda row=row: _of_table(row)
+
+
+def _of_table(row: dict) -> dict:
+    try:
+        return _without_nulls(row)
+    except RecursionError:
+        raise UnusableRow(f"nested more than {_DEPTH} deep") from None
 
 
 def _without_nulls(value: object) -> object:
@@ -193,40 +216,6 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _saved_rows(folder: str, split: str) -> Iterator[Row]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        rows = load_from_disk(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a saved data set: {first_line(error)}") from None
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise UserError(f"{folder}: which split? One of {', '.join(f'{folder}:{name}' for name in rows)}")
-        rows = rows[split]
-    elif split:
-        raise UserError(f"{folder}: a single data set, without splits like {split!r}")
-    for number, row in _numbered(rows):
-        yield f"{Path(folder).name}:{number}", row
-
-
-def _hub_rows(name: str) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    path, _, rest = name.partition(":")
-    config, _, split = rest.rpartition(":")
-    if not split:
-        raise UserError(
-            f"{name}: no such file; a data set of the hub is org/name:config:split, as openai/gsm8k:main:train"
-        )
-    try:
-        rows = load_dataset(path, config or None, split=split)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: not to be had from the hub: {first_line(error)}") from None
-    for number, row in _numbered(rows):
-        yield f"{name}:{number}", row
 
 
 _READERS = {

@@ -39,10 +39,16 @@ _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt", "model.pt")
 
 
+def is_hub_id(path: str | Path) -> bool:
+    """Whether transformers would ask the hub for it; not where it can only be a file or folder."""
+    text = str(path)
+    is_path = text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1
+    return not is_path and not os.path.exists(path)
+
+
 def check_there(path: str | Path) -> None:
     """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
-    text = str(path)
-    if (text.startswith((".", "/", "~")) or text.endswith(".json") or text.count("/") > 1) and not os.path.exists(path):
+    if not os.path.exists(path) and not is_hub_id(path):
         raise UserError(f"{path}: no such file or folder")
 
 
@@ -97,7 +103,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     if Path(path).is_file():
         hint = "; `allo-fast convert` makes a folder of it" if str(path).endswith(".gguf") else ""
         raise UserError(f"{path}: a file, where a model's folder or hub id was expected{hint}")
-    if _has_file(path, "adapter_config.json"):
+    if has_file(path, "adapter_config.json"):
         raise UserError(
             f"{path}: an adapter (adapter_config.json), not a model: merge it into its base, and name the folder of "
             "the merged model"
@@ -163,8 +169,8 @@ def weight_files(path: str | Path, config: PreTrainedConfig) -> list[str]:
     Pickles are not opened: they are programs, of which reading the weights alone is a promise of the reader.
     """
     named = getattr(config, "transformers_weights", None)
-    if not named and not any(_has_file(path, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        if pickled := next((name for name in _PICKLES if _has_file(path, name)), None):
+    if not named and not any(has_file(path, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        if pickled := next((name for name in _PICKLES if has_file(path, name)), None):
             raise _refusal(path, pickled)
     try:
         files, _ = _get_resolved_checkpoint_files(
@@ -196,7 +202,7 @@ def _refusal(path: str | Path, name: str) -> UserError:
 
 def _check_generation(path: str | Path) -> None:
     """Raises UserError for a generation_config.json that cannot be read; transformers may pass over it."""
-    if not _has_file(path, GENERATION_CONFIG_NAME):
+    if not has_file(path, GENERATION_CONFIG_NAME):
         return
     try:
         GenerationConfig.from_pretrained(path)
@@ -259,7 +265,8 @@ def read(file: str, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def _has_file(path: str | Path, name: str) -> bool:
+def has_file(path: str | Path, name: str) -> bool:
+    """Of a hub id: in the cache, into which it is taken."""
     file = cached_file(
         path,
         name,

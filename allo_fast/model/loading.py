@@ -1,7 +1,8 @@
 """Loading models: any AutoModelForCausalLM, from a local folder or the hub."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,9 +13,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.checkpoint import check_model, check_names, check_there, quiet
+from allo_fast.model.checkpoint import (
+    check_model,
+    check_names,
+    check_there,
+    has_file,
+    is_hub_id,
+    quiet,
+    read_config,
+    weight_files,
+)
 from allo_fast.model.saving import check_new, save_model
 from allo_fast.model.weights import check_finite
+
+# Beside the weights, what a model is made of: notes, logs and another trainer's states do not count.
+_SMALL = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+_SMALL += ("chat_template*", "*.safetensors.index.json")
+_OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,7 +57,7 @@ def load_model(
     try:
         with _zero_init(dtype) if sharded else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
-                path,
+                folder_of(path),
                 dtype=getattr(torch, dtype),
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=False,
@@ -86,15 +102,49 @@ def _zero_init(dtype: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none."""
     check_there(path)
+    return _tokenizer(path, folder_of(path))
+
+
+def _tokenizer(path: str | Path, folder: str | Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever it is: transformers computes with the files' values as it reads them
         custom = "it needs code of its own, which is not run" if "trust_remote_code" in str(error) else None
         raise UserError(f"{path}: no tokenizer that can be loaded: {custom or first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def model_files(path: str | Path) -> list[Path]:
+    """What a model is made of, where it lies here; of a hub id, in the cache; none for a folder that is not there.
+
+    Raises UserError for a hub id that cannot be had.
+    """
+    folder = folder_of(path)
+    weights = _weights(str(path)) if is_hub_id(path) else folder.glob("*.safetensors*")
+    small = (file for pattern in _SMALL for file in folder.glob(pattern))
+    return sorted({file for file in (*weights, *small) if file.is_file()})
+
+
+def folder_of(path: str | Path) -> Path:
+    """Of a hub id, the folder in the cache with all that is read of the model. Raises UserError.
+
+    As long as the process lasts it is the same: the hub may get other weights while a stage works.
+    """
+    return _weights(str(path))[0].parent if is_hub_id(path) else Path(path)
+
+
+@cache
+def _weights(hub_id: str) -> list[Path]:
+    weights = weight_files(hub_id, read_config(hub_id))
+    for name in _OPTIONAL:
+        has_file(hub_id, name)
+    with suppress(UserError):  # of some it has files of other names; a reference needs none
+        _tokenizer(hub_id, hub_id)
+    return [*map(Path, weights)]
 
 
 def convert_gguf(source: Path, folder: Path) -> None:

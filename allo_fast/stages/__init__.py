@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from allo_fast.config import GRADIENT_SCORES, Config
-from allo_fast.data.sources import split_slice
+from allo_fast.data.sources import source_files
 from allo_fast.durable import versions
+from allo_fast.model.loading import model_files
 from allo_fast.runs.basis import flat, sha256
 from allo_fast.runs.run import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, sft, warmup
@@ -20,31 +21,23 @@ def _seeds(config: Config) -> list[str]:
     return [f"seed-{seed}" for seed in config.seeds]
 
 
-# What a model is made of: notes, logs and another trainer's states beside it do not count.
-_MODEL_FILES = ("*.safetensors*", "config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model")
-_MODEL_FILES += ("*.tiktoken", "chat_template*")
-
-
 def _files(*keys: str) -> Callable[[Config], dict[str, list[Path]]]:
     """By each of these keys, and the base's, the files that it names, where they lie here."""
 
     def files(config: Config) -> dict[str, list[Path]]:
         values = flat(config.model_dump())
-        by_key = {key: _local(values[key]) for key in ("model.name_or_path", *keys)}
+        named = [key for key in ("model.name_or_path", *keys) if values[key]]
+        by_key = {key: _READ.get(key, model_files)(values[key]) for key in named}
         return {key: paths for key, paths in by_key.items() if paths}
 
     return files
 
 
-def _local(value: str | None) -> list[Path]:
-    """Of a data file, with or without a slice, a folder of `datasets.save_to_disk`, or a model's."""
-    name = split_slice(value)[0] if value else ""
-    path, folder = Path(name).expanduser(), Path(name.partition(":")[0]).expanduser()
-    if path.is_file():
-        return [path]
-    if (path / "config.json").is_file():
-        return sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern)})
-    return sorted(file for file in folder.rglob("*") if file.is_file()) if value and folder.is_dir() else []
+def _one_file(path: str) -> list[Path]:
+    return [Path(path)] if os.path.isfile(path) else []
+
+
+_READ = {"data.train": source_files, "data.test": source_files, "rewards.path": _one_file}  # all others name models
 
 
 def _given(config: Config) -> list[tuple[str, str]]:
@@ -201,11 +194,16 @@ def inputs_of(config: Config) -> dict[str, str]:
 
     Of a file its SHA-256; above 64 MiB the size and both ends: 64 ranks reading 140 GB each would take too long.
     """
-    files = {path for stage in STAGES.values() for paths in stage.files(config).values() for path in paths}
+    files = {
+        f"{key}: {path.name}": path
+        for stage in STAGES.values()
+        for key, paths in stage.files(config).items()
+        for path in paths
+    }
     return {
         "configuration": config.model_dump_json(),
         "software": str(versions()),
-        **{str(path): _told_apart(path) for path in sorted(files)},
+        **{name: _told_apart(path) for name, path in sorted(files.items())},
     }
 
 
