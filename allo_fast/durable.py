@@ -153,8 +153,14 @@ def open_tensors(path: Path, device: torch.device | str = "cpu", check: bool = T
 
 
 def about_of(file) -> dict:
-    """Of a file that `open_tensors` opened."""
-    return {key: value for key, value in json.loads(file.metadata()["about"]).items() if key != "sha256"}
+    """Of a file that `open_tensors` opened. Raises Damaged for one with a checksum that says nothing of itself."""
+    try:
+        about = json.loads(file.metadata()["about"])
+    except RecursionError:
+        about = None
+    if not isinstance(about, dict):
+        raise Damaged("metadata: expected an object")
+    return {key: value for key, value in about.items() if key != "sha256"}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -169,10 +169,7 @@ def save_positions(path: Path, positions: dict[str, Positions], about: dict, oth
 
 def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[str, Tensor]]:
     """Positions, `about` and all tensors. Raises Damaged, KeyError, TypeError or ValueError for another file."""
-    try:
-        tensors, about = load_tensors(Path(path))
-    except (AttributeError, RecursionError):  # JSON of another kind, or nested without end
-        raise ValueError("metadata: expected an object") from None
+    tensors, about = load_tensors(Path(path))
     if not isinstance(about["sizes"], dict) or not isinstance(about["base"], str):
         raise ValueError(f"metadata: expected sizes of tensors and a base, got {about!r:.80}")
     if not about["sizes"]:
