@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
 
 
 def pytest_configure(config):
+    for number in (signal.SIGHUP, signal.SIGTERM):  # which whoever began this may have had ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # two xdist workers share two cores
 
 

@@ -438,8 +438,8 @@ def read_whole(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
-def save(model, folder):
-    save_model(model, character_tokenizer(), folder)
+def save(model, folder, **how):
+    save_model(model, character_tokenizer(), folder, **how)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -480,7 +480,9 @@ def in_shards(monkeypatch):
 def test_saving_in_several_files_in_place_of_one(tmp_path, monkeypatch):
     save(tiny_llama(seed=1), tmp_path / "model")
     in_shards(monkeypatch)
-    save(tiny_llama(), tmp_path / "model")
+    with pytest.raises(UserError, match="model: cannot be written: Directory not empty"):
+        save(tiny_llama(), tmp_path / "model")
+    save(tiny_llama(), tmp_path / "model", replace=True)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     assert fingerprint(read_whole(tmp_path / "model")) == fingerprint(tiny_llama())
 
@@ -509,10 +511,10 @@ def test_what_is_written_otherwise_than_it_was_is_not_kept(tmp_path, monkeypatch
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", damaged)
     with pytest.raises(UserError, match=message):
-        save(model, tmp_path / "model")
+        save(model, tmp_path / "model", replace=True)
     monkeypatch.undo()
     assert fingerprint(read_whole(tmp_path / "model")) == fingerprint(tiny_llama(seed=1)), "the older one stays"
-    save(model, tmp_path / "model")
+    save(model, tmp_path / "model", replace=True)
     assert fingerprint(read_whole(tmp_path / "model")) == fingerprint(model)
 
 

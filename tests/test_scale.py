@@ -265,7 +265,8 @@ def test_memory_hardly_grows_with_rows(two_sizes, monkeypatch, stage):
     """Bytes, not times: a row that was kept would take more than a thousand."""
     monkeypatch.setattr(arrays, "_SPILL", 100)
     monkeypatch.setattr("allo_fast.runs.rows._CHUNK", 100)
-    monkeypatch.setattr("allo_fast.runs.rows._BLOCK", 1 << 12)
+    for module in ("runs.rows", "journal"):
+        monkeypatch.setattr(f"allo_fast.{module}._BLOCK", 1 << 12)
     monkeypatch.setattr(problems, "limits", lambda *given: Limits(99, 99, 1, 999, 999))
     small, large = two_sizes.values()
     STAGES[stage](unit(small))  # imports what it imports

@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def run(words: list[str], folder: Path, before=None, timeout: float = 300, stdin
 def _be(words: list[str], folder: Path, before: Callable[[], object] | None, files: list[int]) -> None:
     """Never returns. Ends as `sys.exit(main())` would."""
     os.setpgid(0, 0)
+    for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # which a shell may have had ignored
+        signal.signal(each, signal.SIG_DFL)
+    code = 1
     try:
         for number, file in enumerate(files):
             os.dup2(file, number)
@@ -117,9 +121,11 @@ def _be(words: list[str], folder: Path, before: Callable[[], object] | None, fil
     except BaseException as error:
         traceback.print_exc()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+    finally:
+        with suppress(OSError):  # of a drill after which nobody listens
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code or 0)
 
 
 def warm_up(words: list[str], folder: Path) -> Done:
