@@ -76,15 +76,18 @@ def _compile(model: str, variant: str, target: str, launch: Launch) -> Compiled:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton 3.9 announces a default of 3.10
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
-    assembly = _disassemble(compiled.asm["cubin"])
+    usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
+    stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+    # Instructions take half a second to list; without memory of their own they have nowhere to spill to.
+    assembly = _cuobjdump(compiled.asm["cubin"], "-sass") if stack or local else ""
     return Compiled(
         model=model,
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         variant=variant,
         target=target,
-        registers=int(re.search(r"REG:(\d+)", assembly)[1]),
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared_bytes=compiled.metadata.shared,
-        stack_bytes=int(re.search(r"STACK:(\d+)", assembly)[1]),
+        stack_bytes=stack,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
         wgmma="wgmma.mma_async" in compiled.asm["ptx"],
         narrow_products=len(re.findall(r"arith.muli [^:]*: tensor<[^>]*xi32>", compiled.asm["ttir"])),
@@ -92,11 +95,10 @@ def _compile(model: str, variant: str, target: str, launch: Launch) -> Compiled:
 
 
 @functools.cache  # one kernel serves many models
-def _disassemble(cubin: bytes) -> str:
-    """The usage of resources and the instructions, as cuobjdump prints them."""
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
