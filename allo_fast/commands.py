@@ -64,10 +64,8 @@ def run(arguments: list[str] | None) -> int:
     except Exception as error:
         signals.check_cause(error)
         rank = ranks.launched_rank()
-        if (
-            rank
-        ):  # what every rank meets, and what one meets when another has ended, rank 0 says before a launcher ends it
-            time.sleep(3)
+        if rank:  # what all meet rank 0 says, and what another's end led to that one; then a launcher ends this one
+            time.sleep(10)
         if not (line := _line(error)):
             raise
         print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
