@@ -48,6 +48,8 @@ from allo_kernels import memory
 
 logger = logging.getLogger("allo_fast")
 
+_PATIENCE = 10.0  # seconds after which a rank that nobody has ended says itself what ended it
+
 
 def run(arguments: list[str] | None) -> int:
     """The exit code of a command."""
@@ -65,7 +67,7 @@ def run(arguments: list[str] | None) -> int:
         signals.check_cause(error)
         rank = ranks.launched_rank()
         if rank:  # what all meet rank 0 says, and what another's end led to that one; then a launcher ends this one
-            time.sleep(10)
+            time.sleep(_PATIENCE)
         if not (line := _line(error)):
             raise
         print(f"allo-fast: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

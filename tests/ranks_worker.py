@@ -36,7 +36,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from allo_fast import ranks
+from allo_fast import commands, ranks
 from allo_fast.__main__ import main
 from allo_fast.config import Config, ModelConfig, TrainConfig, UserError
 from allo_fast.config_file import load_config
@@ -523,6 +523,7 @@ def not_finite(folder: Path) -> None:
 
 def mistakes(folder: Path, config: str) -> None:
     """One clear error, said by rank 0; every rank leaves with 2."""
+    commands._PATIENCE = 0.0
     zero2 = "deepspeed=configs/zero2.json"
     assert main(["run", config]) == 2, "without deepspeed"
     assert main(["run", config, zero2, f"seeds=[{rank()}]"]) == 2, "another configuration"
