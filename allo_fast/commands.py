@@ -35,7 +35,8 @@ from allo_fast.plan.table import table as plan_table
 from allo_fast.report.page import write_report
 from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.lock import alone_in
-from allo_fast.runs.run import Progress, Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.driving import hidden_updates
@@ -83,7 +84,12 @@ def _line(error: Exception) -> str | None:
 
 def _run(options: argparse.Namespace) -> None:
     with _open_run(options) as run:
-        for unit in run.units(stages_of(run.config)):
+        units = run.units(stages_of(run.config))
+        if not run.rerun and (ahead := [f"{unit.name} {unit.key}" for unit in units if unit.is_ahead]):
+            _say(
+                f"complete, but from stages that are not: {', '.join(ahead)}; they need --rerun if those come out otherwise"
+            )
+        for unit in units:
             _complete(unit)
         ranks.on_main(lambda: _report(run))
     ranks.stop()
@@ -94,7 +100,7 @@ def _rewrite(options: argparse.Namespace) -> None:
     with alone_in(Path(config.output_dir) / config.name):
         run = Run(config, STAGES)
         for unit in run.units(stages_of(config)):
-            unit.check()
+            unit.check(outside=False)
         _report(run)
 
 

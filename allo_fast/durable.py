@@ -53,7 +53,9 @@ def appearing(path: Path, replace: bool = True) -> Iterator[Path]:
         if path.is_dir() and not path.is_symlink() and replace:
             shutil.rmtree(path)
         move(partial, path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise  # what Rust libraries raise for the disk is of no kind
         if (read := getattr(error, "filename", None)) and not Path(read).absolute().is_relative_to(around):
             raise
         raise UserError(f"{path}: cannot be written: {reason(error)}") from None
@@ -61,7 +63,7 @@ def appearing(path: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(around, ignore_errors=True)
 
 
-def reason(error: OSError | SafetensorError) -> str:
+def reason(error: Exception) -> str:
     """Why the disk refused, and what to do where it is full."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
     why = getattr(error, "strerror", None) or first_line(error)

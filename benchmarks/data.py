@@ -31,7 +31,8 @@ from allo_fast.data.batch import Batch, Corpus
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl, rendered_once
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, forget, pairs, responses, sample, sft
 from allo_fast.training.examples import Examples, reference_logps
 

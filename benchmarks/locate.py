@@ -33,7 +33,8 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import named_weights, size_of
 from allo_fast.plan.windows import windows
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.gradients import drawn
 from allo_fast.stages.models import base_path

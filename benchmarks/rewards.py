@@ -20,7 +20,8 @@ from allo_fast.config import Config
 from allo_fast.config_file import load_config
 from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.responses import REWARDS, wrong_responses

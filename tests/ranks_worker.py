@@ -57,7 +57,8 @@ from allo_fast.plan.locating import locate_phase
 from allo_fast.plan.phase import DEVICES, Job
 from allo_fast.plan.rows import unknown_rows
 from allo_fast.plan.shapes import shape_of
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 from allo_fast.training.engine import Trainer, TrainingError

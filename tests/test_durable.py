@@ -106,6 +106,14 @@ def test_what_the_disk_refuses_is_said_and_leaves_the_old_file(tmp_path, monkeyp
     assert read_json(tmp_path / "file") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_the_disk_refuses_a_library_is_said(tmp_path):
+    with (
+        pytest.raises(UserError, match="file: cannot be written: no space left on the disk"),
+        appearing(tmp_path / "file"),
+    ):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+
 def test_json_says_when_it_is_damaged(tmp_path):
     value = {"z": [1, 2.5, None], "a": {"b": "\u00e9 \U0001f600"}, "n": 0.1 + 0.2}
     write_json(tmp_path / "file", value)

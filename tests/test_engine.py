@@ -251,6 +251,14 @@ def test_a_signal_ends_it_with_the_checkpoint_of_its_step(tmp_path, number):
     assert next(trainer(tmp_path).run()).step == 3
 
 
+def test_checkpoints_that_were_lost_are_said(tmp_path, caplog):
+    stopped_after(tmp_path, 3)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.unlink()
+    assert next(trainer(tmp_path).run()).step == 1
+    assert "metrics.jsonl: steps were made, but no checkpoint of them is there; training begins again" in caplog.text
+
+
 def test_a_log_that_was_lost_is_said(tmp_path, caplog):
     stopped_after(tmp_path, 3)
     (tmp_path / "metrics.jsonl").unlink()

@@ -26,7 +26,8 @@ from allo_fast.data.scoring import (
 from allo_fast.model.saving import save_model
 from allo_fast.report.summary import percent, preference_metrics, preference_values, shown, table
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES
 from allo_fast.stages.evaluate import _scored, evaluate, response_logps
 from allo_fast.stages.models import inference

@@ -24,7 +24,8 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.home import MANIFEST
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, gradients, locate
 
 pytestmark = pytest.mark.xdist_group("runs")

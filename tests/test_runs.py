@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
-from allo_fast.durable import versions
+from allo_fast.data.arithmetic import arithmetic_row
+from allo_fast.durable import versions, write_json
 from allo_fast.method.delta import Delta
 from allo_fast.method.selection import Selection
 from allo_fast.model import loading
@@ -27,7 +28,8 @@ from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.basis import differences
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.lock import alone_in
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
@@ -302,11 +304,84 @@ def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
 
 
 def test_a_setting_that_is_gone_is_a_change(copied, capsys):
+    config, _ = copied
+    manifest = (unit := units(config)["sample/seed-0"]).manifest()
+    thinking = {"data.chat_template_kwargs.thinking": False}
+    write_json(unit.folder / MANIFEST, manifest | {"basis": manifest["basis"] | thinking})
+    assert "data.chat_template_kwargs.thinking was False, now not there" in refused(capsys, "run", config)
+
+
+def test_what_changes_nothing_that_was_begun_is_taken_and_said(copied, capsys, caplog):
     config, folder = copied
-    saved = folder / "config.yaml"
-    saved.write_text(saved.read_text().replace("chat_template_kwargs: {}", "chat_template_kwargs: {thinking: false}"))
-    assert main(["run", str(config)]) == 2
-    assert "data.chat_template_kwargs.thinking was False, now not there" in capsys.readouterr().err
+    assert main(["run", str(config), "learn.save_steps=3", "seeds=[0]", "rivals=[]"]) == 0
+    assert capsys.readouterr().out.count(": complete\n") == 10
+    said = "learn.save_steps was 1, now 3"
+    assert [record.message for record in caplog.records if said in record.message] == [
+        f"{folder / 'config.yaml'}: seeds was [0, 1], now [0], rivals was ['dpo'], now [], {said}"
+    ]
+    assert load_config(folder / "config.yaml").learn.save_steps == 3 and not list(folder.glob("old-*"))
+    shutil.rmtree(unfinished := folder / "08-learn/seed-0")
+    next(work := units(config)["learn/seed-0"].execute())
+    work.close()
+    started = (unfinished / "STARTED.json").read_bytes()
+    run = Run(load_config(config, ["learn.save_minutes=1", "learn.skip_nonfinite_steps=2"]), STAGES)
+    next(work := Unit(run, "learn", "seed-0").execute())
+    assert (unfinished / "STARTED.json").read_bytes() == started, "it goes on"
+
+
+def test_that_later_stages_may_be_refused_is_said_before(copied, capsys):
+    config, folder = copied
+    shutil.rmtree(folder / "03-pairs/seed-1")
+    assert main(["run", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "complete, but from stages that are not: warmup seed-1, rewards seed-1, learn seed-1; they need"
+    )
+    assert main(["run", str(config)]) == 0 and "not:" not in capsys.readouterr().out
+
+
+def test_a_report_needs_what_lies_in_the_run_alone(copied, tmp_path, capsys):
+    config, folder = copied
+    base, data = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(folder / "00-pretrain/base/model", base)
+    data.write_text("".join(json.dumps(arithmetic_row("train", n)) + "\n" for n in range(1000, 1006)))
+    words = [str(config), "name=given", f"data.train={data}", f"model.name_or_path={base}", "seeds=[0]", "method=dpo"]
+    assert main(["run", *words]) == 0
+    data.rename(renamed := tmp_path / "other.jsonl")
+    capsys.readouterr()
+    assert main(["report", *words]) == 0
+    assert re.search("sample.* is not there; bring it back, or name where it lies", refused(capsys, "run", *words))
+    words[2] = f"data.train={renamed}"
+    assert main(["run", *words]) == 0
+    assert capsys.readouterr().out.count(": complete\n") == 5, "what a file is called decides nothing"
+    assert re.search(r"data.train was all, now \[0:3\]", refused(capsys, "run", *words, f"data.train={renamed}[:3]"))
+    (tmp_path / "given/04-warmup/seed-0/MANIFEST.json").write_text("{}")
+    assert re.search(
+        "04-warmup.*: MANIFEST.json: damaged.*run `allo-fast warmup CONFIG --rerun`", refused(capsys, "report", *words)
+    )
+
+
+@pytest.mark.parametrize("damage", ["is gone", "is not what was written"])
+def test_half_of_a_copy_is_none(copied, capsys, damage):
+    config, folder = copied
+    weights = folder / "08-learn/seed-1/model/model.safetensors"
+    weights.unlink() if damage == "is gone" else weights.write_bytes(b"")
+    away = rf"model/model.safetensors {damage} \(move model/ away; `allo-fast export` makes it again\)"
+    assert re.search(away, refused(capsys, "run", config))
+    assert main(["export", str(folder), "learn", str(out := folder.parent / "out"), "--seed", "1"]) == 0
+    shutil.rmtree(weights.parent)
+    assert main(["run", str(config)]) == 0 and (out / "model.safetensors").exists()
+
+
+def test_a_summary_of_other_settings_does_not_stay(copied, capsys):
+    config, folder = copied
+    before = every_byte(folder)
+    changed = load_config(config, ["learn.learning_rate=2e-3"])
+    next(Unit(Run(changed, STAGES, rerun=True), "learn", "seed-0").execute())
+    assert load_config(folder / "config.yaml") == changed
+    for name in ("summary.json", "report.html", "config.yaml"):
+        assert (folder / "old-1" / name).read_bytes() == before[name]
+    assert not (folder / "summary.json").exists() and not (folder / "report.html").exists()
 
 
 def test_changed_input_files_are_named(copied, tmp_path):
@@ -329,9 +404,10 @@ def test_changed_input_files_are_named(copied, tmp_path):
     text = data.read_text()
     data.write_text(text * 2)
     first, second = (hashlib.sha256(said.encode()).hexdigest()[:12] for said in (text, text * 2))
-    assert unit().look() == (False, f"data.test: test.jsonl was {first}..., now {second}...")
+    assert unit().look() == (False, f"data.test: the file was {first}..., now {second}...")
     data.unlink()
-    assert unit().look() == (False, f"data.test: {data} is not there")
+    with pytest.raises(UserError, match=f"data.test: {data} is not there; bring it back, or name where it lies"):
+        unit().look()
     data.write_text(text)
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -376,12 +452,12 @@ def test_what_the_hub_has_is_told_apart_by_its_contents(finished, tmp_path, monk
 def test_a_stage_does_not_trust_what_is_out_of_date(copied, capsys):
     config, _ = copied
     line = refused(capsys, "learn", config, "--rerun", "forget.beta=0.9")
-    assert "07-forget/seed-0: forget.beta was 0.1, now 0.9; run `allo-fast forget CONFIG` first" in line
+    assert "07-forget/seed-0: forget.beta was 0.1, now 0.9; run `allo-fast forget CONFIG --rerun` first" in line
     assert "forget.beta was 0.1, now 0.9" in refused(capsys, "report", config, "forget.beta=0.9")
     assert main(["report", str(config)]) == 0, "what was refused changed nothing"
 
 
-def test_the_configuration_of_a_run(copied, capsys):
+def test_the_configuration_of_a_run(copied, caplog):
     config, folder = copied
     saved, dumped = folder / "config.yaml", (folder / "config.yaml").read_text()
     saved.write_text("# mine\n" + dumped)
@@ -389,9 +465,9 @@ def test_the_configuration_of_a_run(copied, capsys):
     assert main(["pairs", str(saved), "seeds=[0]", "--rerun"]) == 0
     assert (folder / "old-1/config.yaml").read_text().startswith("# mine")
     saved.write_text("")
-    line = refused(capsys, "run", config)
-    assert "config.yaml: expected keys and values, got NoneType. With --rerun the run goes on" in line
-    assert main(["run", str(config), "--rerun"]) == 0 and load_config(saved) == load_config(config)
+    assert main(["run", str(config)]) == 0 and load_config(saved) == load_config(config)
+    assert f"{saved}: expected keys and values, got NoneType" in caplog.text
+    assert (folder / "old-2/config.yaml").read_text() == ""
     saved.unlink()
     assert main(["run", str(config)]) == 0, "each unit knows what it was made with"
 
@@ -402,7 +478,7 @@ def test_other_software_is_said_once_a_unit(copied, monkeypatch, caplog):
     shutil.rmtree(unit.folder)
     next(killed := unit.execute())
     killed.close()
-    monkeypatch.setattr("allo_fast.runs.run.versions", lambda: versions() | {"torch": "1.0"})
+    monkeypatch.setattr("allo_fast.runs.unit.versions", lambda: versions() | {"torch": "1.0"})
     list(unit.execute())
     (line,) = [record.message for record in caplog.records if "software" in record.message]
     assert re.search(r"sample/seed-0: continued with other software: torch was \S+, now 1.0$", line)

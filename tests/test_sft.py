@@ -18,7 +18,8 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.problems import right_responses
 from allo_fast.stages.sft import corpus_of_right_responses

@@ -11,7 +11,7 @@ import pytest
 from allo_fast import commands, signals
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
-from allo_fast.runs.run import Progress
+from allo_fast.runs.unit import Progress
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])

@@ -11,7 +11,8 @@ from allo_fast.report import figures
 from allo_fast.report.summary import is_preference, percent, shown, shown_interval
 from allo_fast.runs.home import REPORT
 from allo_fast.runs.rows import read_jsonl, read_log
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import base_path

@@ -22,13 +22,20 @@ def under(entries: Basis, sections: tuple[str, ...]) -> Basis:
 
 
 def differences(old: Basis, new: Basis) -> str:
-    """Of at most five entries what they were and are; empty where nothing differs. Files have names `KEY: FILE`."""
-    named, found = ({key.partition(": ")[0] for key in entries if ": " in key} for entries in (old, new))
-    if gone := named - found:
-        return ", ".join(f"{key}: {new.get(key)} is not there" for key in sorted(gone))
+    """Of at most five entries what they were and are; empty where nothing differs."""
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     said = [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in keys[:5]]
     return ", ".join(said + [f"and {len(keys) - 5} more"] * (len(keys) > 5))
+
+
+def naming_files(entries: Basis) -> set[str]:
+    """The keys that name files; of these the entries `KEY: FILE` hold the contents."""
+    return {key.partition(": ")[0] for key in entries if ": " in key}
+
+
+def inside(entries: Basis, naming: set[str]) -> Basis:
+    """Without what `naming` says, and what lies there, outside of the run."""
+    return {key: value for key, value in entries.items() if key.partition(": ")[0] not in naming}
 
 
 def _shown(entries: Basis, key: str) -> str:

@@ -15,7 +15,8 @@ from allo_fast.runs.basis import differences, flat
 logger = logging.getLogger(__name__)
 
 MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"  # of a unit
-CONFIG, SUMMARY, REPORT = "config.yaml", "summary.json", "report.html"
+CONFIG = "config.yaml"
+_SAID = SUMMARY, REPORT = "summary.json", "report.html"
 # Where a run lies, how it is continued and how much of it is kept, not what it is.
 _ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models")}
 _ELSEWHERE["model"] = {"device"}
@@ -38,28 +39,24 @@ class Home:
         if any(not any(PurePath(part).match(LEFTOVERS) for part in file.parts) for file in files):
             raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
 
-    def changed_settings(self, config: Config) -> str:
-        """Between config.yaml, where it is not lost, and `config`. Raises UserError where it cannot be read."""
-        if not (path := self.folder / CONFIG).exists():
-            return ""
-        try:
-            old = load_config(path)
-        except UserError as error:
-            raise UserError(f"{error}. With --rerun the run goes on with the settings that are given now") from None
-        return differences(*(flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config)))
-
     def take_config(self, config: Config, rerun: bool) -> None:
-        """Writes config.yaml, where another or none is there. One that somebody wrote or ran with is kept."""
-        path = self.folder / CONFIG
+        """Writes config.yaml, where another or none is there; what changes is said.
+
+        One that somebody wrote or that a --rerun replaces is kept, and then no summary of another stays beside it.
+        """
+        path, is_ours = self.folder / CONFIG, True
         if path.exists():
             try:
                 if (old := load_config(path)) == config:
                     return
                 is_ours = dump_config(old) == path.read_text()
-            except UserError:
-                is_ours = False
-            if rerun or not is_ours:
-                self._copy_aside(CONFIG)
+                changed = differences(*(flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config)))
+            except UserError as error:
+                is_ours, changed = False, str(error)
+            if changed:
+                logger.info("%s: %s", path, changed)
+        if rerun or not is_ours:
+            self._put_aside()
         write_bytes(path, dump_config(config).encode())
 
     @cached_property
@@ -68,9 +65,9 @@ class Home:
         return next(path for number in count(1) if not (path := self.folder / f"old-{number}").exists())
 
     def set_aside(self, place: Path) -> None:
-        """Moves a unit there, with copies of what was said of the whole run."""
+        """Moves a unit there, with what was said of the whole run."""
         make_folder((self.aside / place).parent)
-        self._copy_aside(CONFIG, SUMMARY, REPORT)
+        self._put_aside()
         move(self.folder / place, self.aside / place)
         logger.info("%s: moved to %s", self.folder / place, self.aside / place)
 
@@ -79,10 +76,17 @@ class Home:
         shutil.rmtree(self.folder / place)
         if (self.aside / place).exists():
             move(self.aside / place, self.folder / place)
-            if not any(self.aside.glob("*/*")):  # of units; copies alone are of no use
+            if not any(self.aside.glob("*/*")):  # of units
+                for path in (self.aside / name for name in _SAID):
+                    if path.exists():
+                        move(path, self.folder / path.name)
                 shutil.rmtree(self.aside)
 
-    def _copy_aside(self, *names: str) -> None:
-        for name in names:
+    def _put_aside(self) -> None:
+        """A copy of config.yaml, and the summary and report, which are not those of the run any more."""
+        if (config := self.folder / CONFIG).exists() and not (self.aside / CONFIG).exists():
+            write_bytes(self.aside / CONFIG, config.read_bytes())
+        for name in _SAID:
             if (self.folder / name).exists() and not (self.aside / name).exists():
-                write_bytes(self.aside / name, (self.folder / name).read_bytes())
+                make_folder(self.aside)
+                move(self.folder / name, self.aside / name)

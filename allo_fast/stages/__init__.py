@@ -13,7 +13,7 @@ from allo_fast.data.sources import source_files
 from allo_fast.durable import versions
 from allo_fast.model.loading import model_files
 from allo_fast.runs.basis import flat, sha256
-from allo_fast.runs.run import Stage
+from allo_fast.runs.unit import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, sft, warmup
 
 

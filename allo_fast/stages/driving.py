@@ -11,7 +11,7 @@ from allo_fast.method.policy import SparsePolicy
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.problems import max_positions
 from allo_fast.training.engine import LOG, Trainer
 

@@ -28,7 +28,8 @@ from allo_fast.data.scoring import SCORERS, best_response, is_correct, is_tie, p
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
-from allo_fast.runs.run import Progress, Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import Inference, base_path, inference, made_in, prompts_of
 from allo_fast.stages.problems import PROBLEMS, QUARANTINE, unit_problems
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.saving import check_new, save_model
-from allo_fast.runs.run import Run, Unit
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.models import load_made, made_in
 
@@ -24,7 +25,7 @@ def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
     if out.resolve().is_relative_to(run.folder.resolve()):
         raise UserError(f"{out}: inside the run; name a folder elsewhere")
     unit = Unit(run, stage, _key(run.config, run.folder, stage, seed))
-    if damage := unit.damage():
+    if damage := unit.damage(copies=False):
         raise UserError(f"{unit.folder}: {damage}; run `allo-fast {stage} CONFIG --rerun` first")
     path, delta = made_in(unit, unit.folder)
     model = load_made(path, delta, ModelConfig(device="cpu", dtype=run.config.model.dtype))

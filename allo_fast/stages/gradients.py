@@ -26,7 +26,7 @@ from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import room_beside, windows
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples, reference_logps
 from allo_kernels import memory

@@ -15,7 +15,7 @@ from allo_fast.data.batch import Batch
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.objectives import Dpo
 from allo_fast.runs.rows import Rows, read_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.gradients import located
 from allo_fast.stages.models import base_path, selected_policy

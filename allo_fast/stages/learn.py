@@ -16,7 +16,7 @@ from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.objectives import Dpo
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.models import DELTA, base_path, frozen_reference, prompts_of, save_trained, sparse_policy
 from allo_fast.training.engine import Trainer

@@ -29,7 +29,7 @@ from allo_fast.method.selection import Selection, changes
 from allo_fast.model.loading import load_model
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.runs.rows import read_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.gradients import frozen_base, gradient_scores
 from allo_fast.stages.models import base_path
 

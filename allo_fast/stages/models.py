@@ -19,7 +19,7 @@ from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
-from allo_fast.runs.run import Unit
+from allo_fast.runs.unit import Unit
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import training_sections
 from allo_kernels import memory

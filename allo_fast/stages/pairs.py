@@ -14,7 +14,7 @@ from itertools import product
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.problems import distinct_responses
 
 

@@ -16,7 +16,7 @@ from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import llama_config, pick_device
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.models import prompts_of, save_dense
 from allo_fast.training.engine import Trainer

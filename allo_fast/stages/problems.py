@@ -10,7 +10,7 @@ from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
 from allo_fast.plan.shapes import model_config
 from allo_fast.runs.rows import Rows, split_once
-from allo_fast.runs.run import Unit
+from allo_fast.runs.unit import Unit
 
 Key = Literal["train", "test"]  # of `data`
 PROBLEMS, QUARANTINE = "problems.jsonl", "quarantine.jsonl"

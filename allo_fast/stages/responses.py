@@ -10,7 +10,7 @@ from torch import Tensor
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Corpus, collate
 from allo_fast.runs.rows import by_chunks, read_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 
 REWARDS = "rewards.jsonl"
 

@@ -20,7 +20,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.sources import UnusableRow, parse_json
 from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.implicit import implicit
 from allo_fast.stages.models import base_path, inference
 from allo_fast.stages.responses import REWARDS, reward_row, rewarded, wrong_responses

@@ -22,7 +22,7 @@ from allo_fast.data.sources import UnusableRow
 from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, rendered_once
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.gradients import located_policy
 from allo_fast.stages.models import base_path, inference, prompts_of

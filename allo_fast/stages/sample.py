@@ -20,7 +20,7 @@ from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, by_chunks
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import base_path, inference, prompts_of
 from allo_fast.stages.problems import PROBLEMS, first_row, unit_problems
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
-from allo_fast.runs.run import Progress, Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train
 from allo_fast.stages.gradients import located_policy
 from allo_fast.stages.models import base_path, prompts_of, save_trained

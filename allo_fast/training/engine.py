@@ -22,7 +22,7 @@ from allo_fast.journal import Journal
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backend import LocalBackend
-from allo_fast.training.checkpoints import Checkpoints
+from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples, reference_logps
 from allo_fast.training.zero import Zero, check_divides
 
@@ -154,6 +154,9 @@ class Trainer:
         return progress["step"]
 
     def _open_log(self, done: int) -> Journal:
+        path = self.folder / LOG
+        if path.exists() and path.stat().st_size and not any(self.folder.glob(CHECKPOINTS)):
+            logger.warning("%s: steps were made, but no checkpoint of them is there; training begins again", path)
         log = Journal(self.folder / LOG, self.mark, lambda row: row["step"] <= done)
         if lost := done - self.skipped - log.count:
             logger.warning(

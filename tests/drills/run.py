@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import allo_fast.commands as cli
 from allo_fast.data.arithmetic import arithmetic_row
-from allo_fast.runs.run import Unit
+from allo_fast.runs.unit import Unit
 
 CONFIG = "job.yaml"  # the user's, in the folder where commands run
 RUN = Path("runs/drill")

@@ -1,0 +1,292 @@
+"""A run is a folder: runs/NAME/{config.yaml, NN-stage/KEY/...}. A unit (one stage for one key) writes only its own
+folder and ends with MANIFEST.json; a unit with a manifest that still fits its settings and inputs is not run again.
+
+Nothing that is there is deleted or overwritten: what no longer fits is refused, and `--rerun` moves it to old-N.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+from allo_fast import ranks
+from allo_fast.config import Config, UserError
+from allo_fast.data.sources import split_slice
+from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, write_json
+from allo_fast.journal import SUMS
+from allo_fast.model.loading import pick_device
+from allo_fast.runs.basis import Basis, differences, flat, identity, inside, is_same, naming_files, sha256, under
+from allo_fast.runs.home import MANIFEST, STARTED
+from allo_fast.training.checkpoints import CHECKPOINTS
+from allo_fast.training.engine import LOG
+from allo_fast.training.zero import Zero, trains_densely
+from allo_kernels import memory
+
+if TYPE_CHECKING:
+    from allo_fast.runs.run import Run
+
+logger = logging.getLogger(__name__)
+
+_DRIVING = ("save_steps", "save_minutes", "skip_nonfinite_steps")  # how a stage is driven, not what comes of it
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    total: int
+    noun: str  # what is counted: step, problem, ...
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """execute(unit) yields Progress and returns the facts that its manifest records."""
+
+    number: int
+    execute: Callable[["Unit"], Generator[Progress, None, dict]]
+    outputs: tuple[str, ...]  # patterns of the files that it makes for others
+    settings: tuple[str, ...]  # the config keys, or sections, that its outcome depends on
+    needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
+    keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
+    files: Callable[[Config], dict[str, list[Path]]] = lambda config: {}  # those outside the run that a key names
+    seed: Callable[[Config], int] = lambda config: 0  # of a unit whose key names none
+    copies: tuple[str, ...] = ()  # of what it makes beside them, which nothing reads again and which may be removed
+
+
+@dataclass
+class Unit:
+    owner: "Run"
+    name: str
+    key: str
+    mark: str = ""  # of what its unfinished files are, while it is executed
+
+    @property
+    def config(self) -> Config:
+        return self.owner.config
+
+    @property
+    def zero(self) -> Zero | None:
+        """How DeepSpeed trains this stage; None: one process without it."""
+        return self.owner.zeros["dense" if trains_densely(self.config, self.name) else "sparse"]
+
+    @property
+    def stage(self) -> Stage:
+        return self.owner.stages[self.name]
+
+    @property
+    def place(self) -> Path:
+        """In the run's folder."""
+        return Path(f"{self.stage.number:02d}-{self.name}", self.key)
+
+    @property
+    def folder(self) -> Path:
+        return self.owner.folder / self.place
+
+    @property
+    def seed(self) -> int:
+        return int(self.key.rpartition("seed-")[2]) if "seed-" in self.key else self.stage.seed(self.config)
+
+    def upstream(self) -> list["Unit"]:
+        return [Unit(self.owner, name, key) for name, key in self.stage.needs(self.config, self.key)]
+
+    def needed(self, stage: str) -> Path:
+        """The folder of a unit that this one reads."""
+        (unit,) = [unit for unit in self.upstream() if unit.name == stage]
+        return unit.folder
+
+    def settings(self) -> Basis:
+        """Of the configuration, what its outcome depends on."""
+        settings = under(flat(self.config.model_dump()), self.stage.settings)
+        return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in _DRIVING}
+
+    def basis(self, outside: bool = True) -> Basis:
+        """Settings, and SHA-256 of the files that they name and of what this unit reads of others.
+
+        Of files neither where they lie nor, of a single one, how it is called. outside: those that lie not in the run,
+        too. Raises UserError when an upstream unit is not complete, or no longer fits its own settings and inputs.
+        """
+        contents = {}
+        for unit in self.upstream():
+            unit.check(outside)
+            contents |= {str(unit.place / name): digest for name, digest in unit.contents().items()}
+        for key, paths in self.stage.files(self.config).items() if outside else ():
+            contents[key] = _part_of(under(flat(self.config.model_dump()), (key,))[key])
+            name = f"{key}: {{}}" if len(paths) > 1 else f"{key}: the file"
+            contents |= {name.format(path.name): sha256(path) for path in paths}
+        return self.settings() | contents | {"seed": self.seed}
+
+    def changed_settings(self) -> str:
+        """Since it was begun; empty where nothing did, or nothing says. Files are left out."""
+        try:
+            recorded = inside(old := self._record()["basis"], naming_files(old)) if self._exists() else {}
+        except Damaged:
+            recorded = {}
+        now = inside(self.settings() | {"seed": self.seed}, naming_files(old) if recorded else set())
+        return differences({key: recorded[key] for key in recorded if "/" not in key}, now) if recorded else ""
+
+    def contents(self) -> dict[str, str]:
+        """SHA-256 of each output."""
+        return {name: entry["sha256"] for name, entry in self.manifest()["outputs"].items()}
+
+    def manifest(self) -> dict:
+        """Raises UserError when the unit is not complete, or its manifest damaged."""
+        if not (path := self.folder / MANIFEST).is_file():
+            raise UserError(f"{self.folder}: not complete; run `allo-fast {self.name} CONFIG` first")
+        return read_json(path)
+
+    def look(self, outside: bool = True) -> tuple[bool, str | None]:
+        """Is the unit complete; and why what lies there can neither be taken nor continued, None where it can.
+
+        outside: files that it was made from, too, of those that lie not in the run. Raises UserError where they are not
+        there.
+        """
+        if not self._exists():
+            return False, None
+        try:
+            old = self._record()["basis"]
+        except Damaged as error:
+            return False, str(error).removeprefix(f"{self.folder}/")
+        new, naming = self.basis(outside), naming_files(old)
+        if outside and (gone := sorted(naming - naming_files(new))):
+            raise UserError(
+                f"{self.folder}: {', '.join(f'{key}: {new.get(key)} is not there' for key in gone)}; bring it back, or "
+                "name where it lies"
+            )
+        if changed := differences(old, new) if outside else differences(inside(old, naming), inside(new, naming)):
+            return False, changed
+        complete = (self.folder / MANIFEST).exists()
+        damage = self.damage() if complete else None
+        return complete and not damage, damage
+
+    def _record(self) -> dict:
+        """What is said of it, in the end or from its beginning. Raises Damaged."""
+        manifest = self.folder / MANIFEST
+        return read_json(manifest if manifest.exists() else self.folder / STARTED)
+
+    def is_complete(self) -> bool:
+        """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
+        return ranks.on_main(self.look)[0]
+
+    @property
+    def is_ahead(self) -> bool:
+        """Complete, though a unit that it reads is not: it stays where that comes out as it did."""
+        return (self.folder / MANIFEST).exists() and any(
+            not (unit.folder / MANIFEST).exists() for unit in self.upstream()
+        )
+
+    def damage(self, copies: bool = True) -> str | None:
+        """What is wrong with the files of a unit that has a manifest. copies: also with them, where there are any."""
+        manifest = self.manifest()
+        for name, entry in manifest["outputs"].items():
+            if wrong := self._wrong(name, entry):
+                return wrong
+        for folder in {PurePath(name).parent for name in manifest["copies"]} if copies else ():
+            held = {name: entry for name, entry in manifest["copies"].items() if PurePath(name).parent == folder}
+            wrong = [wrong for name, entry in held.items() if (wrong := self._wrong(name, entry))]
+            if wrong and any((self.folder / name).exists() for name in held):
+                away = f" (move {folder}/ away; `allo-fast export` makes it again)" if folder.name else ""
+                return f"{wrong[0]}{away}"
+        return None
+
+    def _wrong(self, name: str, entry: dict) -> str | None:
+        if is_same(self.folder / name, entry):
+            return None
+        return f"{name} is {'not what was written' if (self.folder / name).exists() else 'gone'}"
+
+    def check(self, outside: bool = True) -> None:
+        """Raises UserError unless the unit is complete. outside: as of `look`."""
+        complete, objection = self.look(outside)
+        if not complete:
+            again = " --rerun" if objection else ""
+            raise UserError(
+                f"{self.folder}: {objection or 'not complete'}; run `allo-fast {self.name} CONFIG{again}` first"
+            )
+
+    def execute(self) -> Iterator[Progress]:
+        """Runs or continues the stage; the manifest comes last, so that nothing half-written looks complete.
+
+        What is refused before it has made anything leaves no trace. Raises UserError where something lies there that
+        does not fit, unless the run is one that moves it aside.
+        """
+        new, self.mark = ranks.on_main(self._start)
+        first = True
+        device = pick_device(self.config.model.device)
+        memory.reset_peak(device)
+        begun, work = time.perf_counter(), self.stage.execute(self)
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                facts = end.value
+                break
+            except UserError:
+                if new and ranks.is_main():
+                    self.owner.home.undo(self.place)
+                raise
+            if first and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
+                self.owner.home.take_config(self.config, self.owner.rerun)
+            new = first = False
+            yield progress
+        seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
+        ranks.on_main(lambda: self._finish(facts, seconds, memory.peak_bytes(device)))
+
+    def _exists(self) -> bool:
+        return self.folder.exists() and any(not path.match(LEFTOVERS) for path in self.folder.iterdir())
+
+    def _start(self) -> tuple[bool, str]:
+        """Whether nothing had been there, and the mark."""
+        _, objection = self.look()
+        if objection and not self.owner.rerun:
+            raise UserError(
+                f"{self.folder}: {objection}. It stays as it is; --rerun moves it to {self.owner.home.aside.name} and "
+                "makes it anew"
+            )
+        if objection:
+            self.owner.home.set_aside(self.place)
+        if new := not self._exists():
+            write_json(self.folder / STARTED, {"basis": self.basis(), "versions": versions()})
+        started = read_json(self.folder / STARTED)
+        if changed := differences(started["versions"], versions()):
+            logger.warning("%s: continued with other software: %s", self.folder, changed)
+        return new, hashlib.sha256(json.dumps(started["basis"], sort_keys=True).encode()).hexdigest()
+
+    def _finish(self, facts: dict, seconds: float, peak: int) -> None:
+        manifest = {
+            "stage": self.name,
+            "key": self.key,
+            "basis": read_json(self.folder / STARTED)["basis"],
+            "seed": self.seed,
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "facts": facts,
+            "outputs": self._identities(*self.stage.outputs),
+            "copies": self._identities(*self.stage.copies),
+            "logs": self._identities(LOG),
+            "versions": versions(),
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        self.tidy()
+
+    def _identities(self, *patterns: str) -> dict[str, dict]:
+        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file())
+        return {str(path.relative_to(self.folder)): identity(path) for path in paths}
+
+    def tidy(self) -> None:
+        """The run is one with these settings; what a complete unit needs no more is removed, which a kill may leave."""
+        self.owner.home.take_config(self.config, self.owner.rerun)
+        for pattern in (STARTED, CHECKPOINTS, f"*{SUMS}"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _part_of(source: str) -> str:
+    """Which rows of a data set: [i:j]."""
+    _, start, stop = split_slice(source)
+    return "all" if (start, stop) == (0, None) else f"[{start}:{'' if stop is None else stop}]"
