@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,17 @@ _GENERATED = ("arithmetic:train", "arithmetic:test")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+_SEPARATED = {",": "commas", "\t": "tabs"}
+
+
 class UnusableRow(UserError):
     """Why one row is set aside."""
+
+
+def lacks(row: dict, name: str) -> UnusableRow:
+    """That the row has no such field, and which one may be meant by it."""
+    near = next((key for key in row if key.strip().casefold() == name.casefold()), None)
+    return UnusableRow(f"no field {name!r}{f'; rename {near!r} to it' if near else ''}; it has {sorted(row)}")
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -98,7 +107,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if suffix != ".parquet":
             _check_text(path)
         yield from ((f"{path.name}:{number}", row) for number, row in _READERS[suffix](path))
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # a broken file, not a broken row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a broken file, not a broken row
         raise UserError(f"{path}: no usable row; it cannot be read: {first_line(error)}") from None
 
 
@@ -179,14 +188,30 @@ def _object(text: bytes | str) -> dict:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """With a header; numbered from 1 without it."""
+    """With a header; numbered from 1 without it. Behind quotes that do not add up nobody knows where a row begins."""
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     csv.field_size_limit(1 << 27)
     with _open(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, delimiter=delimiter)
-        check_columns(path, rows.fieldnames or ())
-        for number, row in enumerate(rows, start=1):
-            yield number, lambda row=row: _cells(row)
+        rows, line = csv.DictReader(text, delimiter=delimiter, strict=True), 1
+        try:
+            _check_header(path, rows.fieldnames or (), delimiter)
+            line = rows.line_num + 1
+            for number, row in enumerate(rows, start=1):
+                yield number, lambda row=row: _cells(row)
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: line {line}: a quoted cell that does not end, or a quote in it that is not doubled: {error}"
+            ) from None
+
+
+def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
+    """Raises UserError also where one cell is all that there is, as cells are separated by something else."""
+    check_columns(path, names)
+    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        raise UserError(f"{path}: cells seem to be separated by {other!r}; save with {_SEPARATED[delimiter]}")
+    if names and names[0].startswith("sep="):
+        raise UserError(f"{path}: the first line, sep=, is for spreadsheets alone; delete it")
 
 
 def _cells(row: dict) -> dict:
