@@ -90,7 +90,7 @@ def test_cells_hold_what_was_quoted(tmp_path):
 
 
 def test_quotes_inside_a_cell_that_is_not_quoted(tmp_path):
-    (tmp_path / "rows.csv").write_text('prompt,chosen,rejected\na 5" pipe,say "hi","two\nlines"\n')
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,chosen,rejected\na 5" pipe,say "hi","two\nlines"\n')
     ((_, row),) = read_rows(str(tmp_path / "rows.csv"))
     assert row() == {"prompt": 'a 5" pipe', "chosen": 'say "hi"', "rejected": "two\nlines"}
 
@@ -106,8 +106,9 @@ def test_quotes_inside_a_cell_that_is_not_quoted(tmp_path):
         ("rows.csv", b'a,b\n1,"2\n3,"4"\n', "rows.csv: line 2: a quoted cell that does not end, or a quote in it"),
         ("rows.csv", b'"a,b\n1,2\n', "rows.csv: line 1: a quoted cell that does not end"),
         ("rows.csv", b"a;b\n1;2\n", "rows.csv: cells seem to be separated by ';'; save with commas"),
+        ("rows.csv", b'"a";"b"\n1;2\n', "rows.csv: cells seem to be separated by ';'; save with commas"),
         ("rows.csv", b"\xef\xbb\xbfsep=;\na;b\n", "rows.csv: cells seem to be separated by ';'; save with commas"),
-        ("rows.csv", b"sep=,\na,b\n", "rows.csv: the first line, sep=, is for spreadsheets alone; delete it"),
+        ("rows.csv", b"sep=,\na,b\n", "rows.csv: the first line, sep=,, is for spreadsheets alone; delete it"),
         ("rows.tsv", b"a,b\n1,2\n", "rows.tsv: cells seem to be separated by ','; save with tabs"),
         ("rows.parquet", b"PAR1" + bytes(range(256)), "no usable row; not parquet"),
         ("rows.jsonl.gz", b"not zipped at all", "no usable row; it cannot be read: Not a gzipped file"),

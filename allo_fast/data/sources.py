@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
@@ -192,9 +192,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     csv.field_size_limit(1 << 27)
     with _open(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        _check_separator(path, text.readline(), delimiter)
+        text.seek(0)
         rows, line = csv.DictReader(text, delimiter=delimiter, strict=True), 1
         try:
-            _check_header(path, rows.fieldnames or (), delimiter)
+            check_columns(path, rows.fieldnames or ())
             line = rows.line_num + 1
             for number, row in enumerate(rows, start=1):
                 yield number, lambda row=row: _cells(row)
@@ -205,13 +207,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
             ) from None
 
 
-def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
-    """Raises UserError also where one cell is all that there is, as cells are separated by something else."""
-    check_columns(path, names)
-    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+def _check_separator(path: Path, header: str, delimiter: str) -> None:
+    if delimiter not in header and (other := next((mark for mark in ";\t|," if mark in header), None)):
         raise UserError(f"{path}: cells seem to be separated by {other!r}; save with {_SEPARATED[delimiter]}")
-    if names and names[0].startswith("sep="):
-        raise UserError(f"{path}: the first line, sep=, is for spreadsheets alone; delete it")
+    if header.startswith("sep="):
+        raise UserError(f"{path}: the first line, {header.strip()}, is for spreadsheets alone; delete it")
 
 
 def _cells(row: dict) -> dict:
