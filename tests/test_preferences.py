@@ -145,12 +145,12 @@ def test_cells_of_tables_are_texts():
     assert read_preference({"chosen": columns, "rejected": said(Q, B)}).right == (A,)
 
 
-@pytest.mark.parametrize("print_", [str, lambda messages: str(np.array(messages)), lambda messages: str(messages[0])])
+@pytest.mark.parametrize("form", [list, np.array, lambda messages: messages[0]], ids=["list", "array", "dict"])
 @pytest.mark.parametrize("key", BASE)
-def test_messages_as_python_prints_them(print_, key):
+def test_messages_as_python_prints_them(form, key):
     messages = said(*("x", "it's") * 2, first="user" if key == "prompt" else "assistant")
     with pytest.raises(UnusableRow, match=f"{key}: messages as Python prints them"):
-        read_preference({**BASE, key: print_(messages)})
+        read_preference({**BASE, key: str(form(messages))})
     for answer in ("{'role': 'admin', 'content': 'x'}", "Say [{'role': 'user', 'content': 'x'}].", "{'a': 1}"):
         assert read_preference({**BASE, "chosen": answer}).right == (answer,)
 
