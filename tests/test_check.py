@@ -42,6 +42,16 @@ def test_nothing_stands_against_a_sound_job(job, capsys, tmp_path):
     assert "first response: 'So.<|im_end|>'" in said and not (tmp_path / "runs").exists()
 
 
+def test_test_prompts_that_are_trained_on(job, capsys, tmp_path):
+    rows = [{**ROW, "prompt": prompt} for prompt in ("How?", "Why?", "Who?")]
+    write(tmp_path / "test.jsonl", *rows, {**rows[0], "chosen": "Otherwise."})
+    assert job("check") == 0
+    assert "data.test: 2 of 4 prompts are in data.train, too\n" in capsys.readouterr().out
+    write(tmp_path / "test.jsonl", *rows[1:])
+    assert job("check") == 0
+    assert "too" not in capsys.readouterr().out
+
+
 def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": ""})
     write(tmp_path / "rewards.jsonl", {"prompt": "How?"})

@@ -250,3 +250,11 @@ def test_intervals_of_differences():
     assert mean == 0 and low < 0 < high, "never differing is not certainty"
     assert difference_interval([one, one], [base]) == difference_interval([one, one], [base, base])
     assert difference_interval([one, one], [base])[0] == 0.5
+
+
+@pytest.mark.parametrize("n", [1, 12, 100])
+def test_a_difference_is_never_beyond_all(n):
+    mean, (low, high) = difference_interval([[True] * n], [[False] * n])
+    assert mean == high == 1 and -1 <= low < 1
+    mean, (low, high) = difference_interval([[False] * n], [[True] * n])
+    assert mean == low == -1 and -1 < high <= 1

@@ -212,6 +212,8 @@ def test_a_whole_run_on_preferences(place, capsys):
     assert "problems.jsonl" not in manifest["outputs"], "rendered once, for the base: both read the same tokens"
     assert re.search(r"^allo +rewards/margins +\S+ +\S+ \.\. \S+ +8 +8 ", shown_table, re.MULTILINE)
     page = (folder / "report.html").read_text()
+    assert "data.train: 8 rows, 0 set aside; data.test: 8 rows, 0 set aside; data.test: 8 of 8 prompts are in" in page
+    assert "\ndata.test: 8 of 8 prompts are in data.train, too\n" in shown_table
     assert "<h2>Preferences</h2>" in page and "rewards/margins" in page and "<h2>Accuracy</h2>" not in page
     judged = Unit(Run(load_config(place / "config.yaml"), STAGES), "evaluate", "whole")
     judged.folder.mkdir()
@@ -330,4 +332,5 @@ def test_no_minus_before_zero():
     mean, interval = accuracy_interval([[False] * 10])
     held = {"accuracy": mean, "n": 10, "ci95": (-1e-17, interval[1]), "seeds": [mean], "scorers": {"strict": -0.0}}
     differences = {"a - b": {"points": -0.0, "ci95": (-0.0001, 0.0001)}}
-    assert "-0.0" not in table({"models": {"a": held}, "differences": differences})
+    data = {"test": {"trained": 0}}
+    assert "-0.0" not in table({"data": data, "models": {"a": held}, "differences": differences})

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import read_problems
 
@@ -23,6 +24,8 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
 RESULT = {"role": "tool", "content": "230"}
 HH = "\n\nHuman: How?\n\nAssistant: Well.\n\nHuman: How hot?\n\nAssistant:"
 LONG = said("How?", "Well.", Q)
+SIDES = {"chosen": A, "rejected": B}
+BASE = {"prompt": Q, **SIDES}
 
 # Layout -> row, prompt. Chosen is A and rejected is B in all of them.
 LAYOUTS = {
@@ -92,6 +95,10 @@ LAYOUTS = {
     "prefilled": ({"prompt": said(Q, "It is"), "chosen": A, "rejected": B}, said(Q, "It is")),
     "system-and-conversations": ({"system": S, "chosen": said(Q, A), "rejected": said(Q, B)}, [SYSTEM, *said(Q)]),
     "responses": ({"prompt": Q, "chosen_response": A, "rejected_response": B}, Q),
+    "parts": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("How", " hot?")]}], **SIDES},
+        said(Q),
+    ),
     "empty-system": ({"prompt": [{"role": "system", "content": ""}, *said(Q)], "chosen": A, "rejected": B}, None),
 }
 
@@ -138,6 +145,16 @@ def test_cells_of_tables_are_texts():
     assert read_preference({"chosen": columns, "rejected": said(Q, B)}).right == (A,)
 
 
+@pytest.mark.parametrize("form", [list, np.array, lambda messages: messages[0]], ids=["list", "array", "dict"])
+@pytest.mark.parametrize("key", BASE)
+def test_messages_as_python_prints_them(form, key):
+    messages = said(*("x", "it's") * 2, first="user" if key == "prompt" else "assistant")
+    with pytest.raises(UnusableRow, match=f"{key}: messages as Python prints them"):
+        read_preference({**BASE, key: str(form(messages))})
+    for answer in ("{'role': 'admin', 'content': 'x'}", "Say [{'role': 'user', 'content': 'x'}].", "{'a': 1}"):
+        assert read_preference({**BASE, "chosen": answer}).right == (answer,)
+
+
 def test_several_responses():
     read = read_preference({"prompt": Q, "chosen": A, "rejected": [B, "Ice.", B]})
     assert (read.right, read.wrong) == ((A,), (B, "Ice."))
@@ -160,7 +177,6 @@ def test_what_is_said_about_a_message_is_no_part_of_it():
     assert read_preference({"prompt": Q, "chosen": [thought], "rejected": B}).right == (thought,)
 
 
-BASE = {"prompt": Q, "chosen": A, "rejected": B}
 ASIDE = {
     "role": (
         {**BASE, "prompt": [{"role": "narrator", "content": "x"}]},
@@ -248,14 +264,34 @@ ASIDE = {
     "thoughts": ({**BASE, "chosen": [{**said(A, first="assistant")[0], "thinking": 5}]}, "thinking: expected a text"),
     "a column that is no list": ({**BASE, "prompt": {"role": ["user"], "content": Q}}, "expected a role out of"),
     "columns of unlike length": ({**BASE, "prompt": {"role": ["user"], "content": [Q, A]}}, "expected a role out of"),
-    "no content": ({**BASE, "prompt": [{"role": "user"}]}, "prompt: expected chat messages with role and content"),
-    "parts": (
-        {**BASE, "prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}]},
-        "expected chat messages",
+    "no content": (
+        {**BASE, "prompt": [{"role": "user"}]},
+        "expected a text as content of the user's message, got None",
+    ),
+    "a part": (
+        {**BASE, "prompt": [{"role": "user", "content": [{"type": "text", "text": Q}, {"type": "image", "url": "x"}]}]},
+        "prompt: a part of a message that is no text: {'type': 'image'.*; texts alone are read",
+    ),
+    "an empty message": ({**BASE, "prompt": said("")}, "prompt: the user's message is empty"),
+    "a number as prompt": ({**BASE, "prompt": 4}, "prompt: expected a text or chat messages, got 4$"),
+    "bytes as prompt": ({**BASE, "prompt": b"Why"}, "prompt: expected a text or chat messages, got b'Why'"),
+    "columns": ({"prompt": [Q, Q], "chosen": [A, A], "rejected": [B, B]}, "got a list of 2 texts, like a column"),
+    "a system text of one response": (
+        {
+            "prompt": Q,
+            "completions": [{"response": A, "score": 2, "custom_system_prompt": S}, {"response": B, "score": 1}],
+        },
+        "completions: custom_system_prompt of one response: looks like context, and is not read",
+    ),
+    "capitals": ({"prompt": Q, "Chosen": A, "Rejected": B}, "no field 'chosen'; rename 'Chosen' to it; it has "),
+    "a space": ({"prompt": Q, "chosen": A, " rejected": B}, "no field 'rejected'; rename ' rejected' to it; it has "),
+    "context in capitals": (
+        {"Prompt": Q, "chosen": f"{Q} {A}", "rejected": f"{Q} {B}"},
+        "'Prompt', not 'prompt': looks like context",
     ),
     "empty": ({**BASE, "rejected": " "}, "rejected: expected a text"),
     "number": ({**BASE, "chosen": 42}, "chosen: expected a text, got 42"),
-    "nothing": ({**BASE, "chosen": []}, "expected chat messages"),
+    "nothing": ({**BASE, "chosen": []}, "expected a text or chat messages, got "),
 }
 
 

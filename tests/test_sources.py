@@ -89,9 +89,27 @@ def test_cells_hold_what_was_quoted(tmp_path):
     assert bad.id == "rows.csv:2" and "expected as many cells" in bad.reason
 
 
+def test_quotes_inside_a_cell_that_is_not_quoted(tmp_path):
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,chosen,rejected\na 5" pipe,say "hi","two\nlines"\n')
+    ((_, row),) = read_rows(str(tmp_path / "rows.csv"))
+    assert row() == {"prompt": 'a 5" pipe', "chosen": 'say "hi"', "rejected": "two\nlines"}
+
+
 @pytest.mark.parametrize(
     "name, data, message",
     [
+        (
+            "rows.csv",
+            b'a,b\n1,2\n"3\n",4\n5,"6\n7,8\n',
+            "rows.csv: line 5: a quoted cell that does not end.*end of data",
+        ),
+        ("rows.csv", b'a,b\n1,"2\n3,"4"\n', "rows.csv: line 2: a quoted cell that does not end, or a quote in it"),
+        ("rows.csv", b'"a,b\n1,2\n', "rows.csv: line 1: a quoted cell that does not end"),
+        ("rows.csv", b"a;b\n1;2\n", "rows.csv: cells seem to be separated by ';'; save with commas"),
+        ("rows.csv", b'"a";"b"\n1;2\n', "rows.csv: cells seem to be separated by ';'; save with commas"),
+        ("rows.csv", b"\xef\xbb\xbfsep=;\na;b\n", "rows.csv: cells seem to be separated by ';'; save with commas"),
+        ("rows.csv", b"sep=,\na,b\n", "rows.csv: the first line, sep=,, is for spreadsheets alone; delete it"),
+        ("rows.tsv", b"a,b\n1,2\n", "rows.tsv: cells seem to be separated by ','; save with tabs"),
         ("rows.parquet", b"PAR1" + bytes(range(256)), "no usable row; not parquet"),
         ("rows.jsonl.gz", b"not zipped at all", "no usable row; it cannot be read: Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "no usable row; it cannot be read"),

@@ -23,6 +23,11 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys that templates
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _RENDERED = ("name", "tool_calls", "tool_call_id", *THOUGHTS)  # others are about a message, not part of it
 _MAY_BE_EMPTY = ("system", "developer", "tool")
+_OPENED = r"(?:array\(|\[|\s)*"
+_PRINTED = re.compile(  # by Python or numpy, into the cells of a CSV file
+    rf"{_OPENED}{{(?=.*'(?:content|value|tool_calls)': )(?=.*'(?:role|from)':{_OPENED}'(?:{'|'.join(ROLES)})')",
+    re.DOTALL,
+)
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 Messages = list[dict]
@@ -46,8 +51,10 @@ def whole(value: str, name: str) -> str:
 def as_messages(value: object, name: str) -> Messages | None:
     """The messages that `value` is: a list, one message, or either as a JSON string; None for a plain text.
 
-    Raises UnusableRow for messages that lack a role or content, or whose role is not known.
+    Raises UnusableRow for messages that lack a role or content, or whose role is not known, and for their Python repr.
     """
+    if isinstance(value, str) and _PRINTED.match(value):
+        raise UnusableRow(f"{name}: messages as Python prints them; save them as JSON lines or parquet")
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             parsed = parse_json(value)
@@ -58,7 +65,9 @@ def as_messages(value: object, name: str) -> Messages | None:
     if isinstance(value, str):
         return None
     if not isinstance(value, dict | list) or not value:
-        raise UnusableRow(f"{name}: expected chat messages with role and content, got {value!r}")
+        raise UnusableRow(f"{name}: expected a text or chat messages, got {value!r:.200}")
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        raise UnusableRow(f"{name}: expected a text or chat messages, got a list of {len(value)} texts, like a column")
     return [_message(message, name) for message in _listed(value)]
 
 
@@ -82,16 +91,17 @@ def _is_written(message: object) -> bool:
 
 def _message(message: object, name: str) -> dict:
     if not _looks_like(message):
-        raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
+        raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r:.200}")
     said, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if not isinstance(said, str) or said not in ROLES:
         raise UnusableRow(f"{name}: expected a role out of {', '.join(ROLES)}, got {said!r}")
+    content = _joined(content, name) if isinstance(content, list) else content
     role, calls = ROLES[said], functions(message.get("tool_calls") or [], f"{name}: tool_calls")
     calls = role == "assistant" and bool(calls)
     if not isinstance(content, str) and not (calls and content is None):
-        raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
+        raise UnusableRow(f"{name}: expected a text as content of the {said}'s message, got {content!r:.200}")
     if not (content or "").strip() and not calls and role not in _MAY_BE_EMPTY:
-        raise UnusableRow(f"{name}: expected chat messages with role and content, got {message!r}")
+        raise UnusableRow(f"{name}: the {said}'s message is empty")
     whole(json.dumps(message, ensure_ascii=False, default=str), name)
     if pictures := [key for key in message if key in MEDIA and message[key]]:
         raise UnusableRow(f"{name}: {pictures[0]} in a message; texts alone are read")
@@ -100,6 +110,15 @@ def _message(message: object, name: str) -> dict:
         if not isinstance(others[key], str):
             raise UnusableRow(f"{name}: {key}: expected a text, got {others[key]!r}")
     return {**others, "role": role, "content": content or ""}
+
+
+def _joined(parts: list, name: str) -> str:
+    """A content in parts {"type": "text", "text"}, one behind another as chat templates write them."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    for part, said in zip(parts, texts, strict=True):
+        if not isinstance(said, str):
+            raise UnusableRow(f"{name}: a part of a message that is no text: {part!r:.80}; texts alone are read")
+    return "".join(texts)
 
 
 def functions(value: object, name: str) -> list[dict]:

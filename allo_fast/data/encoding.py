@@ -1,10 +1,14 @@
 """Problems as rows of token ids, the form in which a run stores and trains them; what does not fit is set aside."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+
+import numpy as np
 
 from allo_fast.data.batch import Corpus
 from allo_fast.data.problems import Problem, Quarantined
@@ -48,6 +52,16 @@ def encode_responses(row: dict, texts: list[tuple[str, bool]], prompts: Prompts)
         except UnusableRow as error:
             unusable.append(str(error))
     return {**row, "responses": responses, "unusable": unusable}
+
+
+def prompt_digest(row: dict) -> int:
+    """Of a row's prompt, as it is rendered: 64 bits."""
+    return int.from_bytes(hashlib.blake2b(array("q", row["prompt_ids"]), digest_size=8).digest())
+
+
+def count_trained(test: Sequence[int], train: Sequence[int]) -> int:
+    """How many of the test prompts are among those that train, both as digests."""
+    return int(np.isin(np.array(test, "u8"), np.array(train, "u8")).sum())
 
 
 def corpus_of_pairs(rows: Iterable[dict], folder: Path | None = None) -> Corpus:

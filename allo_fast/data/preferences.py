@@ -5,11 +5,11 @@ Reads every usual layout; a row that would lose something on the way is set asid
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from allo_fast.data.conversations import MEDIA, Messages, as_messages, functions, parse_transcript, text
-from allo_fast.data.sources import UnusableRow, parse_json
+from allo_fast.data.sources import UnusableRow, lacks, parse_json
 
 Turn = str | dict  # an assistant's message: its text, or the whole message where it has more than text
 
@@ -17,7 +17,7 @@ PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations
 SYSTEMS = ("system", "system_prompt", "system_message")
 CONTEXT = (  # is read, or the row is set aside
     *(*PROMPTS, *SYSTEMS, *MEDIA, "tools", "functions", "documents", "document", "passage", "knowledge", "preamble"),
-    *("chat_history", "system_instruction", "sys_prompt", "chat_template_kwargs"),
+    *("chat_history", "system_instruction", "sys_prompt", "custom_system_prompt", "chat_template_kwargs"),
 )
 _BETTER = {"chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output"}
 _LISTS = ("responses", "completions", "answers", "generations")
@@ -57,9 +57,8 @@ def read_preference(row: dict) -> Preference:
     """
     right, wrong, used = _sides(row)
     prompt, tools, plain = _prompt(row, used)
-    left = [key for key in CONTEXT if key not in used and row.get(key) and row[key] not in (*right, *wrong, prompt)]
-    if left:
-        raise UnusableRow(f"{left[0]}: looks like context, and is not read beside {', '.join(sorted(used))}")
+    if left := _context_of(row, used, (*right, *wrong, prompt)):
+        raise UnusableRow(f"{left}: looks like context, and is not read beside {', '.join(sorted(used))}")
     parsed = prompt is None or plain is not None  # else a dialogue is an answer like any other
     read = [_response(value, "chosen", parsed) for value in right]
     read += [_response(value, "rejected", parsed) for value in wrong]
@@ -77,6 +76,13 @@ def read_preference(row: dict) -> Preference:
     right, wrong = _disjoint(turns[: len(right)], turns[len(right) :])
     plain = contexts[0] if isinstance(contexts[0], str) else plain or read[0].plain_prompt
     return Preference(contexts[0], right, wrong, tools, plain)
+
+
+def _context_of(row: dict, used: set[str], known: Sequence) -> str:
+    """A field that looks like context, however it is written, is none of `used` and says nothing that is known."""
+    names = {key: key.strip().casefold() for key in row if key not in used and row[key] and row[key] not in known}
+    left = (key if key == name else f"{key!r}, not {name!r}" for key, name in names.items() if name in CONTEXT)
+    return next(left, "")
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ def _sides(row: dict) -> tuple[list, list, set[str]]:
     for name in _LISTS:
         if isinstance(row.get(name), list):
             return _ranked(row, name)
-    raise UnusableRow(f"no field 'chosen'; it has {sorted(row)}")
+    raise lacks(row, "chosen")
 
 
 def _listed(row: dict, name: str) -> list:
     """A response, or several: a list whose elements are not messages."""
     if name not in row:
-        raise UnusableRow(f"no field {name!r}; it has {sorted(row)}")
+        raise lacks(row, name)
     value = row[name]
     several = isinstance(value, list) and value and not any(isinstance(item, dict) for item in value)
     return value if several else [value]
@@ -137,6 +143,8 @@ def _ranked(row: dict, name: str) -> tuple[list, list, set[str]]:
     """The best of a list, by score or rank, against all that are below it."""
     items, used = row[name], {name}
     if all(isinstance(item, dict) for item in items):
+        if own := next(filter(None, (_context_of(item, used, (*row.values(),)) for item in items)), None):
+            raise UnusableRow(f"{name}: {own} of one response: looks like context, and is not read")
         key = next((key for key in _RATINGS if items and all(key in item for item in items)), None)
         field = next((field for field in _TEXTS if items and all(field in item for item in items)), None)
         texts, ratings = [item.get(field) for item in items], [item.get(key) for item in items]

@@ -15,7 +15,7 @@ import numpy as np
 from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
 from allo_fast.data.preferences import Turn, distinct, read_preference, without_end
-from allo_fast.data.sources import UnusableRow, read_rows
+from allo_fast.data.sources import UnusableRow, lacks, read_rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _read(row_id: str, row: Callable[[], dict], format: str) -> Problem | Quaran
 
 def _field(row: dict, name: str) -> str:
     if name not in row:
-        raise UnusableRow(f"no field {name!r}; it has {sorted(row)}")
+        raise lacks(row, name)
     return text(row[name], name)
 
 

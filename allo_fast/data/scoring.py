@@ -115,7 +115,8 @@ def difference_interval(
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
     mean, _ = _mean_and_variance(differences)
     adjusted, spread = _mean_and_variance([[*row, 0.5**0.5, -(0.5**0.5)] for row in differences])
-    return mean, (adjusted - _Z * spread**0.5, adjusted + _Z * spread**0.5)
+    half = _Z * spread**0.5
+    return mean, (max(-1.0, adjusted - half), min(1.0, adjusted + half))
 
 
 def _mean_and_variance(values: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -26,8 +26,17 @@ _GENERATED = ("arithmetic:train", "arithmetic:test")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+_SEPARATED = {",": "commas", "\t": "tabs"}
+
+
 class UnusableRow(UserError):
     """Why one row is set aside."""
+
+
+def lacks(row: dict, name: str) -> UnusableRow:
+    """That the row has no such field, and which one may be meant by it."""
+    near = next((key for key in row if key.strip().casefold() == name.casefold()), None)
+    return UnusableRow(f"no field {name!r}{f'; rename {near!r} to it' if near else ''}; it has {sorted(row)}")
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -98,7 +107,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         if suffix != ".parquet":
             _check_text(path)
         yield from ((f"{path.name}:{number}", row) for number, row in _READERS[suffix](path))
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # a broken file, not a broken row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a broken file, not a broken row
         raise UserError(f"{path}: no usable row; it cannot be read: {first_line(error)}") from None
 
 
@@ -179,14 +188,30 @@ def _object(text: bytes | str) -> dict:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """With a header; numbered from 1 without it."""
+    """With a header; numbered from 1 without it. Behind quotes that do not add up nobody knows where a row begins."""
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     csv.field_size_limit(1 << 27)
     with _open(path) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, delimiter=delimiter)
-        check_columns(path, rows.fieldnames or ())
-        for number, row in enumerate(rows, start=1):
-            yield number, lambda row=row: _cells(row)
+        _check_separator(path, text.readline(), delimiter)
+        text.seek(0)
+        rows, line = csv.DictReader(text, delimiter=delimiter, strict=True), 1
+        try:
+            check_columns(path, rows.fieldnames or ())
+            line = rows.line_num + 1
+            for number, row in enumerate(rows, start=1):
+                yield number, lambda row=row: _cells(row)
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: line {line}: a quoted cell that does not end, or a quote in it that is not doubled: {error}"
+            ) from None
+
+
+def _check_separator(path: Path, header: str, delimiter: str) -> None:
+    if delimiter not in header and (other := next((mark for mark in ";\t|," if mark in header), None)):
+        raise UserError(f"{path}: cells seem to be separated by {other!r}; save with {_SEPARATED[delimiter]}")
+    if header.startswith("sep="):
+        raise UserError(f"{path}: the first line, {header.strip()}, is for spreadsheets alone; delete it")
 
 
 def _cells(row: dict) -> dict:

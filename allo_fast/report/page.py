@@ -8,7 +8,7 @@ from allo_fast.data.prompts import as_text
 from allo_fast.durable import write_bytes
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
-from allo_fast.report.summary import is_preference, percent, shown, shown_interval
+from allo_fast.report.summary import is_preference, percent, shown, shown_interval, trained_line
 from allo_fast.runs.home import REPORT
 from allo_fast.runs.rows import read_jsonl, read_log
 from allo_fast.runs.run import Run
@@ -46,15 +46,21 @@ def _header(run: Run, summary: dict) -> str:
     return (
         f"<header><h1>{html.escape(run.config.name)}</h1><p>protocol {summary['protocol']}, "
         f"{len(summary['seeds'])} seed(s), base {html.escape(str(run.config.model.name_or_path or 'pretrained here'))}"
-        f"{', fine-tuned here (sft)' if run.config.sft else ''}</p><ul>{differences}</ul></header>"
+        f"{', fine-tuned here (sft)' if run.config.sft else ''}</p>"
+        f"<p>{_rows(summary['data'])}</p><ul>{differences}</ul></header>"
     )
+
+
+def _rows(data: dict[str, dict[str, int]]) -> str:
+    used = [f"data.{key}: {counts['rows']} rows, {counts['set_aside']} set aside" for key, counts in data.items()]
+    return "; ".join(used + trained_line(data["test"]))
 
 
 def _accuracies(summary: dict) -> str:
     count = next(iter(summary["models"].values()))["n"]
     return _section(
         "Accuracy",
-        f"On {count} held-out problems; bars are means over seeds, dots single seeds, whiskers 95 % intervals.",
+        f"On {count} problems of data.test; bars are means over seeds, dots single seeds, whiskers 95 % intervals.",
         figures.accuracy_bars({key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}),
     )
 
@@ -75,8 +81,8 @@ def _preferences(summary: dict) -> str:
     first = next(iter(models.values()))
     return _section(
         "Preferences",
-        f"On {first['pairs']} pairs of {first['n']} held-out problems. Rewards are beta (log pi - log pi0) against the "
-        "base, which has none itself; log-probabilities alone, summed or by the token, depend on lengths. Ties are "
+        f"On {first['pairs']} pairs of {first['n']} problems of data.test. Rewards are beta (log pi - log pi0) against "
+        "the base, which has none itself; log-probabilities alone, summed or by the token, depend on lengths. Ties are "
         "wrong. Bars are means over seeds, dots single seeds, whiskers 95 % intervals, clustered by problem.",
         bars + f"<table><tr>{head}</tr>{rows}</table>",
     )

@@ -1,10 +1,12 @@
 """What a run found: summary.json for programs, a table for the terminal."""
 
 import json
+from array import array
 from itertools import combinations
 from statistics import fmean
 
 from allo_fast.config import Config
+from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.scoring import (
     SCORERS,
     accuracy_interval,
@@ -19,6 +21,7 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.stages import stages_of
 from allo_fast.stages.evaluate import PREDICTIONS, model_of
+from allo_fast.stages.problems import PROBLEMS
 
 _ACCURACIES = {
     "rewards": "rewards/accuracies",
@@ -37,6 +40,7 @@ def summarize(run: Run) -> dict:
         "name": run.config.name,
         "protocol": run.config.protocol,
         "seeds": run.config.seeds,
+        "data": _data(run),
         **(_preferences if preference else _accuracies)(run.config, _predictions(run)),
         "stages": {
             name: {"seconds": manifest["seconds"], "peak_bytes": manifest["peak_bytes"], **manifest["facts"]}
@@ -46,6 +50,16 @@ def summarize(run: Run) -> dict:
     }
     write_bytes(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _data(run: Run) -> dict[str, dict[str, int]]:
+    """How many rows of data.train and data.test are used, and set aside; trained: test prompts that train, too."""
+    units = {"train": run.units(["sample"])[0], "test": next(u for u in run.units(["evaluate"]) if u.key == "base")}
+    facts = {key: unit.manifest()["facts"] for key, unit in units.items()}
+    data = {key: {"rows": counts["problems"], "set_aside": counts["quarantined"]} for key, counts in facts.items()}
+    digests = {key: array("Q", map(prompt_digest, read_jsonl(unit.folder / PROBLEMS))) for key, unit in units.items()}
+    data["test"]["trained"] = count_trained(digests["test"], digests["train"])
+    return data
 
 
 def _predictions(run: Run) -> dict[str, list[list[dict]]]:
@@ -143,7 +157,12 @@ def table(summary: dict) -> str:
     for name, difference in summary["differences"].items():
         low, high = difference["ci95"]
         lines.append(f"{name}: {percent(difference['points'], '+')} ({percent(low, '+')} .. {percent(high, '+')})")
-    return "\n".join(lines)
+    return "\n".join(lines + trained_line(summary["data"]["test"]))
+
+
+def trained_line(test: dict[str, int]) -> list[str]:
+    """What is not held out; none where all is."""
+    return [f"data.test: {test['trained']} of {test['rows']} prompts are in data.train, too"] if test["trained"] else []
 
 
 def is_preference(summary: dict) -> bool:

@@ -3,8 +3,9 @@
 import os
 import re
 import shutil
+from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
@@ -42,6 +44,7 @@ class Findings:
     first_row: dict[str, str] = field(default_factory=dict)
     longest: int = 0  # tokens of a prompt with its response, of the usable rows
     highest: int = 0  # token id
+    trained: Sequence[int] = ()  # digests of the prompts of the usable rows of data.train
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """What `work` returns; None, and its error among the problems, where it fails."""
@@ -126,12 +129,14 @@ def _check_data(
     if not seen.first:
         findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
         return []
-    said = f"data.{key}: {seen.rows} rows, {seen.aside.total()} set aside"
+    said = f"data.{key}: {len(seen.prompts)} rows, {seen.aside.total()} set aside"
     findings.notes.append("; ".join(filter(None, [said, reasons])))
     if key == "train":
         first = [seen.first]
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
-        findings.longest, findings.highest = seen.longest, seen.highest
+        findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
+    elif trained := count_trained(seen.prompts, findings.trained):
+        findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))
 
 
@@ -139,13 +144,13 @@ def _check_data(
 class _Seen:
     """Of the rows of a data source. longest: tokens of a prompt with a response. highest: token id.
 
-    aside: how many for each kind of reason, and in `kinds` the first of them.
+    prompts: their digests. aside: how many for each kind of reason, and in `kinds` the first of them.
     """
 
     first: dict | None = None
-    rows: int = 0
     longest: int = 0
     highest: int = 0
+    prompts: array = field(default_factory=lambda: array("Q"))
     aside: Counter[str] = field(default_factory=Counter)
     kinds: dict[str, Quarantined] = field(default_factory=dict)
 
@@ -160,7 +165,7 @@ def _look(outcomes: Iterable[dict | Quarantined], new_tokens: int) -> _Seen:
             continue
         responses = [response["ids"] for response in row["responses"]]
         seen.first = seen.first or row
-        seen.rows += 1
+        seen.prompts.append(prompt_digest(row))
         seen.longest = max(seen.longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
         seen.highest = max(seen.highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
     return seen

@@ -1,4 +1,4 @@
-"""How one model does on the held-out rows. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
+"""How one model does on the test rows. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
 
 Sampled problems: a greedy response, whose final answer must match.
 Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
