@@ -86,9 +86,7 @@ def _run(options: argparse.Namespace) -> None:
     with _open_run(options) as run:
         units = run.units(stages_of(run.config))
         if not run.rerun and (ahead := [f"{unit.name} {unit.key}" for unit in units if unit.is_ahead]):
-            _say(
-                f"complete, but from stages that are not: {', '.join(ahead)}; they need --rerun if those come out otherwise"
-            )
+            _say(f"complete, but from stages that are not: {', '.join(ahead)}; they need --rerun if those differ then")
         for unit in units:
             _complete(unit)
         ranks.on_main(lambda: _report(run))

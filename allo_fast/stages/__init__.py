@@ -81,7 +81,7 @@ def _evaluate_needs(config: Config, key: str) -> list[tuple[str, str]]:
     return [*made, ("evaluate", "base")]
 
 
-_MODEL = ("model.name_or_path", "model.dtype")
+_MODEL = ("model.name_or_path", "model.dtype", "model.attn_implementation")
 _PROMPTS = (*_MODEL, "data.chat_template", "data.chat_template_kwargs", "data.prompt_template", "data.format")
 _LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens")
 _DATA = (*_PROMPTS, "data.scorer", *_LIMITS)
