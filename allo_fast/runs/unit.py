@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
@@ -21,14 +21,11 @@ from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, 
 from allo_fast.journal import SUMS
 from allo_fast.model.loading import pick_device
 from allo_fast.runs.basis import Basis, differences, flat, identity, inside, is_same, naming_files, sha256, under
-from allo_fast.runs.home import MANIFEST, STARTED
+from allo_fast.runs.home import MANIFEST, STARTED, Home
 from allo_fast.training.checkpoints import CHECKPOINTS
 from allo_fast.training.engine import LOG
 from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
-
-if TYPE_CHECKING:
-    from allo_fast.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +55,19 @@ class Stage:
     copies: tuple[str, ...] = ()  # of what it makes beside them, which nothing reads again and which may be removed
 
 
+class Owner(Protocol):
+    """The run of a unit."""
+
+    config: Config
+    stages: dict[str, Stage]
+    rerun: bool
+    zeros: dict[str, Zero | None]
+    home: Home
+
+
 @dataclass
 class Unit:
-    owner: "Run"
+    owner: Owner
     name: str
     key: str
     mark: str = ""  # of what its unfinished files are, while it is executed
@@ -85,7 +92,7 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        return self.owner.folder / self.place
+        return self.owner.home.folder / self.place
 
     @property
     def seed(self) -> int:
