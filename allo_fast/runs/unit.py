@@ -192,12 +192,10 @@ class Unit:
         for name, entry in manifest["outputs"].items():
             if wrong := self._wrong(name, entry):
                 return wrong
-        for folder in {PurePath(name).parent for name in manifest["copies"]} if copies else ():
-            held = {name: entry for name, entry in manifest["copies"].items() if PurePath(name).parent == folder}
-            wrong = [wrong for name, entry in held.items() if (wrong := self._wrong(name, entry))]
-            if wrong and any((self.folder / name).exists() for name in held):
-                away = f" (move {folder}/ away; `allo-fast export` makes it again)" if folder.name else ""
-                return f"{wrong[0]}{away}"
+        for name, entry in manifest["copies"].items() if copies else ():
+            top = PurePath(name).parts[0]  # of a folder either nothing or all is there
+            if (self.folder / top).exists() and (wrong := self._wrong(name, entry)):
+                return wrong + (f" (move {top}/ away; `allo-fast export` makes it again)" if top != name else "")
         return None
 
     def _wrong(self, name: str, entry: dict) -> str | None:
