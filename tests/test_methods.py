@@ -29,7 +29,8 @@ DELTA, MIB = {"locate": {"score": "delta"}}, 1 << 20
 
 
 def config(**changes) -> Config:
-    return Config(name="x", model={"name_or_path": "m"}, data={"train": "a", "test": "b"}, **changes)
+    about = {"name": "x", "model": {"name_or_path": "m"}, "data": {"train": "a", "test": "b"}}
+    return Config(**about | changes)
 
 
 @pytest.mark.parametrize(
