@@ -99,6 +99,7 @@ def _rewrite(options: argparse.Namespace) -> None:
         run = Run(config, STAGES)
         for unit in run.units(stages_of(config)):
             unit.check(outside=False)
+        run.home.take_config(config, rerun=False)
         _report(run)
 
 
@@ -225,7 +226,11 @@ def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides).model_copy(update={"deepspeed": None})
     check_model(options.model)
     # What the run pretrained or fine-tuned lies in its own folder.
-    base = base_path(Unit(Run(config, STAGES, folder=Path(config.output_dir) / config.name), "evaluate", "base"))
+    unit = Unit(Run(config, STAGES, folder=Path(config.output_dir) / config.name), "evaluate", "base")
+    for made in unit.upstream() if config.data.format == "preference" else ():
+        if made.folder.exists():
+            made.check(outside=False)
+    base = base_path(unit)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
         facts, rows = _show("eval", evaluate_alone(run, options.model, base))

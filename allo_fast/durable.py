@@ -36,7 +36,7 @@ class Damaged(UserError):
 
 
 @contextmanager
-def appearing(path: Path, replace: bool = True) -> Iterator[Path]:
+def appearing(path: Path, replace: bool = False) -> Iterator[Path]:
     """Where to write the file or folder that then appears at `path`, at once.
 
     replace: a folder that is there with something in it. Raises UserError where the disk refuses.

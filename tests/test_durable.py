@@ -48,7 +48,7 @@ def test_a_file_appears_at_once_in_place_of_the_old_one(tmp_path):
 
 def test_a_folder_appears_at_once_in_place_of_the_old_one(tmp_path):
     for name in ("old", "new"):
-        with appearing(tmp_path / "folder") as partial:
+        with appearing(tmp_path / "folder", replace=True) as partial:
             (partial / "in").mkdir(parents=True)
             (partial / "in" / name).touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "in", "new"]
@@ -81,11 +81,19 @@ def test_every_file_of_a_folder_is_flushed(tmp_path, monkeypatch):
 
 def test_a_folder_that_somebody_filled_meanwhile_stays(tmp_path):
     with pytest.raises(UserError, match="folder: cannot be written: Directory not empty"):
-        with appearing(tmp_path / "folder", replace=False) as partial:
+        with appearing(tmp_path / "folder") as partial:
             for folder in (partial, tmp_path / "folder"):
                 folder.mkdir()
                 (folder / folder.parent.name).touch()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == [tmp_path.name]
+
+
+def test_a_file_does_not_take_a_folders_place(tmp_path):
+    (tmp_path / "summary.json").mkdir()
+    (tmp_path / "summary.json" / "mine").touch()
+    with pytest.raises(UserError, match="summary.json: cannot be written: Is a directory"):
+        write_json(tmp_path / "summary.json", {})
+    assert (tmp_path / "summary.json" / "mine").exists()
 
 
 def test_what_cannot_be_read_meanwhile_is_not_said_of_what_is_written(tmp_path):

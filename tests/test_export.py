@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
+from allo_fast.durable import read_json, write_json
 from allo_fast.method.delta import Delta
 from allo_fast.model.weights import named_weights, same_bits
+from allo_fast.runs.home import MANIFEST
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
@@ -48,6 +50,9 @@ def test_a_run_that_was_moved_is_exported_in_its_dtype(finished, tmp_path):
     shutil.copytree(finished[1], moved)
     settings = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(settings.replace("dtype: float32", "dtype: bfloat16"))
+    assert main(["export", str(moved), "warmup", str(tmp_path / "out")]) == 2, "it was made in another"
+    manifest = read_json(path := moved / "04-warmup/seed-0" / MANIFEST)
+    write_json(path, manifest | {"basis": manifest["basis"] | {"model.dtype": "bfloat16"}})
     assert main(["export", str(moved), "warmup", str(tmp_path / "out")]) == 0
     exported = loaded(tmp_path / "out")
     assert exported.dtype == torch.bfloat16

@@ -292,6 +292,31 @@ def test_what_is_refused_at_once_leaves_all_as_it_was(copied, capsys, tmp_path):
     assert main(["pretrain", str(fresh)]) == 0, "a command that failed has not taken the name"
 
 
+def test_what_an_unfit_file_refuses_late_leaves_the_users_config(copied, capsys, tmp_path):
+    config, folder = copied
+    (folder / "config.yaml").write_text("# mine\n" + (folder / "config.yaml").read_text())
+    before = every_byte(folder)
+    (bad := tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "p", "response": "r", "rewards": [0.5]}))
+    line = refused(capsys, "run", config, "rewards.source=file", f"rewards.path={bad}", "--rerun")
+    assert "rewards, one per token" in line and every_byte(folder) == before and not list(folder.glob("old-*"))
+
+
+def test_what_changes_while_a_stage_works_is_not_taken(copied, tmp_path):
+    config, folder = copied
+    rows = [{"prompt": "p", "response": "r", "rewards": [0.5]}]
+    (rewards := tmp_path / "rewards.jsonl").write_text(json.dumps(rows[0]))
+    before = every_byte(folder)
+    run = Run(load_config(config, [f"rewards.path={rewards}", "rewards.source=file"]), STAGES, rerun=True)
+    unit = Unit(run, "rewards", "seed-0")
+    unit._start()
+    rewards.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(
+        UserError, match="rewards.path: the file was .*, now .*, while it worked; it is made anew by the"
+    ):
+        unit._finish({}, 0, 0)
+    assert every_byte(folder) == before, "the older one is there again"
+
+
 def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
     config, folder = copied
     assert main(["run", str(config), "learn.learning_rate=2e-3"]) == 2
@@ -319,7 +344,10 @@ def test_what_changes_nothing_that_was_begun_is_taken_and_said(copied, capsys, c
     assert [record.message for record in caplog.records if said in record.message] == [
         f"{folder / 'config.yaml'}: seeds was [0, 1], now [0], rivals was ['dpo'], now [], {said}"
     ]
-    assert load_config(folder / "config.yaml").learn.save_steps == 3 and not list(folder.glob("old-*"))
+    assert load_config(folder / "config.yaml").learn.save_steps == 3
+    assert sorted(path.name for path in (folder / "old-1").iterdir()) == ["config.yaml", "report.html", "summary.json"]
+    assert main(["run", str(config), "learn.save_steps=4", "seeds=[0]", "rivals=[]"]) == 0
+    assert not (folder / "old-2").exists(), "how often it is saved makes no other run"
     shutil.rmtree(unfinished := folder / "08-learn/seed-0")
     next(work := units(config)["learn/seed-0"].execute())
     work.close()

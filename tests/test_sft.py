@@ -261,6 +261,9 @@ def test_implicit_rewards_are_against_the_fine_tuned_model(preferences, capsys):
     capsys.readouterr()
     assert main(["eval", str(folder / "08-learn/seed-0/model"), config]) == 0
     assert f"rewards/margins {margins:.3g} " in capsys.readouterr().out, "against the base in the run's folder"
+    (folder / "01-sft/base/model/model.safetensors").write_bytes(b"other")
+    assert main(["eval", str(folder / "08-learn/seed-0/model"), config]) == 2
+    assert "01-sft/base: model/model.safetensors is not what was written" in capsys.readouterr().err
     shutil.rmtree(folder / "01-sft")
     assert main(["eval", str(folder / "08-learn/seed-0/model"), config]) == 0
     assert "rewards/" not in capsys.readouterr().out

@@ -28,7 +28,7 @@ from allo_fast.model.weights import check_finite
 
 # Beside the weights, what a model is made of: notes, logs and another trainer's states do not count.
 _SMALL = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-_SMALL += ("chat_template*", "*.safetensors.index.json")
+_SMALL += ("chat_template*", "additional_chat_templates/*", "*.safetensors.index.json")
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from allo_fast.data.sources import split_slice
+
 Basis = dict[str, object]
+
+_DRIVING = ("save_steps", "save_minutes", "skip_nonfinite_steps")  # how a stage is driven, not what comes of it
 
 
 def flat(section: Mapping, prefix: str = "") -> Basis:
@@ -26,6 +30,17 @@ def differences(old: Basis, new: Basis) -> str:
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     said = [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in keys[:5]]
     return ", ".join(said + [f"and {len(keys) - 5} more"] * (len(keys) > 5))
+
+
+def deciding(entries: Basis) -> Basis:
+    """Those that what comes of a stage depends on."""
+    return {key: value for key, value in entries.items() if key.rpartition(".")[2] not in _DRIVING}
+
+
+def part_of(source: str) -> str:
+    """Which rows of a data set: [i:j]."""
+    _, start, stop = split_slice(source)
+    return "all" if (start, stop) == (0, None) else f"[{start}:{'' if stop is None else stop}]"
 
 
 def naming_files(entries: Basis) -> set[str]:
@@ -62,3 +77,10 @@ def identity(path: Path) -> dict:
 def is_same(path: Path, entry: Mapping) -> bool:
     """entry: its `identity`, once."""
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+
+
+def wrong(path: Path, entry: Mapping) -> str | None:
+    """Where it is not the same."""
+    if is_same(path, entry):
+        return None
+    return "is not what was written" if path.exists() else "is gone"

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import dump_config, load_config
 from allo_fast.durable import LEFTOVERS, make_folder, move, write_bytes
-from allo_fast.runs.basis import differences, flat
+from allo_fast.runs.basis import deciding, differences, flat
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Home:
     def take_config(self, config: Config, rerun: bool) -> None:
         """Writes config.yaml, where another or none is there; what changes is said.
 
-        One that somebody wrote or that a --rerun replaces is kept, and then no summary of another stays beside it.
+        Where more than its `_DRIVING` changes, or somebody wrote it, it is kept, with the summary that was of it.
         """
         path, is_ours = self.folder / CONFIG, True
         if path.exists():
@@ -50,7 +50,8 @@ class Home:
                 if (old := load_config(path)) == config:
                     return
                 is_ours = dump_config(old) == path.read_text()
-                changed = differences(*(flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config)))
+                before, now = (flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config))
+                changed, rerun = differences(before, now), rerun or deciding(before) != deciding(now)
             except UserError as error:
                 is_ours, changed = False, str(error)
             if changed:
@@ -76,8 +77,9 @@ class Home:
         shutil.rmtree(self.folder / place)
         if (self.aside / place).exists():
             move(self.aside / place, self.folder / place)
+            logger.info("%s: moved back", self.folder / place)
             if not any(self.aside.glob("*/*")):  # of units
-                for path in (self.aside / name for name in _SAID):
+                for path in (self.aside / name for name in (CONFIG, *_SAID)):
                     if path.exists():
                         move(path, self.folder / path.name)
                 shutil.rmtree(self.aside)

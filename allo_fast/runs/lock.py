@@ -22,7 +22,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises UserError where one does already.
     """
     with ExitStack() as stack:
-        ranks.on_main(lambda: _lock(folder, stack))
+        ranks.on_main(lambda: _lock(folder.resolve(), stack))
         yield
 
 

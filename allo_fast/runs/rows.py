@@ -77,7 +77,7 @@ def read_jsonl(path: Path) -> Rows:
 
 def read_log(unit: Unit) -> Sequence[dict]:
     """What a complete unit logged of its training; none where that is damaged or gone, which is said."""
-    for name, entry in unit.manifest()["logs"].items():
+    for name, entry in unit.manifest().get("logs", {}).items():
         if is_same(path := unit.folder / name, entry):
             return read_jsonl(path)
         logger.warning("%s: damaged, or gone; its curves are left out", path)

@@ -16,11 +16,22 @@ from typing import Protocol
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
-from allo_fast.data.sources import split_slice
 from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, write_json
 from allo_fast.journal import SUMS
 from allo_fast.model.loading import pick_device
-from allo_fast.runs.basis import Basis, differences, flat, identity, inside, is_same, naming_files, sha256, under
+from allo_fast.runs.basis import (
+    Basis,
+    deciding,
+    differences,
+    flat,
+    identity,
+    inside,
+    naming_files,
+    part_of,
+    sha256,
+    under,
+    wrong,
+)
 from allo_fast.runs.home import MANIFEST, STARTED, Home
 from allo_fast.training.checkpoints import CHECKPOINTS
 from allo_fast.training.engine import LOG
@@ -28,8 +39,6 @@ from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
-
-_DRIVING = ("save_steps", "save_minutes", "skip_nonfinite_steps")  # how a stage is driven, not what comes of it
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,7 @@ class Unit:
 
     def settings(self) -> Basis:
         """Of the configuration, what its outcome depends on."""
-        settings = under(flat(self.config.model_dump()), self.stage.settings)
-        return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in _DRIVING}
+        return deciding(under(flat(self.config.model_dump()), self.stage.settings))
 
     def basis(self, outside: bool = True) -> Basis:
         """Settings, and SHA-256 of the files that they name and of what this unit reads of others.
@@ -122,7 +130,7 @@ class Unit:
             unit.check(outside)
             contents |= {str(unit.place / name): digest for name, digest in unit.contents().items()}
         for key, paths in self.stage.files(self.config).items() if outside else ():
-            contents[key] = _part_of(under(flat(self.config.model_dump()), (key,))[key])
+            contents[key] = part_of(under(flat(self.config.model_dump()), (key,))[key])
             name = f"{key}: {{}}" if len(paths) > 1 else f"{key}: the file"
             contents |= {name.format(path.name): sha256(path) for path in paths}
         return self.settings() | contents | {"seed": self.seed}
@@ -130,7 +138,7 @@ class Unit:
     def changed_settings(self) -> str:
         """Since it was begun; empty where nothing did, or nothing says. Files are left out."""
         try:
-            recorded = inside(old := self._record()["basis"], naming_files(old)) if self._exists() else {}
+            recorded = inside(old := self._recorded(), naming_files(old)) if self._exists() else {}
         except Damaged:
             recorded = {}
         now = inside(self.settings() | {"seed": self.seed}, naming_files(old) if recorded else set())
@@ -155,7 +163,7 @@ class Unit:
         if not self._exists():
             return False, None
         try:
-            old = self._record()["basis"]
+            old = self._recorded()
         except Damaged as error:
             return False, str(error).removeprefix(f"{self.folder}/")
         new, naming = self.basis(outside), naming_files(old)
@@ -167,13 +175,15 @@ class Unit:
         if changed := differences(old, new) if outside else differences(inside(old, naming), inside(new, naming)):
             return False, changed
         complete = (self.folder / MANIFEST).exists()
-        damage = self.damage() if complete else None
+        damage = self.damage(copies=outside) if complete else None
         return complete and not damage, damage
 
-    def _record(self) -> dict:
-        """What is said of it, in the end or from its beginning. Raises Damaged."""
-        manifest = self.folder / MANIFEST
-        return read_json(manifest if manifest.exists() else self.folder / STARTED)
+    def _recorded(self) -> Basis:
+        """What it was made, or begun, from. Raises Damaged."""
+        path = self.folder / (MANIFEST if (self.folder / MANIFEST).exists() else STARTED)
+        if "basis" not in (record := read_json(path)):
+            raise Damaged(f"{path}: of another version, which did not say what it depends on")
+        return deciding(record["basis"])
 
     def is_complete(self) -> bool:
         """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
@@ -182,26 +192,20 @@ class Unit:
     @property
     def is_ahead(self) -> bool:
         """Complete, though a unit that it reads is not: it stays where that comes out as it did."""
-        return (self.folder / MANIFEST).exists() and any(
-            not (unit.folder / MANIFEST).exists() for unit in self.upstream()
-        )
+        read = [unit.folder / MANIFEST for unit in self.upstream()]
+        return (self.folder / MANIFEST).exists() and not all(manifest.exists() for manifest in read)
 
     def damage(self, copies: bool = True) -> str | None:
         """What is wrong with the files of a unit that has a manifest. copies: also with them, where there are any."""
         manifest = self.manifest()
         for name, entry in manifest["outputs"].items():
-            if wrong := self._wrong(name, entry):
-                return wrong
-        for name, entry in manifest["copies"].items() if copies else ():
+            if why := wrong(self.folder / name, entry):
+                return f"{name} {why}"
+        for name, entry in manifest.get("copies", {}).items() if copies else ():
             top = PurePath(name).parts[0]  # of a folder either nothing or all is there
-            if (self.folder / top).exists() and (wrong := self._wrong(name, entry)):
-                return wrong + (f" (move {top}/ away; `allo-fast export` makes it again)" if top != name else "")
+            if (self.folder / top).exists() and (why := wrong(self.folder / name, entry)):
+                return f"{name} {why}" + f" (move {top}/ away; `allo-fast export` makes it again)" * (top != name)
         return None
-
-    def _wrong(self, name: str, entry: dict) -> str | None:
-        if is_same(self.folder / name, entry):
-            return None
-        return f"{name} is {'not what was written' if (self.folder / name).exists() else 'gone'}"
 
     def check(self, outside: bool = True) -> None:
         """Raises UserError unless the unit is complete. outside: as of `look`."""
@@ -261,10 +265,14 @@ class Unit:
         return new, hashlib.sha256(json.dumps(started["basis"], sort_keys=True).encode()).hexdigest()
 
     def _finish(self, facts: dict, seconds: float, peak: int) -> None:
+        basis = read_json(self.folder / STARTED)["basis"]
+        if changed := differences(deciding(basis), self.basis()):
+            self.owner.home.undo(self.place)
+            raise UserError(f"{self.folder}: {changed}, while it worked; it is made anew by the same command")
         manifest = {
             "stage": self.name,
             "key": self.key,
-            "basis": read_json(self.folder / STARTED)["basis"],
+            "basis": basis,
             "seed": self.seed,
             "seconds": seconds,
             "peak_bytes": peak,
@@ -289,9 +297,3 @@ class Unit:
                 path.unlink()
         for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS)]:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _part_of(source: str) -> str:
-    """Which rows of a data set: [i:j]."""
-    _, start, stop = split_slice(source)
-    return "all" if (start, stop) == (0, None) else f"[{start}:{'' if stop is None else stop}]"

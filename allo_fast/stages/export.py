@@ -25,8 +25,8 @@ def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
     if out.resolve().is_relative_to(run.folder.resolve()):
         raise UserError(f"{out}: inside the run; name a folder elsewhere")
     unit = Unit(run, stage, _key(run.config, run.folder, stage, seed))
-    if damage := unit.damage(copies=False):
-        raise UserError(f"{unit.folder}: {damage}; run `allo-fast {stage} CONFIG --rerun` first")
+    if wrong := unit.changed_settings() or unit.damage(copies=False):
+        raise UserError(f"{unit.folder}: {wrong}; run `allo-fast {stage} CONFIG --rerun` first")
     path, delta = made_in(unit, unit.folder)
     model = load_made(path, delta, ModelConfig(device="cpu", dtype=run.config.model.dtype))
     save_model(model, load_tokenizer(path), out)
