@@ -171,13 +171,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         return {name: file.get_tensor(name) for name in file.keys()}, about_of(file)
 
 
+def own(path: Path, mark: str) -> str:
+    """What a file says of itself that is of `mark` under this name alone."""
+    return f"{mark} {path.name}"
+
+
 def is_own(path: Path, mark: str) -> bool:
-    """Whether a file of tensors is there, whole, and says that it is of `mark`; what is damaged is said."""
+    """Whether a file of tensors is there, whole, and says that it is `own`; what is damaged is said."""
     try:
         if not path.exists():
             return False
         with open_tensors(path) as file:
-            return about_of(file).get("mark") == mark
+            return about_of(file).get("mark") == own(path, mark)
     except Damaged as error:
         logger.warning("%s; computed again", error)
         return False

@@ -15,8 +15,10 @@ from allo_fast.config import UserError
 from allo_fast.durable import (
     Damaged,
     appearing,
+    is_own,
     load_tensors,
     make_folder,
+    own,
     read_json,
     save_tensors,
     write_bytes,
@@ -159,6 +161,14 @@ def test_tensors_say_when_they_are_damaged(tmp_path):
         save_file(tensors, path, metadata)
         with pytest.raises(Damaged, match="it has no checksum"):
             load_tensors(path)
+
+
+def test_a_file_under_the_name_of_another_is_not_own(tmp_path):
+    for name in "ab":
+        save_tensors(tmp_path / name, {"x": torch.ones(2)}, {"mark": own(tmp_path / name, "unit")})
+    assert is_own(tmp_path / "a", "unit") and not is_own(tmp_path / "a", "other")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert not is_own(tmp_path / "b", "unit")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from allo_fast import ranks
-from allo_fast.durable import save_tensors
+from allo_fast.durable import own, save_tensors
 from allo_fast.locating.files import is_own
 from allo_fast.locating.losses import Losses, Part
 from allo_fast.locating.segments import Segments
@@ -62,7 +62,7 @@ class Captured:
                 tensors = {"head": head.hidden, "lse": head.lse, "upstream": upstream}
                 tensors |= {f"states.{cut}": tensor for cut, tensor in zip(self.cuts, states, strict=True)}
                 tensors |= {f"gradients.{cut}": tensor for cut, tensor in zip(self.cuts, gradients, strict=True)}
-                save_tensors(self._path(micro, share), tensors, {"mark": self.mark})
+                save_tensors(path := self._path(micro, share), tensors, {"mark": own(path, self.mark)})
             yield
 
     def backward(self, micro: int, share: float, runs: Sequence[tuple[int, int]], taps: Taps) -> None:

@@ -72,7 +72,7 @@ def save_pass(
     """results: one tensor a piece. held: bytes of the sums that the pass had, for `most_held`."""
     tensors = {f"{piece.begin} {piece.end} {piece.name}": tensor.cpu() for piece, tensor in results.items()}
     path = folder / f"{kind}-{number:03d}.rank-{rank}-of-{world}.safetensors"
-    save_tensors(path, tensors, {"held": held, "mark": mark})
+    save_tensors(path, tensors, {"held": held, "mark": durable.own(path, mark)})
 
 
 def most_held(folder: Path, kind: str, mark: str = "") -> int:

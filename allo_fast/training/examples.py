@@ -12,7 +12,7 @@ from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.arrays import Chained, Ragged
 from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.durable import is_own, make_folder, open_tensors, save_tensors
+from allo_fast.durable import is_own, make_folder, open_tensors, own, save_tensors
 
 PART_NUMBERS = 1 << 22  # that a file of reference log-probabilities has at most, if a micro-batch has fewer
 
@@ -97,7 +97,7 @@ class Reference(Mapping[int, Tensor]):
         """logps: of its micro-batches, in order."""
         make_folder(self.folder)
         values, shapes = torch.cat([item.flatten() for item in logps]), torch.tensor([item.shape for item in logps])
-        save_tensors(self.path(part), {"values": values, "shapes": shapes}, {"mark": self.mark})
+        save_tensors(path := self.path(part), {"values": values, "shapes": shapes}, {"mark": own(path, self.mark)})
 
     def _opened(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
         file = open_tensors(self.path(part), check=False)
