@@ -64,6 +64,7 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
     shutil.rmtree(folder / "08-learn/seed-1")
+    shutil.copytree(folder / "04-warmup/seed-0", other := folder / "04-warmup/seed-1", dirs_exist_ok=True)
     with (folder / "07-forget/seed-0/delta.safetensors").open("ab") as file:
         file.write(b"0")
     cases = (
@@ -79,6 +80,7 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
             [folder, "forget", tmp_path / "out"],
             "07-forget/seed-0: delta.safetensors is not what was written; run `allo-fast",
         ),
+        ([folder, "warmup", tmp_path / "out", "--seed", "1"], f"{other}: seed was 0, now 1; run `allo-fast warmup"),
         ([tmp_path / "nowhere", "learn", tmp_path / "out"], "nowhere: not the folder of a run"),
     )
     for words, message in cases:
