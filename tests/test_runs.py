@@ -425,6 +425,8 @@ def test_changed_input_files_are_named(copied, tmp_path):
     list(unit().execute())
     (base / "README.md").write_text("a note beside the weights")
     (base / "tokenizer_old").mkdir()
+    for name in ("model.safetensors.bak", "tokens.log"):
+        (base / name).write_text("beside it")
     assert unit().is_complete()
     (moved := tmp_path / "elsewhere").mkdir()
     shutil.copytree(base, moved / "base")

@@ -27,7 +27,7 @@ from allo_fast.model.saving import check_new, save_model
 from allo_fast.model.weights import check_finite
 
 # Beside the weights, what a model is made of: notes, logs and another trainer's states do not count.
-_SMALL = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+_SMALL = ("config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 _SMALL += ("chat_template*", "additional_chat_templates/*", "*.safetensors.index.json")
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
@@ -124,7 +124,7 @@ def model_files(path: str | Path) -> list[Path]:
     Raises UserError for a hub id that cannot be had.
     """
     folder = folder_of(path)
-    weights = _weights(str(path)) if is_hub_id(path) else folder.glob("*.safetensors*")
+    weights = _weights(str(path)) if is_hub_id(path) else folder.glob("*.safetensors")
     small = (file for pattern in _SMALL for file in folder.glob(pattern))
     return sorted({file for file in (*weights, *small) if file.is_file()})
 
