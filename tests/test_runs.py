@@ -301,7 +301,7 @@ def test_what_an_unfit_file_refuses_late_leaves_the_users_config(copied, capsys,
     assert "rewards, one per token" in line and every_byte(folder) == before and not list(folder.glob("old-*"))
 
 
-def test_what_changes_while_a_stage_works_is_not_taken(copied, tmp_path):
+def test_what_changes_while_a_stage_reads_it_is_not_taken(copied, tmp_path):
     config, folder = copied
     rows = [{"prompt": "p", "response": "r", "rewards": [0.5]}]
     (rewards := tmp_path / "rewards.jsonl").write_text(json.dumps(rows[0]))
@@ -310,10 +310,11 @@ def test_what_changes_while_a_stage_works_is_not_taken(copied, tmp_path):
     unit = Unit(run, "rewards", "seed-0")
     unit._start()
     rewards.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(
-        UserError, match="rewards.path: the file was .*, now .*, while it worked; it is made anew by the"
-    ):
-        unit._finish({}, 0, 0)
+    said = "rewards.path: the file was .*, now .*, while it was read; give the same command again"
+    for new in (False, True):
+        assert unit.folder.exists(), "what was made before stays"
+        with pytest.raises(UserError, match=said):
+            unit._look_again(new)
     assert every_byte(folder) == before, "the older one is there again"
 
 

@@ -42,7 +42,7 @@ class Home:
     def take_config(self, config: Config, rerun: bool) -> None:
         """Writes config.yaml, where another or none is there; what changes is said.
 
-        Where more than its `_DRIVING` changes, or somebody wrote it, it is kept, with the summary that was of it.
+        Where what decides changes, or somebody wrote it, it is kept, with the summary that was of it.
         """
         path, is_ours = self.folder / CONFIG, True
         if path.exists():

@@ -131,8 +131,7 @@ class Unit:
             contents |= {str(unit.place / name): digest for name, digest in unit.contents().items()}
         for key, paths in self.stage.files(self.config).items() if outside else ():
             contents[key] = part_of(under(flat(self.config.model_dump()), (key,))[key])
-            name = f"{key}: {{}}" if len(paths) > 1 else f"{key}: the file"
-            contents |= {name.format(path.name): sha256(path) for path in paths}
+            contents |= {f"{key}: {path.name if len(paths) > 1 else 'the file'}": sha256(path) for path in paths}
         return self.settings() | contents | {"seed": self.seed}
 
     def changed_settings(self) -> str:
@@ -174,8 +173,7 @@ class Unit:
             )
         if changed := differences(old, new) if outside else differences(inside(old, naming), inside(new, naming)):
             return False, changed
-        complete = (self.folder / MANIFEST).exists()
-        damage = self.damage(copies=outside) if complete else None
+        damage = self.damage(copies=outside) if (complete := (self.folder / MANIFEST).exists()) else None
         return complete and not damage, damage
 
     def _recorded(self) -> Basis:
@@ -223,8 +221,7 @@ class Unit:
         does not fit, unless the run is one that moves it aside.
         """
         new, self.mark = ranks.on_main(self._start)
-        first = True
-        device = pick_device(self.config.model.device)
+        device, first = pick_device(self.config.model.device), True
         memory.reset_peak(device)
         begun, work = time.perf_counter(), self.stage.execute(self)
         while True:
@@ -238,11 +235,19 @@ class Unit:
                     self.owner.home.undo(self.place)
                 raise
             if first and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
+                self._look_again(new)
                 self.owner.home.take_config(self.config, self.owner.rerun)
             new = first = False
             yield progress
-        seconds = time.perf_counter() - begun  # of this session: a continued stage took longer in all
-        ranks.on_main(lambda: self._finish(facts, seconds, memory.peak_bytes(device)))
+        seconds, peak = time.perf_counter() - begun, memory.peak_bytes(device)  # of this session
+        ranks.on_main(lambda: self._finish(facts, seconds, peak))
+
+    def _look_again(self, new: bool) -> None:
+        """Raises UserError where what it was begun from changed until all was read; later changes reach nothing."""
+        if changed := differences(self._recorded(), self.basis()):
+            if new:
+                self.owner.home.undo(self.place)
+            raise UserError(f"{self.folder}: {changed}, while it was read; give the same command again")
 
     def _exists(self) -> bool:
         return self.folder.exists() and any(not path.match(LEFTOVERS) for path in self.folder.iterdir())
@@ -265,14 +270,10 @@ class Unit:
         return new, hashlib.sha256(json.dumps(started["basis"], sort_keys=True).encode()).hexdigest()
 
     def _finish(self, facts: dict, seconds: float, peak: int) -> None:
-        basis = read_json(self.folder / STARTED)["basis"]
-        if changed := differences(deciding(basis), self.basis()):
-            self.owner.home.undo(self.place)
-            raise UserError(f"{self.folder}: {changed}, while it worked; it is made anew by the same command")
         manifest = {
             "stage": self.name,
             "key": self.key,
-            "basis": basis,
+            "basis": read_json(self.folder / STARTED)["basis"],
             "seed": self.seed,
             "seconds": seconds,
             "peak_bytes": peak,
