@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
@@ -63,7 +66,7 @@ def test_what_one_process_does_is_not_started_by_several(monkeypatch, capsys):
 
 
 def test_large_files_are_told_apart_by_their_ends(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     found = []
     for first, last in ((b"a", b"b"), (b"c", b"b"), (b"a", b"c")):
         with (tmp_path / "model.safetensors").open("wb") as file:
@@ -212,6 +215,11 @@ def cut(path: Path) -> None:
 DAMAGES = {
     "cut": ("03-pairs/seed-0/pairs.jsonl", cut, "03-pairs/seed-0: pairs.jsonl is not what was written"),
     "gone": ("07-forget/seed-1/delta.safetensors", Path.unlink, "07-forget/seed-1: delta.safetensors is gone"),
+    "more": (
+        "00-pretrain/base/model/chat_template.jinja",
+        lambda path: path.write_text("{{ messages[0].content }}"),
+        "00-pretrain/base: model/chat_template.jinja is not of it; move it away",
+    ),
     "copy": ("08-learn/seed-0/model/config.json", cut, "08-learn/seed-0: model/config.json is not what was written"),
     "manifest": ("03-pairs/seed-1/MANIFEST.json", cut, "03-pairs/seed-1: MANIFEST.json: damaged: "),
     "null": (
@@ -318,6 +326,54 @@ def test_what_changes_while_a_stage_reads_it_is_not_taken(copied, tmp_path):
     assert every_byte(folder) == before, "the older one is there again"
 
 
+def test_what_a_killed_rerun_moved_is_said_and_whole(copied, caplog, monkeypatch):
+    config, folder = copied
+    before = every_byte(folder / "03-pairs/seed-0")
+    unit = Unit(Run(load_config(config, ["pairs.max_pairs=1"]), STAGES, rerun=True), "pairs", "seed-0")
+    monkeypatch.setattr("allo_fast.runs.unit.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(unit.execute())
+    monkeypatch.undo()
+    list(units(config)["pairs/seed-0"].execute())
+    said = f"03-pairs/seed-0: made anew, though {folder}/old-1/03-pairs/seed-0 is the same, whole: it can be moved here"
+    assert said in caplog.messages and every_byte(folder / "old-1/03-pairs/seed-0") == before
+    caplog.clear()
+    cut(folder / "old-1/03-pairs/seed-0/pairs.jsonl")
+    shutil.rmtree(folder / "03-pairs/seed-0")
+    list(units(config)["pairs/seed-0"].execute())
+    assert said not in caplog.messages
+
+
+def test_half_of_what_came_to_nothing_is_never_there(copied, monkeypatch):
+    config, folder = copied
+    run = Run(load_config(config, ["pairs.max_pairs=1"]), STAGES, rerun=True)
+    before = every_byte(folder / "03-pairs")
+    Unit(run, "pairs", "seed-0")._start()
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.home.undo(Path("03-pairs/seed-0"))
+    assert sorted(path.name for path in (folder / "03-pairs").iterdir()) == [".seed-0.partial", "seed-1"]
+    (folder / "old-1/03-pairs/seed-0").rename(folder / "03-pairs/seed-0")
+    assert main(["run", str(config)]) == 0 and every_byte(folder / "03-pairs") == before
+
+
+def test_what_lies_on_another_disk_is_not_moved(copied, capsys, monkeypatch):
+    config, folder = copied
+    before, replace = every_byte(folder), os.replace
+
+    def refuse(path, to):
+        if "old-" in str(to):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+        replace(path, to)
+
+    monkeypatch.setattr("os.replace", refuse)
+    said = refused(capsys, "pairs", config, "pairs.max_pairs=1", "--rerun")
+    to = folder / "old-1/03-pairs"
+    assert said == f"allo-fast: {folder}/03-pairs/seed-0: lies on another disk than {to}; move it there yourself"
+    assert every_byte(folder) == before
+
+
 def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
     config, folder = copied
     assert main(["run", str(config), "learn.learning_rate=2e-3"]) == 2
@@ -390,6 +446,19 @@ def test_a_report_needs_what_lies_in_the_run_alone(copied, tmp_path, capsys):
     )
 
 
+def test_a_report_says_what_it_cannot_show(copied, monkeypatch):
+    config, folder = copied
+    title = "<h2>Wrong responses, by token</h2>"
+    assert title + "<p>Shade" in (folder / "report.html").read_text()
+    monkeypatch.setattr("allo_fast.report.page.base_path", lambda unit: folder / "gone")
+    assert main(["report", str(config)]) == 0
+    said = f"<p>Not shown, as the tokenizer of the base is not there: {folder}/gone: no such file or folder</p>"
+    assert title + said in (folder / "report.html").read_text()
+    monkeypatch.setattr(Unit, "changed_files", lambda unit, key: f"{key}: tokenizer.json was 1, now 2")
+    assert main(["report", str(config)]) == 0
+    assert "there: model.name_or_path: tokenizer.json was 1, now 2</p>" in (folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize("damage", ["is gone", "is not what was written"])
 def test_half_of_a_copy_is_none(copied, capsys, damage):
     config, folder = copied
@@ -442,8 +511,42 @@ def test_changed_input_files_are_named(copied, tmp_path):
     data.write_text(text)
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
+    assert unit().changed_files("model.name_or_path") == ""
     (base / "model.safetensors").write_bytes(weights)
+    assert unit().changed_files("model.name_or_path").startswith("model.name_or_path: model.safetensors was ")
     assert "model.name_or_path: model.safetensors was " in unit().look()[1]
+
+
+def test_weights_count_wherever_the_index_has_them(copied, tmp_path):
+    config, folder = copied
+    shutil.copytree(folder / "00-pretrain/base/model", base := tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    shards = {name: f"{'ab'[n % 2]}/model.safetensors" for n, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        (base / shard).parent.mkdir()
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, base / shard, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    unit = Unit(Run(load_config(config, [f"model.name_or_path={base}", "name=x"]), STAGES), "sample", "seed-0")
+    before = unit.basis()
+    assert {f"model.name_or_path: {name}/model.safetensors" for name in "ab"} < before.keys()
+    save_file(
+        {name: t + 1 for name, t in load_file(base / "b/model.safetensors").items()}, base / "b/model.safetensors"
+    )
+    assert re.fullmatch("model.name_or_path: b/model.safetensors was .*, now .*", differences(before, unit.basis()))
+
+
+def test_the_order_of_a_saved_sets_files_counts(copied, tmp_path):
+    config, folder = copied
+    rows = [{"prompt": str(number), "chosen": "1", "rejected": "2"} for number in range(4)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows", num_shards=2)
+    words = [f"model.name_or_path={folder / '00-pretrain/base/model'}", f"data.train={tmp_path / 'rows'}", "name=x"]
+    unit = Unit(Run(load_config(config, words), STAGES), "sample", "seed-0")
+    before = unit.basis()
+    state = json.loads((tmp_path / "rows/state.json").read_text())
+    state["_data_files"].reverse()
+    (tmp_path / "rows/state.json").write_text(json.dumps(state))
+    assert differences(before, unit.basis()).startswith("data.train: file 1 of 2 was ")
 
 
 def test_what_the_hub_has_is_told_apart_by_its_contents(finished, tmp_path, monkeypatch):
@@ -459,7 +562,7 @@ def test_what_the_hub_has_is_told_apart_by_its_contents(finished, tmp_path, monk
         """A process in which main is at this revision."""
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / cache))
         (tmp_path / cache / "models--org--base/refs/main").write_text(revision * 40)
-        loading._weights.cache_clear()
+        loading._cached.cache_clear()
         return Unit(Run(load_config(config, [f"model.name_or_path={name}", "name=hub"]), STAGES), "sample", "seed-0")
 
     first = (unit := begin()).basis()

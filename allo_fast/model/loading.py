@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
@@ -118,15 +119,17 @@ def _tokenizer(path: str | Path, folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def model_files(path: str | Path) -> list[Path]:
-    """What a model is made of, where it lies here; of a hub id, in the cache; none for a folder that is not there.
+def model_files(path: str | Path) -> dict[str, Path]:
+    """What a model is made of, by its name in the folder; of a hub id, in the cache; none where no folder is.
 
     Raises UserError for a hub id that cannot be had.
     """
-    folder = folder_of(path)
-    weights = _weights(str(path)) if is_hub_id(path) else folder.glob("*.safetensors")
+    folder, weights = folder_of(path), []
+    with suppress(UserError):  # of a model that will be refused the rest tells what changed
+        weights = weight_files(folder, read_config(folder))
     small = (file for pattern in _SMALL for file in folder.glob(pattern))
-    return sorted({file for file in (*weights, *small) if file.is_file()})
+    files = {Path(file) for file in (*weights, *small)}
+    return {str(file.relative_to(folder)): file for file in sorted(files) if file.is_file()}
 
 
 def folder_of(path: str | Path) -> Path:
@@ -134,17 +137,17 @@ def folder_of(path: str | Path) -> Path:
 
     As long as the process lasts it is the same: the hub may get other weights while a stage works.
     """
-    return _weights(str(path))[0].parent if is_hub_id(path) else Path(path)
+    return _cached(str(path)) if is_hub_id(path) else Path(path)
 
 
 @cache
-def _weights(hub_id: str) -> list[Path]:
-    weights = weight_files(hub_id, read_config(hub_id))
+def _cached(hub_id: str) -> Path:
+    weight_files(hub_id, read_config(hub_id))
     for name in _OPTIONAL:
         has_file(hub_id, name)
     with suppress(UserError):  # of some it has files of other names; a reference needs none
         _tokenizer(hub_id, hub_id)
-    return [*map(Path, weights)]
+    return Path(cached_file(hub_id, CONFIG_NAME)).parent
 
 
 def convert_gguf(source: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ import html
 import json
 from pathlib import Path
 
+from allo_fast.config import UserError
 from allo_fast.data.prompts import as_text
 from allo_fast.durable import write_bytes
 from allo_fast.model.loading import load_tokenizer
@@ -145,7 +146,13 @@ def _selection(run: Run) -> str:
 
 def _responses(run: Run) -> str:
     unit: Unit = run.units(["forget"])[0]
-    tokenizer = load_tokenizer(base_path(unit))
+    title = "Wrong responses, by token"
+    try:
+        if changed := unit.changed_files("model.name_or_path"):
+            raise UserError(changed)
+        tokenizer = load_tokenizer(base_path(unit))
+    except UserError as error:  # a report needs the run alone
+        return _section(title, f"Not shown, as the tokenizer of the base is not there: {error}", "")
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     threshold = threshold_of(run.config)
     responses = []
@@ -160,7 +167,7 @@ def _responses(run: Run) -> str:
         question = html.escape(as_text(row["prompt"]))
         responses.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
     return _section(
-        "Wrong responses, by token",
+        title,
         "Shade: the token's weight in forgetting. Point at a token for its reward.",
         "".join(responses),
     )

@@ -1,9 +1,6 @@
 """What a unit's outcome depends on, as a flat mapping of names, and how two of them differ."""
 
-import hashlib
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 
 from allo_fast.data.sources import split_slice
 
@@ -57,30 +54,3 @@ def _shown(entries: Basis, key: str) -> str:
     value = entries.get(key, "not there")
     is_digest = isinstance(value, str) and len(value) == 64
     return f"{value[:12]}..." if is_digest else str(value)
-
-
-def sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def identity(path: Path) -> dict:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def is_same(path: Path, entry: Mapping) -> bool:
-    """entry: its `identity`, once."""
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
-
-
-def wrong(path: Path, entry: Mapping) -> str | None:
-    """Where it is not the same."""
-    if is_same(path, entry):
-        return None
-    return "is not what was written" if path.exists() else "is gone"

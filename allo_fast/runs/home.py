@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -9,8 +10,9 @@ from pathlib import Path, PurePath
 
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import dump_config, load_config
-from allo_fast.durable import LEFTOVERS, make_folder, move, write_bytes
-from allo_fast.runs.basis import deciding, differences, flat
+from allo_fast.durable import LEFTOVERS, Damaged, make_folder, move, read_json, write_bytes
+from allo_fast.runs.basis import Basis, deciding, differences, flat
+from allo_fast.runs.contents import damage
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,14 @@ _SAID = SUMMARY, REPORT = "summary.json", "report.html"
 # Where a run lies, how it is continued and how much of it is kept, not what it is.
 _ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models")}
 _ELSEWHERE["model"] = {"device"}
+
+
+def recorded(unit: Path) -> Basis:
+    """What a unit was made, or begun, from. Raises Damaged."""
+    path = unit / (MANIFEST if (unit / MANIFEST).exists() else STARTED)
+    if "basis" not in (record := read_json(path)):
+        raise Damaged(f"{path}: of another version, which did not say what it depends on")
+    return deciding(record["basis"])
 
 
 @dataclass
@@ -68,13 +78,22 @@ class Home:
     def set_aside(self, place: Path) -> None:
         """Moves a unit there, with what was said of the whole run."""
         make_folder((self.aside / place).parent)
-        self._put_aside()
         move(self.folder / place, self.aside / place)
+        self._put_aside()
         logger.info("%s: moved to %s", self.folder / place, self.aside / place)
 
+    def say_finished(self, place: Path, basis: Basis) -> None:
+        """Of a unit that will be made, where a whole one of the same lies, as a command that is killed may leave it."""
+        for manifest in sorted(self.folder.glob(f"old-*/{place}/{MANIFEST}")):
+            with suppress(Damaged):
+                if recorded(unit := manifest.parent) == basis and not damage(unit, read_json(manifest)["outputs"], {}):
+                    logger.warning("%s: made anew, though %s is the same, whole: it can be moved here", place, unit)
+
     def undo(self, place: Path) -> None:
-        """Takes away a unit that came to nothing, and puts back what this command moved for it."""
-        shutil.rmtree(self.folder / place)
+        """Takes away a unit that came to nothing, at once, and puts back what this command moved for it."""
+        nothing = (self.folder / place).with_name(f".{place.name}.partial")
+        move(self.folder / place, nothing)
+        shutil.rmtree(nothing, ignore_errors=True)  # not that of a link
         if (self.aside / place).exists():
             move(self.aside / place, self.folder / place)
             logger.info("%s: moved back", self.folder / place)

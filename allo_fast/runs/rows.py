@@ -12,7 +12,7 @@ from allo_fast import ranks
 from allo_fast.data.arrays import Lazy
 from allo_fast.durable import Damaged, appearing, read_json, write_json
 from allo_fast.journal import SUMS, Journal, lines
-from allo_fast.runs.basis import is_same
+from allo_fast.runs.contents import is_same
 from allo_fast.runs.unit import Progress, Unit
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Protocol
 
 from allo_fast import ranks
@@ -24,15 +24,13 @@ from allo_fast.runs.basis import (
     deciding,
     differences,
     flat,
-    identity,
     inside,
     naming_files,
     part_of,
-    sha256,
     under,
-    wrong,
 )
-from allo_fast.runs.home import MANIFEST, STARTED, Home
+from allo_fast.runs.contents import damage, identities, sha256
+from allo_fast.runs.home import MANIFEST, STARTED, Home, recorded
 from allo_fast.training.checkpoints import CHECKPOINTS
 from allo_fast.training.engine import LOG
 from allo_fast.training.zero import Zero, trains_densely
@@ -59,7 +57,7 @@ class Stage:
     settings: tuple[str, ...]  # the config keys, or sections, that its outcome depends on
     needs: Callable[[Config, str], list[tuple[str, str]]]  # (stage, key) of the units it reads
     keys: Callable[[Config], list[str]]  # one unit for each: usually the seeds
-    files: Callable[[Config], dict[str, list[Path]]] = lambda config: {}  # those outside the run that a key names
+    files: Callable[[Config], dict[str, dict[str, Path]]] = lambda config: {}  # outside the run, by the key of each
     seed: Callable[[Config], int] = lambda config: 0  # of a unit whose key names none
     copies: tuple[str, ...] = ()  # of what it makes beside them, which nothing reads again and which may be removed
 
@@ -129,19 +127,24 @@ class Unit:
         for unit in self.upstream():
             unit.check(outside)
             contents |= {str(unit.place / name): digest for name, digest in unit.contents().items()}
-        for key, paths in self.stage.files(self.config).items() if outside else ():
+        return self.settings() | contents | (self.outside() if outside else {}) | {"seed": self.seed}
+
+    def outside(self) -> Basis:
+        """Of what lies not in the run, and its settings name, which part, and SHA-256 of each file."""
+        contents = {}
+        for key, files in self.stage.files(self.config).items():
             contents[key] = part_of(under(flat(self.config.model_dump()), (key,))[key])
-            contents |= {f"{key}: {path.name if len(paths) > 1 else 'the file'}": sha256(path) for path in paths}
-        return self.settings() | contents | {"seed": self.seed}
+            contents |= {f"{key}: {name}": sha256(path) for name, path in files.items()}
+        return contents
 
     def changed_settings(self) -> str:
         """Since it was begun; empty where nothing did, or nothing says. Files are left out."""
         try:
-            recorded = inside(old := self._recorded(), naming_files(old)) if self._exists() else {}
+            before = inside(old := recorded(self.folder), naming_files(old)) if self._exists() else {}
         except Damaged:
-            recorded = {}
-        now = inside(self.settings() | {"seed": self.seed}, naming_files(old) if recorded else set())
-        return differences({key: recorded[key] for key in recorded if "/" not in key}, now) if recorded else ""
+            before = {}
+        now = inside(self.settings() | {"seed": self.seed}, naming_files(old) if before else set())
+        return differences({key: before[key] for key in before if "/" not in key}, now) if before else ""
 
     def contents(self) -> dict[str, str]:
         """SHA-256 of each output."""
@@ -162,7 +165,7 @@ class Unit:
         if not self._exists():
             return False, None
         try:
-            old = self._recorded()
+            old = recorded(self.folder)
         except Damaged as error:
             return False, str(error).removeprefix(f"{self.folder}/")
         new, naming = self.basis(outside), naming_files(old)
@@ -176,12 +179,11 @@ class Unit:
         damage = self.damage(copies=outside) if (complete := (self.folder / MANIFEST).exists()) else None
         return complete and not damage, damage
 
-    def _recorded(self) -> Basis:
-        """What it was made, or begun, from. Raises Damaged."""
-        path = self.folder / (MANIFEST if (self.folder / MANIFEST).exists() else STARTED)
-        if "basis" not in (record := read_json(path)):
-            raise Damaged(f"{path}: of another version, which did not say what it depends on")
-        return deciding(record["basis"])
+    def changed_files(self, key: str) -> str:
+        """Of those that a setting names, since it was made; empty where nothing did."""
+        bases = (recorded(self.folder), self.outside())
+        old, new = ({name: basis[name] for name in basis if name.startswith(f"{key}: ")} for basis in bases)
+        return differences(old, new)
 
     def is_complete(self) -> bool:
         """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
@@ -196,14 +198,7 @@ class Unit:
     def damage(self, copies: bool = True) -> str | None:
         """What is wrong with the files of a unit that has a manifest. copies: also with them, where there are any."""
         manifest = self.manifest()
-        for name, entry in manifest["outputs"].items():
-            if why := wrong(self.folder / name, entry):
-                return f"{name} {why}"
-        for name, entry in manifest.get("copies", {}).items() if copies else ():
-            top = PurePath(name).parts[0]  # of a folder either nothing or all is there
-            if (self.folder / top).exists() and (why := wrong(self.folder / name, entry)):
-                return f"{name} {why}" + f" (move {top}/ away; `allo-fast export` makes it again)" * (top != name)
-        return None
+        return damage(self.folder, manifest["outputs"], manifest.get("copies", {}) if copies else {})
 
     def check(self, outside: bool = True) -> None:
         """Raises UserError unless the unit is complete. outside: as of `look`."""
@@ -244,7 +239,7 @@ class Unit:
 
     def _look_again(self, new: bool) -> None:
         """Raises UserError where what it was begun from changed until all was read; later changes reach nothing."""
-        if changed := differences(self._recorded(), self.basis()):
+        if changed := differences(recorded(self.folder), self.basis()):
             if new:
                 self.owner.home.undo(self.place)
             raise UserError(f"{self.folder}: {changed}, while it was read; give the same command again")
@@ -263,6 +258,7 @@ class Unit:
         if objection:
             self.owner.home.set_aside(self.place)
         if new := not self._exists():
+            self.owner.home.say_finished(self.place, self.basis())
             write_json(self.folder / STARTED, {"basis": self.basis(), "versions": versions()})
         started = read_json(self.folder / STARTED)
         if changed := differences(started["versions"], versions()):
@@ -278,17 +274,13 @@ class Unit:
             "seconds": seconds,
             "peak_bytes": peak,
             "facts": facts,
-            "outputs": self._identities(*self.stage.outputs),
-            "copies": self._identities(*self.stage.copies),
-            "logs": self._identities(LOG),
+            "outputs": identities(self.folder, self.stage.outputs),
+            "copies": identities(self.folder, self.stage.copies),
+            "logs": identities(self.folder, (LOG,)),
             "versions": versions(),
         }
         write_json(self.folder / MANIFEST, manifest)
         self.tidy()
-
-    def _identities(self, *patterns: str) -> dict[str, dict]:
-        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file())
-        return {str(path.relative_to(self.folder)): identity(path) for path in paths}
 
     def tidy(self) -> None:
         """The run is one with these settings; what a complete unit needs no more is removed, which a kill may leave."""
@@ -296,5 +288,5 @@ class Unit:
         for pattern in (STARTED, CHECKPOINTS, f"*{SUMS}"):
             for path in self.folder.glob(pattern):
                 path.unlink()
-        for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS)]:
+        for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS), *self.folder.parent.glob(LEFTOVERS)]:
             shutil.rmtree(path, ignore_errors=True)

@@ -12,7 +12,8 @@ from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import source_files
 from allo_fast.durable import versions
 from allo_fast.model.loading import model_files
-from allo_fast.runs.basis import flat, sha256
+from allo_fast.runs.basis import flat
+from allo_fast.runs.contents import sha256
 from allo_fast.runs.unit import Stage
 from allo_fast.stages import evaluate, forget, learn, locate, pairs, pretrain, rewards, sample, sft, warmup
 
@@ -21,23 +22,29 @@ def _seeds(config: Config) -> list[str]:
     return [f"seed-{seed}" for seed in config.seeds]
 
 
-def _files(*keys: str) -> Callable[[Config], dict[str, list[Path]]]:
+def _files(*keys: str) -> Callable[[Config], dict[str, dict[str, Path]]]:
     """By each of these keys, and the base's, the files that it names, where they lie here."""
 
-    def files(config: Config) -> dict[str, list[Path]]:
+    def files(config: Config) -> dict[str, dict[str, Path]]:
         values = flat(config.model_dump())
         named = [key for key in ("model.name_or_path", *keys) if values[key]]
         by_key = {key: _READ.get(key, model_files)(values[key]) for key in named}
-        return {key: paths for key, paths in by_key.items() if paths}
+        return {key: files for key, files in by_key.items() if files}
 
     return files
 
 
-def _one_file(path: str) -> list[Path]:
-    return [Path(path)] if os.path.isfile(path) else []
+def _rows(source: str) -> dict[str, Path]:
+    """Of a set of several its rows are in the order of these."""
+    paths = source_files(source)
+    return {f"file {n} of {len(paths)}" if len(paths) > 1 else "the file": path for n, path in enumerate(paths, 1)}
 
 
-_READ = {"data.train": source_files, "data.test": source_files, "rewards.path": _one_file}  # all others name models
+def _one_file(path: str) -> dict[str, Path]:
+    return {"the file": Path(path)} if os.path.isfile(path) else {}
+
+
+_READ = {"data.train": _rows, "data.test": _rows, "rewards.path": _one_file}  # all others name models
 
 
 def _given(config: Config) -> list[tuple[str, str]]:
@@ -195,10 +202,10 @@ def inputs_of(config: Config) -> dict[str, str]:
     Of a file its SHA-256; above 64 MiB the size and both ends: 64 ranks reading 140 GB each would take too long.
     """
     files = {
-        f"{key}: {path.name}": path
+        f"{key}: {name}": path
         for stage in STAGES.values()
-        for key, paths in stage.files(config).items()
-        for path in paths
+        for key, files in stage.files(config).items()
+        for name, path in files.items()
     }
     return {
         "configuration": config.model_dump_json(),
