@@ -74,6 +74,8 @@ class Journal:
         return f"{self.count} {self._end} {self._digest.hexdigest()}\n".encode()
 
     def _open(self, keeps: Callable[[dict], bool] | None) -> None:
+        if self.path.exists() and self.path.stat().st_size and not self.sums.exists():
+            logger.warning("%s: its %s is gone; all is made again", self.path, self.sums.name)
         for path in (self.path, self.sums):
             path.touch()
         size, whole = self.path.stat().st_size, 0

@@ -241,6 +241,13 @@ def test_rows_that_are_damaged_are_not_taken_which_is_said(tmp_path, caplog):
         assert data.read_bytes() == lines(ROWS[: again.count])
 
 
+def test_rows_without_their_checksums_are_made_again_which_is_said(tmp_path, caplog):
+    fill(tmp_path)
+    (tmp_path / "rows.jsonl.sums").unlink()
+    assert journal(tmp_path).count == 0
+    assert caplog.messages == [f"{tmp_path}/rows.jsonl: its rows.jsonl.sums is gone; all is made again"]
+
+
 def test_rows_that_the_disk_changes_meanwhile_are_not_taken(tmp_path):
     made, data = fill(tmp_path), tmp_path / "rows.jsonl"
     made.finish()

@@ -5,6 +5,7 @@ import pickle
 import re
 import weakref
 from functools import partialmethod
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from allo_fast.__main__ import main
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model import saving
-from allo_fast.model.loading import load_model, load_tokenizer
+from allo_fast.model.loading import load_model, load_tokenizer, model_files
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import fingerprint
 from allo_fast.stages.check import check
@@ -344,6 +345,34 @@ def test_pickles_are_never_opened(tmp_path, name, data):
     assert fingerprint(load_model(tmp_path, FLOAT32)) == fingerprint(model), "beside safetensors it does no harm"
 
 
+def test_a_file_that_changes_is_not_the_model_any_more(tmp_path):
+    model = load_model(folder_of(tmp_path), FLOAT32)
+    before, size = fingerprint(model), (tmp_path / WEIGHTS).stat().st_size
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.write(b"\1" * size)
+    assert fingerprint(model) == before
+
+
+def test_what_a_model_is_made_of(tmp_path, monkeypatch):
+    folder_of(tmp_path / "model")
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    for name in ("tekken.json", "additional_chat_templates/tool_use.jinja", "README.md", "trainer_state.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    names = {"additional_chat_templates/tool_use.jinja", "config.json", "generation_config.json", "tekken.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
+    assert model_files("model").keys() == names | {WEIGHTS}
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    assert WEIGHTS in model_files("model"), "it will be refused, for what it is"
+    (tmp_path / "model/adapter_config.json").unlink()
+    (tmp_path / "model/inside.safetensors").write_bytes((tmp_path / "model" / WEIGHTS).read_bytes())
+    index(Path("model"), str(tmp_path / "model/inside.safetensors"))
+    files = model_files("model")
+    assert files.keys() == names | {"inside.safetensors", "model.safetensors.index.json"}
+    assert files["inside.safetensors"] == Path("model/inside.safetensors")
+    assert model_files("./none") == {}
+
+
 def index(path, file) -> None:
     """Of one file that holds all weights of the folder."""
     names = dict.fromkeys(load_file(path / WEIGHTS), file)
@@ -576,6 +605,7 @@ def test_merge_and_convert_write_no_folder_that_holds_something(tmp_path, capsys
 @pytest.mark.parametrize("out", ["model/new", "model/a/new", "linked/new", "nothing", "x" * 300])
 def test_where_no_model_is_written(tmp_path, capsys, out):
     folder_of(tmp_path / "model")
+    (tmp_path / "config.json").write_text("{}")  # an editor's
     (tmp_path / "linked").symlink_to(tmp_path / "model")
     (tmp_path / "nothing").symlink_to(tmp_path / "none")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -584,7 +614,9 @@ def test_where_no_model_is_written(tmp_path, capsys, out):
         assert main([*map(str, words), str(tmp_path / out)]) == 2
     said = capsys.readouterr().err.splitlines()
     expected = {"nothing": "nothing: exists already", "x" * 300: "File name too long"}
-    assert len(said) == 2 and all(expected.get(out, "new: inside the model ") in line for line in said), said
+    assert len(said) == 2 and all(
+        expected.get(out, f"new: inside the model {tmp_path}/model; ") in line for line in said
+    ), said
 
 
 def gguf(token: str, merge: str) -> bytes:

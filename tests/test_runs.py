@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
 import torch
@@ -32,8 +34,9 @@ from allo_fast.runs.basis import differences
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.run import Run
-from allo_fast.runs.unit import Unit
+from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
+from allo_fast.stages.models import tokenizer_of
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
@@ -215,12 +218,6 @@ def cut(path: Path) -> None:
 DAMAGES = {
     "cut": ("03-pairs/seed-0/pairs.jsonl", cut, "03-pairs/seed-0: pairs.jsonl is not what was written"),
     "gone": ("07-forget/seed-1/delta.safetensors", Path.unlink, "07-forget/seed-1: delta.safetensors is gone"),
-    "more": (
-        "00-pretrain/base/model/chat_template.jinja",
-        lambda path: path.write_text("{{ messages[0].content }}"),
-        "00-pretrain/base: model/chat_template.jinja is not of it; move it away",
-    ),
-    "copy": ("08-learn/seed-0/model/config.json", cut, "08-learn/seed-0: model/config.json is not what was written"),
     "manifest": ("03-pairs/seed-1/MANIFEST.json", cut, "03-pairs/seed-1: MANIFEST.json: damaged: "),
     "null": (
         "03-pairs/seed-1/MANIFEST.json",
@@ -309,24 +306,45 @@ def test_what_an_unfit_file_refuses_late_leaves_the_users_config(copied, capsys,
     assert "rewards, one per token" in line and every_byte(folder) == before and not list(folder.glob("old-*"))
 
 
-def test_what_changes_while_a_stage_reads_it_is_not_taken(copied, tmp_path):
+@pytest.mark.parametrize(
+    "error, late", [(None, False), (None, True), (UserError("refused"), False), (OSError("unreadable"), False)]
+)
+def test_what_changes_while_a_stage_reads_it_is_not_taken(copied, tmp_path, error, late):
+    """Of a base that the units before read, too."""
     config, folder = copied
-    rows = [{"prompt": "p", "response": "r", "rewards": [0.5]}]
-    (rewards := tmp_path / "rewards.jsonl").write_text(json.dumps(rows[0]))
-    before = every_byte(folder)
-    run = Run(load_config(config, [f"rewards.path={rewards}", "rewards.source=file"]), STAGES, rerun=True)
-    unit = Unit(run, "rewards", "seed-0")
-    unit._start()
-    rewards.write_text(json.dumps(rows[0]) + "\n")
-    said = "rewards.path: the file was .*, now .*, while it was read; give the same command again"
-    for new in (False, True):
-        assert unit.folder.exists(), "what was made before stays"
-        with pytest.raises(UserError, match=said):
-            unit._look_again(new)
-    assert every_byte(folder) == before, "the older one is there again"
+    shutil.copytree(folder / "00-pretrain/base/model", base := tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")  # a folder in what is saved
+    turns = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    (base / "chat_template.jinja").write_text(turns)
+    words = ["name=given", f"model.name_or_path={base}", "data.train=arithmetic:train[:3]", "seeds=[0]"]
+    assert main(["pairs", str(config), *words]) == 2, "sample comes first"
+    for stage in ("sample", "pairs", "warmup", "warmup"):
+        assert main([stage, str(config), *words]) == 0
+    before = every_byte(tmp_path / "given")
+
+    def changing(unit):
+        if late:
+            yield Progress(1, 2, "step")
+        if error:
+            raise error
+        (base / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes() + b" ")
+        yield Progress(2, 2, "step")
+        return {}
+
+    stages = STAGES | {"warmup": replace(STAGES["warmup"], execute=changing)}
+    run = Run(load_config(config, [*words, "warmup.learning_rate=1"]), stages, rerun=True)
+    work = Unit(run, "warmup", "seed-0").execute()
+    if late and not error:
+        assert len(list(work)) == 2, "what was read is read"
+    else:
+        said = "model.name_or_path: tokenizer.json was .*, now .*, while it was read; give the same command again"
+        with pytest.raises((UserError, OSError), match=str(error) if error else said):
+            list(work)
+    assert late or every_byte(tmp_path / "given") == before, "the older one is there again"
 
 
-def test_what_a_killed_rerun_moved_is_said_and_whole(copied, caplog, monkeypatch):
+def test_what_a_killed_rerun_moved_is_brought_back(copied, capsys, caplog, monkeypatch):
     config, folder = copied
     before = every_byte(folder / "03-pairs/seed-0")
     unit = Unit(Run(load_config(config, ["pairs.max_pairs=1"]), STAGES, rerun=True), "pairs", "seed-0")
@@ -334,14 +352,20 @@ def test_what_a_killed_rerun_moved_is_said_and_whole(copied, caplog, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         list(unit.execute())
     monkeypatch.undo()
-    list(units(config)["pairs/seed-0"].execute())
-    said = f"03-pairs/seed-0: made anew, though {folder}/old-1/03-pairs/seed-0 is the same, whole: it can be moved here"
-    assert said in caplog.messages and every_byte(folder / "old-1/03-pairs/seed-0") == before
-    caplog.clear()
-    cut(folder / "old-1/03-pairs/seed-0/pairs.jsonl")
-    shutil.rmtree(folder / "03-pairs/seed-0")
-    list(units(config)["pairs/seed-0"].execute())
-    assert said not in caplog.messages
+    (folder / "03-pairs/seed-0/.STARTED.json.partial").mkdir(parents=True)
+    whole, place = folder / "old-1/03-pairs/seed-0", folder / "03-pairs/seed-0"
+    for _ in range(2):
+        line = refused(capsys, "run", config)
+        assert line == f"allo-fast: {whole}: the same, whole; `mv {whole} {place}`, or --rerun makes it anew"
+    shutil.copytree(whole, folder / "old-2/03-pairs/seed-0")
+    shutil.move(whole, place)
+    assert main(["run", str(config)]) == 0 and every_byte(place) == before
+    shutil.rmtree(place)
+    assert main(["pairs", str(config), "--rerun"]) == 0
+    assert f"{place}: made anew, though {folder}/old-2/03-pairs/seed-0 is the same, whole" in caplog.messages
+    cut(folder / "old-2/03-pairs/seed-0/pairs.jsonl")
+    shutil.rmtree(place)
+    assert main(["run", str(config)]) == 0, "what is damaged is not the same"
 
 
 def test_half_of_what_came_to_nothing_is_never_there(copied, monkeypatch):
@@ -350,28 +374,37 @@ def test_half_of_what_came_to_nothing_is_never_there(copied, monkeypatch):
     before = every_byte(folder / "03-pairs")
     Unit(run, "pairs", "seed-0")._start()
     with monkeypatch.context() as patched:
-        patched.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", lambda path, **_: 1 / len(list(path.parent.glob("seed-0"))))  # ends the second
+        with pytest.raises(ZeroDivisionError):
             run.home.undo(Path("03-pairs/seed-0"))
     assert sorted(path.name for path in (folder / "03-pairs").iterdir()) == [".seed-0.partial", "seed-1"]
     (folder / "old-1/03-pairs/seed-0").rename(folder / "03-pairs/seed-0")
-    assert main(["run", str(config)]) == 0 and every_byte(folder / "03-pairs") == before
+    Unit(again := Run(run.config, STAGES, rerun=True), "pairs", "seed-0")._start()
+    again.home.undo(Path("03-pairs/seed-0"))
+    assert every_byte(folder / "03-pairs") == before and main(["run", str(config)]) == 0
 
 
-def test_what_lies_on_another_disk_is_not_moved(copied, capsys, monkeypatch):
+@pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat(gettempdir()).st_dev, reason="here /dev/shm is no other disk")
+def test_what_lies_on_another_disk_is_not_moved(copied, capsys):
     config, folder = copied
-    before, replace = every_byte(folder), os.replace
+    with TemporaryDirectory(dir="/dev/shm") as disk:
+        shutil.move(folder / "03-pairs", disk)
+        (folder / "03-pairs").symlink_to(f"{disk}/03-pairs")
+        assert main(["run", str(config)]) == 0
+        before = every_byte(folder), every_byte(Path(disk))
+        said = refused(capsys, "pairs", config, "pairs.max_pairs=1", "--rerun")
+        unit, to = folder / "03-pairs/seed-0", folder / "old-1/03-pairs/seed-0"
+        assert said == f"allo-fast: {unit}: lies on another disk; move it to {to}, or elsewhere, yourself"
+        assert (every_byte(folder), every_byte(Path(disk))) == before and not list(folder.glob("old-*"))
 
-    def refuse(path, to):
-        if "old-" in str(to):
-            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
-        replace(path, to)
 
-    monkeypatch.setattr("os.replace", refuse)
-    said = refused(capsys, "pairs", config, "pairs.max_pairs=1", "--rerun")
-    to = folder / "old-1/03-pairs"
-    assert said == f"allo-fast: {folder}/03-pairs/seed-0: lies on another disk than {to}; move it there yourself"
-    assert every_byte(folder) == before
+def test_nothing_is_moved_before_what_is_needed_is_there(copied, capsys):
+    config, folder = copied
+    (folder / "08-learn/seed-0/MANIFEST.json").write_text("{}")
+    shutil.rmtree(folder / "03-pairs/seed-0")
+    before = every_byte(folder)
+    assert "03-pairs/seed-0: not complete" in refused(capsys, "learn", config, "--rerun")
+    assert every_byte(folder) == before and not list(folder.glob("old-*"))
 
 
 def test_a_changed_setting_runs_what_it_affects_and_no_more(copied, capsys):
@@ -450,13 +483,9 @@ def test_a_report_says_what_it_cannot_show(copied, monkeypatch):
     config, folder = copied
     title = "<h2>Wrong responses, by token</h2>"
     assert title + "<p>Shade" in (folder / "report.html").read_text()
-    monkeypatch.setattr("allo_fast.report.page.base_path", lambda unit: folder / "gone")
+    monkeypatch.setattr("allo_fast.stages.models.base_path", lambda unit: folder / "gone")
     assert main(["report", str(config)]) == 0
-    said = f"<p>Not shown, as the tokenizer of the base is not there: {folder}/gone: no such file or folder</p>"
-    assert title + said in (folder / "report.html").read_text()
-    monkeypatch.setattr(Unit, "changed_files", lambda unit, key: f"{key}: tokenizer.json was 1, now 2")
-    assert main(["report", str(config)]) == 0
-    assert "there: model.name_or_path: tokenizer.json was 1, now 2</p>" in (folder / "report.html").read_text()
+    assert f"{title}<p>Not shown: {folder}/gone: no such file or folder</p>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("damage", ["is gone", "is not what was written"])
@@ -464,11 +493,23 @@ def test_half_of_a_copy_is_none(copied, capsys, damage):
     config, folder = copied
     weights = folder / "08-learn/seed-1/model/model.safetensors"
     weights.unlink() if damage == "is gone" else weights.write_bytes(b"")
-    away = rf"model/model.safetensors {damage} \(move model/ away; `allo-fast export` makes it again\)"
-    assert re.search(away, refused(capsys, "run", config))
+    line = refused(capsys, "run", config)
+    assert line == f"allo-fast: {weights}: {damage}; move {weights.parent} away; `allo-fast export` makes it again"
     assert main(["export", str(folder), "learn", str(out := folder.parent / "out"), "--seed", "1"]) == 0
     shutil.rmtree(weights.parent)
     assert main(["run", str(config)]) == 0 and (out / "model.safetensors").exists()
+
+
+def test_what_is_added_to_a_model_is_not_read(copied, capsys):
+    config, folder = copied
+    for name in ("chat_template.jinja", "model.safetensors.index.json", "additional_chat_templates/tool_use.jinja"):
+        path = folder / "04-warmup/seed-0/model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        for words in (["run", config], ["export", folder, "warmup", folder.parent / "out"]):
+            assert refused(capsys, *words) == f"allo-fast: {path}: was not made here; move it away"
+        path.unlink()
+    assert main(["run", str(config)]) == 0
 
 
 def test_a_summary_of_other_settings_does_not_stay(copied, capsys):
@@ -511,9 +552,11 @@ def test_changed_input_files_are_named(copied, tmp_path):
     data.write_text(text)
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    assert unit().changed_files("model.name_or_path") == ""
     (base / "model.safetensors").write_bytes(weights)
-    assert unit().changed_files("model.name_or_path").startswith("model.name_or_path: model.safetensors was ")
+    assert unit().changed_base() == "", "a delta knows its weights"
+    (base / "chat_template.jinja").write_text("")
+    with pytest.raises(UserError, match="base: model.name_or_path: chat_template.jinja was not there, now "):
+        tokenizer_of(unit())
     assert "model.name_or_path: model.safetensors was " in unit().look()[1]
 
 

@@ -56,15 +56,14 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def source_files(source: str) -> list[Path]:
-    """The files that `read_rows` reads, as far as they are here; none for what is generated.
+    """The files that `read_rows` reads, here or not; none for what is generated.
 
     Raises UserError for a data set that cannot be had.
     """
     name, _, _ = split_slice(source)
     if name in _GENERATED:
         return []
-    paths = [_path(name)] if _is_file(name) else _set_files(name)
-    return [path for path in paths if path.is_file()]
+    return [_path(name)] if _is_file(name) else _set_files(name)
 
 
 def _path(name: str) -> Path:

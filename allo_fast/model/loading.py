@@ -1,5 +1,6 @@
 """Loading models: any AutoModelForCausalLM, from a local folder or the hub."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -29,9 +30,10 @@ from allo_fast.model.weights import check_finite
 
 # Beside the weights, what a model is made of: notes, logs and another trainer's states do not count.
 _SMALL = ("config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-_SMALL += ("chat_template*", "additional_chat_templates/*", "*.safetensors.index.json")
+_SMALL += ("tekken*.json", "chat_template*", "additional_chat_templates/*", "*.safetensors.index.json")
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+_OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+_OPTIONAL += ("chat_template.jinja",)
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,6 +78,9 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model.to(device).eval()
+    if device.type == "cpu" and not sharded:  # not the file's own pages, which change with it
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     for module in model.modules():  # only what checks this before it recomputes: routers in training add noise
         module.training = getattr(module, "gradient_checkpointing", False)
     check_finite(model, path)
@@ -124,12 +129,14 @@ def model_files(path: str | Path) -> dict[str, Path]:
 
     Raises UserError for a hub id that cannot be had.
     """
-    folder, weights = folder_of(path), []
-    with suppress(UserError):  # of a model that will be refused the rest tells what changed
+    folder = folder_of(path)
+    try:
         weights = weight_files(folder, read_config(folder))
+    except UserError:  # of what is no model: it will be refused
+        weights = folder.glob("*.safetensors")
     small = (file for pattern in _SMALL for file in folder.glob(pattern))
-    files = {Path(file) for file in (*weights, *small)}
-    return {str(file.relative_to(folder)): file for file in sorted(files) if file.is_file()}
+    names = sorted({os.path.relpath(file, folder) for file in (*weights, *small) if os.path.isfile(file)})
+    return {name: folder / name for name in names}
 
 
 def folder_of(path: str | Path) -> Path:

@@ -42,7 +42,8 @@ def check_new(folder: Path) -> None:
     """Raises UserError where a folder that is to be written exists and holds something, or would lie in a model's."""
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists already; name a folder that does not")
-    if inside := next((parent for parent in folder.resolve().parents if (parent / "config.json").is_file()), None):
+    models = (file.parent for parent in folder.resolve().parents for file in parent.glob("*.safetensors"))
+    if inside := next((parent for parent in models if (parent / "config.json").is_file()), None):
         raise UserError(f"{folder}: inside the model {inside}; name a folder elsewhere")
 
 

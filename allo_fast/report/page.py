@@ -7,7 +7,6 @@ from pathlib import Path
 from allo_fast.config import UserError
 from allo_fast.data.prompts import as_text
 from allo_fast.durable import write_bytes
-from allo_fast.model.loading import load_tokenizer
 from allo_fast.report import figures
 from allo_fast.report.summary import is_preference, percent, shown, shown_interval, trained_line
 from allo_fast.runs.home import REPORT
@@ -16,7 +15,7 @@ from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.forget import threshold_of, token_weights
-from allo_fast.stages.models import base_path
+from allo_fast.stages.models import tokenizer_of
 
 _SHOWN_RESPONSES = 6
 
@@ -148,11 +147,9 @@ def _responses(run: Run) -> str:
     unit: Unit = run.units(["forget"])[0]
     title = "Wrong responses, by token"
     try:
-        if changed := unit.changed_files("model.name_or_path"):
-            raise UserError(changed)
-        tokenizer = load_tokenizer(base_path(unit))
-    except UserError as error:  # a report needs the run alone
-        return _section(title, f"Not shown, as the tokenizer of the base is not there: {error}", "")
+        tokenizer = tokenizer_of(unit)
+    except (UserError, OSError) as error:  # a report needs the run alone
+        return _section(title, f"Not shown: {error}", "")
     rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
     threshold = threshold_of(run.config)
     responses = []

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path, PurePath
 
+from allo_fast.config import UserError
 from allo_fast.model.loading import model_files
 
 Entries = Mapping[str, Mapping]  # by the name in the unit's folder its `identity`
@@ -36,7 +37,7 @@ def is_same(path: Path, entry: Mapping) -> bool:
 
 
 def damage(folder: Path, outputs: Entries, copies: Entries) -> str | None:
-    """What is wrong with a complete unit's files; of copies, with what is there of them."""
+    """What is wrong with a complete unit's files. Raises UserError for what only has to be moved away."""
     for name, entry in outputs.items():
         if why := _wrong(folder / name, entry):
             return f"{name} {why}"
@@ -44,11 +45,12 @@ def damage(folder: Path, outputs: Entries, copies: Entries) -> str | None:
     models = {name.partition("/")[0] for name in outputs if "/" in name}
     for name in (f"{model}/{name}" for model in models for name in model_files(folder / model)):
         if name not in outputs:
-            return f"{name} is not of it; move it away"
+            raise UserError(f"{folder / name}: was not made here; move it away")
     for name, entry in copies.items():
         top = PurePath(name).parts[0]  # of a folder either nothing or all is there
         if (folder / top).exists() and (why := _wrong(folder / name, entry)):
-            return f"{name} {why}" + f" (move {top}/ away; `allo-fast export` makes it again)" * (top != name)
+            again = "; `allo-fast export` makes it again" * (top != name)
+            raise UserError(f"{folder / name}: {why}; move {folder / top} away{again}")
     return None
 
 

@@ -76,24 +76,30 @@ class Home:
         return next(path for number in count(1) if not (path := self.folder / f"old-{number}").exists())
 
     def set_aside(self, place: Path) -> None:
-        """Moves a unit there, with what was said of the whole run."""
+        """Moves a unit there, with what was said of the whole run. Raises UserError where that is on another disk."""
+        if (self.folder / place).lstat().st_dev != self.folder.stat().st_dev:
+            raise UserError(
+                f"{self.folder / place}: lies on another disk; move it to {self.aside / place}, or elsewhere, yourself"
+            )
         make_folder((self.aside / place).parent)
         move(self.folder / place, self.aside / place)
         self._put_aside()
         logger.info("%s: moved to %s", self.folder / place, self.aside / place)
 
-    def say_finished(self, place: Path, basis: Basis) -> None:
-        """Of a unit that will be made, where a whole one of the same lies, as a command that is killed may leave it."""
+    def finished(self, place: Path, basis: Basis) -> Path | None:
+        """Where a whole unit of this basis lies that was set aside, as a command that is killed may leave it."""
         for manifest in sorted(self.folder.glob(f"old-*/{place}/{MANIFEST}")):
-            with suppress(Damaged):
+            with suppress(UserError):
                 if recorded(unit := manifest.parent) == basis and not damage(unit, read_json(manifest)["outputs"], {}):
-                    logger.warning("%s: made anew, though %s is the same, whole: it can be moved here", place, unit)
+                    return unit
+        return None
 
     def undo(self, place: Path) -> None:
         """Takes away a unit that came to nothing, at once, and puts back what this command moved for it."""
         nothing = (self.folder / place).with_name(f".{place.name}.partial")
+        shutil.rmtree(nothing, ignore_errors=True)
         move(self.folder / place, nothing)
-        shutil.rmtree(nothing, ignore_errors=True)  # not that of a link
+        shutil.rmtree(nothing)
         if (self.aside / place).exists():
             move(self.aside / place, self.folder / place)
             logger.info("%s: moved back", self.folder / place)

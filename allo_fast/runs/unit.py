@@ -18,7 +18,7 @@ from allo_fast import ranks
 from allo_fast.config import Config, UserError
 from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, write_json
 from allo_fast.journal import SUMS
-from allo_fast.model.loading import pick_device
+from allo_fast.model.loading import model_files, pick_device
 from allo_fast.runs.basis import (
     Basis,
     deciding,
@@ -160,7 +160,7 @@ class Unit:
         """Is the unit complete; and why what lies there can neither be taken nor continued, None where it can.
 
         outside: files that it was made from, too, of those that lie not in the run. Raises UserError where they are not
-        there.
+        there, or where something only has to be moved away.
         """
         if not self._exists():
             return False, None
@@ -179,11 +179,14 @@ class Unit:
         damage = self.damage(copies=outside) if (complete := (self.folder / MANIFEST).exists()) else None
         return complete and not damage, damage
 
-    def changed_files(self, key: str) -> str:
-        """Of those that a setting names, since it was made; empty where nothing did."""
-        bases = (recorded(self.folder), self.outside())
-        old, new = ({name: basis[name] for name in basis if name.startswith(f"{key}: ")} for basis in bases)
-        return differences(old, new)
+    def changed_base(self) -> str:
+        """What changed of the given base since, beside its weights, which a delta knows; empty where nothing did."""
+        key, path = "model.name_or_path", self.config.model.name_or_path
+        now = {f"{key}: {name}": file for name, file in model_files(path).items()} if path else {}
+        before = {name: digest for name, digest in recorded(self.folder).items() if name.startswith(f"{key}: ")}
+        beside = [name for name in before | now if not name.endswith(".safetensors")]
+        old = {name: before[name] for name in beside if name in before}
+        return differences(old, {name: sha256(now[name]) for name in beside if name in now})
 
     def is_complete(self) -> bool:
         """A manifest that fits today's settings and inputs, and outputs that are what it says; rank 0 looks."""
@@ -222,26 +225,25 @@ class Unit:
         while True:
             try:
                 progress = next(work)
+                if first and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
+                    self._look_again()
             except StopIteration as end:
                 facts = end.value
                 break
-            except UserError:
+            except (UserError, OSError):
                 if new and ranks.is_main():
                     self.owner.home.undo(self.place)
                 raise
-            if first and ranks.is_main():  # alone: another rank may be elsewhere when it has its first progress
-                self._look_again(new)
+            if first and ranks.is_main():
                 self.owner.home.take_config(self.config, self.owner.rerun)
             new = first = False
             yield progress
         seconds, peak = time.perf_counter() - begun, memory.peak_bytes(device)  # of this session
         ranks.on_main(lambda: self._finish(facts, seconds, peak))
 
-    def _look_again(self, new: bool) -> None:
+    def _look_again(self) -> None:
         """Raises UserError where what it was begun from changed until all was read; later changes reach nothing."""
-        if changed := differences(recorded(self.folder), self.basis()):
-            if new:
-                self.owner.home.undo(self.place)
+        if changed := differences(recorded(self.folder), self.basis(outside=False) | self.outside()):
             raise UserError(f"{self.folder}: {changed}, while it was read; give the same command again")
 
     def _exists(self) -> bool:
@@ -249,6 +251,7 @@ class Unit:
 
     def _start(self) -> tuple[bool, str]:
         """Whether nothing had been there, and the mark."""
+        basis = self.basis()
         _, objection = self.look()
         if objection and not self.owner.rerun:
             raise UserError(
@@ -258,8 +261,12 @@ class Unit:
         if objection:
             self.owner.home.set_aside(self.place)
         if new := not self._exists():
-            self.owner.home.say_finished(self.place, self.basis())
-            write_json(self.folder / STARTED, {"basis": self.basis(), "versions": versions()})
+            if whole := self.owner.home.finished(self.place, basis):
+                if not self.owner.rerun:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # what a killed write left
+                    raise UserError(f"{whole}: the same, whole; `mv {whole} {self.folder}`, or --rerun makes it anew")
+                logger.warning("%s: made anew, though %s is the same, whole", self.folder, whole)
+            write_json(self.folder / STARTED, {"basis": basis, "versions": versions()})
         started = read_json(self.folder / STARTED)
         if changed := differences(started["versions"], versions()):
             logger.warning("%s: continued with other software: %s", self.folder, changed)

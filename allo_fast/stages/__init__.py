@@ -37,7 +37,8 @@ def _files(*keys: str) -> Callable[[Config], dict[str, dict[str, Path]]]:
 def _rows(source: str) -> dict[str, Path]:
     """Of a set of several its rows are in the order of these."""
     paths = source_files(source)
-    return {f"file {n} of {len(paths)}" if len(paths) > 1 else "the file": path for n, path in enumerate(paths, 1)}
+    names = [f"file {n} of {len(paths)}" if len(paths) > 1 else "the file" for n in range(1, len(paths) + 1)]
+    return {name: path for name, path in zip(names, paths, strict=True) if path.is_file()}
 
 
 def _one_file(path: str) -> dict[str, Path]:
@@ -94,7 +95,7 @@ _LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens")
 _DATA = (*_PROMPTS, "data.scorer", *_LIMITS)
 _LOCATED = ("locate.clip", "locate.exclude", "locate.pairs")  # of stages that locate for themselves
 
-_SAVED = ("model/*",)
+_SAVED = ("model/**/*",)
 _LOCATING = ("selection.safetensors", "locating.json")  # of stages that locate for themselves
 _RENDERED = ("problems.jsonl", "quarantine.jsonl")
 

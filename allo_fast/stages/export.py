@@ -11,7 +11,7 @@ from allo_fast.model.saving import check_new, save_model
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
-from allo_fast.stages.models import load_made, made_in
+from allo_fast.stages.models import load_made, made_in, tokenizer_of
 
 STAGES_WITH_MODELS = ("pretrain", "sft", "warmup", "forget", "learn")
 
@@ -29,7 +29,7 @@ def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
         raise UserError(f"{unit.folder}: {wrong}; run `allo-fast {stage} CONFIG --rerun` first")
     path, delta = made_in(unit, unit.folder)
     model = load_made(path, delta, ModelConfig(device="cpu", dtype=run.config.model.dtype))
-    save_model(model, load_tokenizer(path), out)
+    save_model(model, tokenizer_of(unit) if delta else load_tokenizer(path), out)
 
 
 def _key(config: Config, folder: Path, stage: str, seed: int | None) -> str:

@@ -15,7 +15,7 @@ from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
-from allo_fast.model.loading import load_model
+from allo_fast.model.loading import load_model, load_tokenizer
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
@@ -32,6 +32,14 @@ def base_path(unit: Unit) -> str | Path:
     folders = {made.name: made.folder for made in unit.upstream()}
     made = folders.get("sft", folders.get("pretrain"))
     return made / "model" if made else unit.config.model.name_or_path
+
+
+def tokenizer_of(unit: Unit) -> PreTrainedTokenizerBase:
+    """That of the model that a complete unit began from. Raises UserError where it is not what it was."""
+    path = base_path(unit)
+    if path == unit.config.model.name_or_path and (changed := unit.changed_base()):
+        raise UserError(f"{path}: {changed}")
+    return load_tokenizer(path)
 
 
 def made_in(unit: Unit, folder: Path) -> tuple[str | Path, Path | None]:
