@@ -78,9 +78,9 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model.to(device).eval()
-    if device.type == "cpu" and not sharded:  # not the file's own pages, which change with it
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+    if device.type == "cpu" and not sharded:
+        for tensor in model.state_dict().values():  # once written, it is not the file's page, which changes with that
+            tensor.copy_(tensor.clone())
     for module in model.modules():  # only what checks this before it recomputes: routers in training add noise
         module.training = getattr(module, "gradient_checkpointing", False)
     check_finite(model, path)
