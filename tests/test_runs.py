@@ -297,6 +297,15 @@ def test_what_is_refused_at_once_leaves_all_as_it_was(copied, capsys, tmp_path):
     assert main(["pretrain", str(fresh)]) == 0, "a command that failed has not taken the name"
 
 
+def test_a_setting_that_names_no_file_any_more_is_a_change(copied, capsys, tmp_path):
+    config, folder = copied
+    (rewards := tmp_path / "rewards.jsonl").write_text("{}")
+    run = Run(load_config(config, [f"rewards.path={rewards}", "rewards.source=file"]), STAGES, rerun=True)
+    Unit(run, "rewards", "seed-0")._start()
+    assert "rewards.source was file, now " in refused(capsys, "rewards", config)
+    assert main(["rewards", str(config), "--rerun"]) == 0, "it names none, so none is to be brought back"
+
+
 def test_what_an_unfit_file_refuses_late_leaves_the_users_config(copied, capsys, tmp_path):
     config, folder = copied
     (folder / "config.yaml").write_text("# mine\n" + (folder / "config.yaml").read_text())

@@ -169,7 +169,7 @@ class Unit:
         except Damaged as error:
             return False, str(error).removeprefix(f"{self.folder}/")
         new, naming = self.basis(outside), naming_files(old)
-        if outside and (gone := sorted(naming - naming_files(new))):
+        if outside and (gone := sorted(key for key in naming - naming_files(new) if new.get(key) is not None)):
             raise UserError(
                 f"{self.folder}: {', '.join(f'{key}: {new.get(key)} is not there' for key in gone)}; bring it back, or "
                 "name where it lies"

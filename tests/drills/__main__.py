@@ -10,6 +10,7 @@ python -m tests.drills --rivals
 import argparse
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,8 @@ from tests.drills.sections import FAST, every
 from tests.drills.soak import soak
 from tests.drills.states import States
 from tests.drills.sweep import sweep
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored by what it runs beside itself
 
 
 def chosen(options: argparse.Namespace) -> list[Drill]:

@@ -41,14 +41,27 @@ FLIPS = (
     f"{LOCATE}/learn.safetensors",
     f"{REWARDS}/rewards.jsonl",
     f"{FORGET}/delta.safetensors",
-    f"{LEARN}/model/model.safetensors",
-    f"{LEARN}/model/tokenizer.json",
+    f"{LEARN}/delta.safetensors",
     f"{BASE_EVALUATED}/predictions.jsonl",
 )
 for name in FLIPS:
     variants = {"flipped": (name, flipped(0.5)), "truncated": (name, truncated()), "empty": (name, emptied)}
     table(FINISHED, "finished", damaged, {name: variants})
 table(FINISHED, "finished", damaged, {f"{SAMPLE}/quarantine.jsonl": (f"{SAMPLE}/quarantine.jsonl", constant(b"{}\n"))})
+
+
+def copied(lab: Lab, how: tuple[str, Damage]) -> Verdict:
+    """Damage to what nothing reads again: it is to be moved away, and all else is as it was."""
+    path = lab.run / how[0]
+    lab.damage(path, how[1](path.read_bytes()))
+    lab.damaged |= {*path.parent.iterdir()}
+    lab.expected = {name: held for name, held in lab.expected.items() if not name.startswith(f"{LEARN}/model/")}
+    return lab.resumes("run", CONFIG, mend=lambda: path.parent.rename(lab.folder / "away"))
+
+
+for name in (f"{LEARN}/model/model.safetensors", f"{LEARN}/model/tokenizer.json"):
+    variants = {"flipped": (name, flipped(0.5)), "truncated": (name, truncated()), "empty": (name, emptied)}
+    table(FINISHED, "finished", copied, {name: variants})
 
 
 def needless(lab: Lab, how: tuple[str, Damage]) -> Verdict:
@@ -94,7 +107,7 @@ table(
 
 @drill(FINISHED, "flipped bit, size and mtime kept", "finished")
 def same_mtime(lab: Lab) -> Verdict:
-    path = lab.run / LEARN / "model/model.safetensors"
+    path = lab.run / LEARN / "delta.safetensors"
     stat = path.stat()
     lab.damage(path, flipped(0.7)(path.read_bytes()))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,7 +1,7 @@
 """Every drill, in the order of the table: importing these files fills the list."""
 
 # ruff: noqa: F401, I001
-from tests.drills import killed, flushed, finished, resumed, numbers, data, configuration, tools, size, ranks
+from tests.drills import killed, flushed, rerun, finished, resumed, numbers, data, configuration, tools, size, ranks
 from tests.drills.drill import DRILLS, Drill
 
 # By title, those of the test suite: of every kind a few that take a second or two.
