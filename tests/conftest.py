@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -49,7 +50,7 @@ pretrain:
    per_device_train_batch_size: 8, save_steps: 1}}
 sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
 pairs: {{gold: missing}}
-locate: {{score: delta}}
+locate: {{score: delta, windows: 2}}
 warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2, save_steps: 1}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
@@ -66,6 +67,15 @@ def pytest_configure(config):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # two xdist workers share two cores
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported stays: no stage of a run looks for garbage there
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # an interpreter with frozen objects cannot be taken down in order
 
 
 def shared(name: str) -> Path:
