@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_llama
 from rank_server import ENVIRONMENT, ROOT, Done, RankServer
 from safetensors.torch import load_file
+from trainer_worker import logged, sparse_trainer, vector
 
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model.saving import save_model
@@ -254,6 +255,18 @@ def test_a_missing_peer_is_named(command, job):
     done = command(0, "run", job, "deepspeed=configs/zero2.json", "ddp_timeout=3", **alone)
     assert done.returncode == 2 and "not all 2 processes met at 127.0.0.1:29123 in 3 s" in done.stderr, done.stderr
     assert "built" not in done.stdout, "DeepSpeed compiles nothing before processes meet"
+
+
+def test_transformers_trainer_trains_as_in_one_process(work, tmp_path):
+    """DistributedDataParallel averages the values' gradients; rank by rank bit for bit, also after resuming."""
+    work(2, "in_transformers")
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
+    one, policy = sparse_trainer(tmp_path / "one", per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    one.train()
+    for rank in ranks:
+        assert torch.equal(rank["values"], ranks[0]["values"]) and torch.equal(rank["resumed"], rank["values"])
+        assert rank["norms"] == pytest.approx(logged(one, "grad_norm"), rel=1e-5)
+    torch.testing.assert_close(ranks[0]["values"], vector(policy), rtol=0, atol=2e-6)
 
 
 def test_a_model_too_large_for_a_rank_is_shared_for_inference(work, job):
