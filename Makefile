@@ -4,6 +4,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
+# Where it is set, every process would compile anew what it imports, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test lint format model clean
 
 install: $(STAMP)

@@ -24,7 +24,7 @@ from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.plan import costs
-from allo_fast.plan.shapes import shape_of
+from allo_fast.plan.shapes import Shape, shape_of
 from allo_fast.training.engine import Trainer
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import Zero
@@ -83,7 +83,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def measure(zero: Zero, ratio: float | None, dtype: str, model: LlamaForCausalLM, folder: Path) -> Row:
+def measure(zero: Zero, ratio: float | None, shape: Shape, dtype: str, model: LlamaForCausalLM, folder: Path) -> Row:
     """Of one process in a group; as many weights stay gathered as in a model of billions: none. ratio None: dense."""
     zero, world = replace(zero, options={**zero.options, **(LARGE if zero.sharded else {})}), ranks.world_size()
     train = LearnConfig(
@@ -93,15 +93,16 @@ def measure(zero: Zero, ratio: float | None, dtype: str, model: LlamaForCausalLM
         num_train_epochs=2,
         ratio=ratio or 1.0,
     )
-    shape, config = shape_of(model.config, dtype), ModelConfig(dtype=dtype, gradient_checkpointing=model.training)
+    config = ModelConfig(dtype=dtype, gradient_checkpointing=model.training)
     before = memory.live_bytes() - sum(weight.nbytes for weight in model.parameters())
     trainer = Trainer(
         _policy(model, ratio, zero), pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
     )
-    found = []
+    running, found = trainer.run(), []
+    next(running)  # it has no learning rate
     trainer.backend.optimizer.register_step_pre_hook(lambda *_: found.append(_settled_bytes()))
     trainer.backend.backward = _watched(trainer.backend.backward, found)
-    metrics = list(trainer.run())
+    metrics = list(running)
     kept = sum(logps.nbytes for logps in trainer.reference.values())
     trainer.backend.close()
     planned = costs.states(shape, dtype, ratio, zero, world, 4 // world)
@@ -144,13 +145,13 @@ def _policy(model: LlamaForCausalLM, ratio: float | None, zero: Zero) -> DensePo
 
 def main(out: str, dtype: str, ratio: str) -> None:
     ranks.start(600)
-    rows = []
+    rows, shape = [], shape_of(MODEL, dtype)
     for stage in range(4):
         for share in (None, float(ratio)):
             torch.manual_seed(0)
             model = LlamaForCausalLM(MODEL).to(getattr(torch, dtype)).eval()
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(Zero(stage), share, dtype, model, Path(folder)))
+                rows.append(measure(Zero(stage), share, shape, dtype, model, Path(folder)))
             del model
     if ranks.is_main():
         Path(out).write_text(json.dumps([asdict(row) for row in rows]))

@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -66,6 +67,15 @@ def pytest_configure(config):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # two xdist workers share two cores
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported stays: no stage of a run looks for garbage there
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # an interpreter with frozen objects cannot be taken down in order
 
 
 def shared(name: str) -> Path:

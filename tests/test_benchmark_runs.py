@@ -10,6 +10,12 @@ from benchmarks.__main__ import main
 pytestmark = pytest.mark.xdist_group("runs")
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Reports are the subject of other tests, and to draw one takes as long as the stages of such a run."""
+    monkeypatch.setattr("allo_fast.commands.write_report", lambda *_: None)
+
+
 def test_locate_measures_every_score_against_the_warm_up(copied, tmp_path, capsys):
     main(["locate", str(copied[0]), "--out", str(tmp_path / "out")])
     written = json.loads((tmp_path / "out/locate.json").read_text())
@@ -36,7 +42,13 @@ def test_locate_without_variants(copied, capsys):
 
 
 def test_accuracy_chooses_each_scores_rate_on_other_problems(copied, tmp_path, capsys):
-    sizes = ["seeds=[0]", "data.test=arithmetic:test[:5]", "--development", "arithmetic:train[2000:2003]"]
+    sizes = [
+        "seeds=[0]",
+        "rewards.source=confidence",
+        "data.test=arithmetic:test[:5]",
+        "--development",
+        "arithmetic:train[2000:2003]",
+    ]
     main(
         ["accuracy", str(copied[0]), *sizes, "--scores", "last", "random", "--rates", "1e-3", "1e-2"]
         + ["--out", str(tmp_path / "accuracy.json")]

@@ -40,7 +40,7 @@ seeds: [0, 1]
 rivals: [dpo]
 model: {{name_or_path: {folder}/base, dtype: float32}}
 data: {{train: {folder}/rows.jsonl, test: {folder}/rows.jsonl, format: preference, prompt_template: "{{}}="}}
-locate: {{score: delta}}
+locate: {{score: delta, windows: 2}}
 warmup: {{learning_rate: 1e-3, beta: 0.2, gradient_accumulation_steps: 1}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
 forget: {{learning_rate: 1e-3, gradient_accumulation_steps: 1}}

@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_llama
 from rank_server import ENVIRONMENT, ROOT, Done, RankServer
 from safetensors.torch import load_file
+from trainer_worker import logged, sparse_trainer, vector
 
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model.saving import save_model
@@ -37,7 +38,7 @@ pretrain:
    per_device_train_batch_size: 4, gradient_accumulation_steps: 2}}
 sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
 pairs: {{gold: missing}}
-locate: {{score: delta}}
+locate: {{score: delta, windows: 2}}
 warmup: {{learning_rate: 1e-4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 2}}
@@ -104,9 +105,16 @@ def test_no_rank_outlives_a_failure_or_its_time(server, tmp_path):
     assert server.run(1, tmp_path, "stuck", tmp_path, timeout=1).returncode == -signal.SIGALRM
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_stage_agrees_with_one_process(work, world):
-    work(world, "agree")
+@pytest.mark.parametrize(
+    "world, cases",
+    [
+        (1, ["sparse tied", "dense untied"]),
+        (2, ["sparse untied", "sparse tied", "dense untied", "dense tied"]),
+        (4, ["sparse tied", "dense untied"]),
+    ],
+)
+def test_every_stage_agrees_with_one_process(work, world, cases):
+    work(world, "agree", *cases)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +151,11 @@ def test_locating_is_as_planned(work, world):
     work(world, "locating_as_planned")
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_selection_is_the_same_from_shards(work, world):
-    work(world, "located")
+def test_the_selection_is_the_same_from_shards(work):
+    work(4, "located")
 
 
-@pytest.mark.parametrize("world, scores", [(2, ["linear", "snr"]), (4, ["linear"])])
+@pytest.mark.parametrize("world, scores", [(2, ["snr"]), (4, ["linear"])])
 def test_scores_are_those_of_one_process(work, world, scores):
     work(world, "swept", *scores)
 
@@ -248,6 +255,18 @@ def test_a_missing_peer_is_named(command, job):
     done = command(0, "run", job, "deepspeed=configs/zero2.json", "ddp_timeout=3", **alone)
     assert done.returncode == 2 and "not all 2 processes met at 127.0.0.1:29123 in 3 s" in done.stderr, done.stderr
     assert "built" not in done.stdout, "DeepSpeed compiles nothing before processes meet"
+
+
+def test_transformers_trainer_trains_as_in_one_process(work, tmp_path):
+    """DistributedDataParallel averages the values' gradients; rank by rank bit for bit, also after resuming."""
+    work(2, "in_transformers")
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
+    one, policy = sparse_trainer(tmp_path / "one", per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    one.train()
+    for rank in ranks:
+        assert torch.equal(rank["values"], ranks[0]["values"]) and torch.equal(rank["resumed"], rank["values"])
+        assert rank["norms"] == pytest.approx(logged(one, "grad_norm"), rel=1e-5)
+    torch.testing.assert_close(ranks[0]["values"], vector(policy), rtol=0, atol=2e-6)
 
 
 def test_a_model_too_large_for_a_rank_is_shared_for_inference(work, job):

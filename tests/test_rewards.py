@@ -57,11 +57,11 @@ def write_earlier_stages(folder: Path) -> Path:
     return folder
 
 
-def unit_in(folder: Path, earlier: Path, zero=None, **settings) -> types.SimpleNamespace:
+def unit_in(folder: Path, earlier: Path, zero=None, windows="auto", **settings) -> types.SimpleNamespace:
     settings = {"template": "{}#{}?{}>", "batch_size": 2, "train": TRAIN, "dpo": TRAIN, **settings}
     data = {"train": "a", "test": "b", "prompt_template": "{}="}
     model = {"name_or_path": str(earlier / "base"), "dtype": "float32"}
-    config = Config(name="x", data=data, model=model, rewards=settings)
+    config = Config(name="x", data=data, model=model, rewards=settings, locate={"windows": windows})
     folder.mkdir(exist_ok=True)
     about = {"name": "rewards", "seed": 0, "mark": "", "needed": lambda stage: earlier, "upstream": list}
     return types.SimpleNamespace(**about, config=config, folder=folder, zero=zero)
@@ -325,6 +325,7 @@ def test_a_pattern_that_matches_nothing_ends_it_before_anything_is_located(make_
         run(unit)
 
 
+@pytest.mark.xdist_group("runs")
 @pytest.mark.parametrize("threshold, said", [(0.99, True), (0.5, False)])
 def test_forgetting_nearly_everything_is_said(copied, capsys, caplog, threshold, said):
     config, folder = copied

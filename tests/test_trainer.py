@@ -1,9 +1,6 @@
 """SparsePolicy and SparseAdamW inside transformers.Trainer and TRL's DPOTrainer: trained right, or refused."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model.weights import named_weights
 
-ROOT = Path(__file__).parents[1]
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
 
@@ -185,24 +181,6 @@ def test_weights_that_fsdp_replaced_are_refused():
     del model.lm_head._parameters["weight"]
     with pytest.raises(UserError, match="got another weight"):
         model.lm_head.weight = shard  # as FullyShardedDataParallel does
-
-
-def test_two_ranks_train_as_one_process(tmp_path):
-    """DistributedDataParallel averages the values' gradients; rank by rank bit for bit, also after resuming."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
-    environment = {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [*launcher, "tests/trainer_worker.py", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
-    one, policy = sparse_trainer(tmp_path / "one", per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    one.train()
-    for rank in ranks:
-        assert torch.equal(rank["values"], ranks[0]["values"]) and torch.equal(rank["resumed"], rank["values"])
-        assert rank["norms"] == pytest.approx(logged(one, "grad_norm"), rel=1e-5)
-    torch.testing.assert_close(ranks[0]["values"], vector(policy), rtol=0, atol=2e-6)
 
 
 def dpo_trainer(model, optimizer, folder: Path, **changes):

@@ -1,12 +1,12 @@
-"""transformers.Trainer around a small SparsePolicy, for tests/test_trainer.py; as a script, one rank of several."""
+"""transformers.Trainer around a small SparsePolicy, in one process (test_trainer.py) or on a rank (test_ranks.py)."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 from conftest import random_selection, tiny_llama
 from torch import Tensor
+from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
 from allo_fast import SparseAdamW, SparsePolicy
@@ -55,7 +55,7 @@ def logged(trainer: Trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-def main(folder: Path) -> None:
+def train(folder: Path) -> None:
     """Trains, and again from the checkpoint after two steps, then recomputing activations; each rank leaves a file."""
     changes = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer, policy = sparse_trainer(folder / "out", **changes)
@@ -64,7 +64,4 @@ def main(folder: Path) -> None:
     again.train(resume_from_checkpoint=str(folder / "out/checkpoint-2"))
     found = {"values": vector(policy), "resumed": vector(resumed), "norms": logged(trainer, "grad_norm")}
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    dist.destroy_process_group()
