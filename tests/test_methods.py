@@ -89,13 +89,13 @@ def test_locating_reads_what_its_score_is_made_of(locate, needs):
 def test_a_located_change_depends_on_the_other_models_files(tmp_path):
     save_model(tiny_llama(), character_tokenizer(), tmp_path / "after")
     made = config(model={"name_or_path": str(tmp_path)}, locate={"after": str(tmp_path / "after")})
-    assert tmp_path / "after/model.safetensors" in STAGES["locate"].files(made)["locate.after"]
+    assert STAGES["locate"].files(made)["locate.after"]["model.safetensors"] == tmp_path / "after/model.safetensors"
 
 
 def test_locating_depends_on_the_files_of_another_reference(tmp_path):
     save_model(tiny_llama(), character_tokenizer(), tmp_path / "other")
     made = config(model={"name_or_path": str(tmp_path)}, warmup={"reference": str(tmp_path / "other")})
-    assert tmp_path / "other/model.safetensors" in STAGES["locate"].files(made)["warmup.reference"]
+    assert STAGES["locate"].files(made)["warmup.reference"]["model.safetensors"] == tmp_path / "other/model.safetensors"
 
 
 def test_the_disk_of_a_run_is_what_it_keeps():

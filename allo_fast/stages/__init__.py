@@ -203,7 +203,7 @@ def inputs_of(config: Config) -> dict[str, str]:
     Of a file its SHA-256; above 64 MiB the size and both ends: 64 ranks reading 140 GB each would take too long.
     """
     files = {
-        f"{key}: {name}": path
+        f"{key}: {name if len(files) > 1 else path.name}": path
         for stage in STAGES.values()
         for key, files in stage.files(config).items()
         for name, path in files.items()
