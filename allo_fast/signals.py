@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -26,10 +27,12 @@ def handled() -> Iterator[None]:
 
     Below a launcher, which ends its processes itself when they take too long, further ones are those that it passes on
     of the first. What is ignored from the start, as SIGHUP below nohup, stays so. Whatever a library makes of
-    Interrupted, outside it is that again.
+    Interrupted, outside it is that again; where nothing can be raised, as in what the garbage collector calls, the next
+    `check` does.
     """
     global _received, _raised
-    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    before, unraisable = {number: signal.getsignal(number) for number in _NUMBERS}, sys.unraisablehook
+    sys.unraisablehook = lambda args: None if isinstance(args.exc_value, Interrupted) else unraisable(args)
     for number in _heard():
         signal.signal(number, _receive)
     try:
@@ -38,7 +41,7 @@ def handled() -> Iterator[None]:
         check_cause(error)
         raise
     finally:
-        _received, _raised = 0, False
+        _received, _raised, sys.unraisablehook = 0, False, unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -38,6 +38,25 @@ def test_what_a_library_makes_of_it_is_not_taken_for_an_error(monkeypatch, capfd
     assert capfd.readouterr().err.endswith("\nallo-fast: ended by SIGTERM; the same command continues\n")
 
 
+def test_where_nothing_can_be_raised_the_next_look_does(monkeypatch):
+    class Left:
+        def __init__(self, end):
+            self.end = end
+
+        def __del__(self):
+            self.end()
+
+    def command(options):
+        Left(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        Left(lambda: {}["its own"])
+        commands._show("stage", (progress for progress in [Progress(1, 2, "step")]))
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", hook := lambda args: said.append(args.exc_type))
+    monkeypatch.setitem(commands._COMMANDS, "env", command)
+    assert main(["env"]) == 143 and said == [KeyError] and sys.unraisablehook is hook
+
+
 # Where its step was to be finished first, no library was interrupted, and an error is one; but not that nobody listens.
 @pytest.mark.parametrize(
     "error, code, said",
