@@ -393,6 +393,17 @@ def test_half_of_what_came_to_nothing_is_never_there(copied, monkeypatch):
     assert every_byte(folder / "03-pairs") == before and main(["run", str(config)]) == 0
 
 
+def test_a_unit_behind_a_link_that_comes_to_nothing_is_no_traceback(copied, tmp_path):
+    config, folder = copied
+    shutil.rmtree(unit := folder / "03-pairs/seed-0")
+    (tmp_path / "elsewhere").mkdir()
+    unit.symlink_to(tmp_path / "elsewhere")
+    run = units(config)["pairs/seed-0"].owner
+    Unit(run, "pairs", "seed-0")._start()
+    run.home.undo(Path("03-pairs/seed-0"))
+    assert not unit.exists()
+
+
 @pytest.mark.skipif(os.stat("/dev/shm").st_dev == os.stat(gettempdir()).st_dev, reason="here /dev/shm is no other disk")
 def test_what_lies_on_another_disk_is_not_moved(copied, capsys):
     config, folder = copied

@@ -99,7 +99,7 @@ class Home:
         nothing = (self.folder / place).with_name(f".{place.name}.partial")
         shutil.rmtree(nothing, ignore_errors=True)
         move(self.folder / place, nothing)
-        shutil.rmtree(nothing)
+        shutil.rmtree(nothing, ignore_errors=True)  # of a link to a folder elsewhere, the link stays
         if (self.aside / place).exists():
             move(self.aside / place, self.folder / place)
             logger.info("%s: moved back", self.folder / place)
