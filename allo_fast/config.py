@@ -77,6 +77,9 @@ class TrainConfig(Section):
     num_train_epochs: int = Field(1, gt=0)  # passes over the examples
     per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
     gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
+    # Of a forward pass, padding left out: the step's examples, as many as the two keys above say, are then cut into as
+    # many passes as that takes. Longer examples are set aside. null: per_device_train_batch_size examples a pass.
+    max_tokens_per_batch: int | None = Field(None, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)  # gradients are scaled down to it
     weight_decay: float = Field(0.0, ge=0)  # of the weights that train, times the learning rate
     adam_beta1: float = Field(0.9, ge=0, lt=1)  # of the gradients' mean
@@ -196,6 +199,9 @@ class Config(Section):
     ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
     seeds: list[Annotated[int, Field(ge=0, le=_LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
+    # Log-probabilities by the reference. cached: computed once, and kept in the run's folder for all stages and seeds;
+    # online: in every step. Dense training and other reference models know only cached.
+    reference: Literal["cached", "online"] = "cached"
     # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
     rivals: list[Literal["dpo"]] = []  # trained and evaluated beside the method

@@ -178,14 +178,17 @@ def own(path: Path, mark: str) -> str:
 
 def is_own(path: Path, mark: str) -> bool:
     """Whether a file of tensors is there, whole, and says that it is `own`; what is damaged is said."""
+    return path.exists() and mark_of(path) == own(path, mark)
+
+
+def mark_of(path: Path) -> str | None:
+    """What a file of tensors says that it is; None for one that is damaged, which is said."""
     try:
-        if not path.exists():
-            return False
         with open_tensors(path) as file:
-            return about_of(file).get("mark") == own(path, mark)
+            return about_of(file).get("mark")
     except Damaged as error:
         logger.warning("%s; computed again", error)
-        return False
+        return None
 
 
 def check_room(path: Path, size: int) -> None:

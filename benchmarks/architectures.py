@@ -87,7 +87,7 @@ def compare(name: str, attention: str) -> Row:
     except UserError as error:
         return Row(name, used, "refused", None, None, str(error))
     corpus = _problems(model.config.get_text_config().vocab_size)
-    batch = collate(corpus, corpus.examples, share_prompts=policy.logps.share_prompts)
+    batch = collate(corpus, corpus.examples, policy.logps.layout)
     upstream = torch.randn(batch.valid.shape, generator=torch.Generator().manual_seed(2))
     logps = policy.response_logps(batch)
     (logps * upstream).sum().backward()
@@ -118,7 +118,7 @@ def build(name: str, attention: str) -> PreTrainedModel:
 def _runs(policy: SparsePolicy) -> str:
     found = policy.logps.findings
     if found.together is None:
-        return "shares rows" if found.share_prompts else "own rows"
+        return "shares rows" if found.layout.share_prompts else "own rows"
     return f"one row > {found.together}" if found.together else "one row"
 
 

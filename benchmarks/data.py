@@ -27,14 +27,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from allo_fast.config import Config
-from allo_fast.data.batch import Batch, Corpus
+from allo_fast.data.batch import Batch, Corpus, Layout
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl, rendered_once
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, forget, pairs, responses, sample, sft
-from allo_fast.training.examples import Examples, reference_logps
+from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened, reference_logps
 
 _LOOK_SECONDS = 0.01
 _WORDS, _SENTENCES, _ANSWERS = 2000, 24, 18  # words: different ones, in a prompt, in a response on average
@@ -153,12 +154,15 @@ def _pair_corpus(run: Run) -> Corpus:
 
 
 def _learn(run: Run) -> None:
-    Examples(_pair_corpus(run), run.config.learn).collate(0, True)
+    examples = Examples(_pair_corpus(run), run.config.learn)
+    examples.collate((0,), Layout())
 
 
 def _reference(run: Run) -> None:
-    examples, opened = Examples(_pair_corpus(run), run.config.learn), nullcontext(lambda batch: -batch.valid.float())
-    _exhaust(reference_logps(_unit(run, "learn").folder, "", examples, opened, True, torch.device("cpu")))
+    examples = Examples(_pair_corpus(run), run.config.learn)
+    opened = nullcontext(Opened(lambda batch: -batch.valid.float(), Layout(), torch.device("cpu")))
+    asked = examples.responses(range(len(examples)))
+    _exhaust(reference_logps(_unit(run, "learn").folder, "", examples.corpus, asked, opened))
 
 
 def _rewards(run: Run) -> None:
@@ -174,12 +178,12 @@ def _rewards(run: Run) -> None:
 def _forget(run: Run) -> None:
     rows = read_jsonl(_unit(run, "rewards").folder / "rewards.jsonl")
     corpus, weights = forget.weighted_corpus(rows, 0.5, _unit(run, "forget").folder)
-    Examples(corpus, run.config.forget, token_weights=weights).collate(0, True)
+    Examples(corpus, run.config.forget, token_weights=weights).collate((0,), Layout())
 
 
 def _sft(run: Run) -> None:
     rows = read_jsonl(_unit(run, "sample").folder / "problems.jsonl")
-    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate(0, True)
+    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate((0,), Layout())
 
 
 def _exhaust(work: Iterator) -> None:

@@ -103,7 +103,7 @@ def _loss_in_float32(path: str, policy: SparsePolicy) -> float:
     """Of the policy's weights, as they lie in its base, against the model at `path`."""
     model = load_model(path, ModelConfig(dtype="bfloat16")).float()
     logps, corpus = ResponseLogps(model), pairs(model.config.vocab_size)
-    batch = collate(corpus, corpus.examples, share_prompts=logps.share_prompts).to(model.device)
+    batch = collate(corpus, corpus.examples, logps.layout).to(model.device)
     reference, weights = logps(batch), named_weights(model)
     for name, weight in policy.full_weights():
         weights[name].copy_(weight)

@@ -103,7 +103,7 @@ def measure(zero: Zero, ratio: float | None, shape: Shape, dtype: str, model: Ll
     trainer.backend.optimizer.register_step_pre_hook(lambda *_: found.append(_settled_bytes()))
     trainer.backend.backward = _watched(trainer.backend.backward, found)
     metrics = list(running)
-    kept = sum(logps.nbytes for logps in trainer.reference.values())
+    kept = sum(values.nbytes for values, _ in trainer.examples.reference._parts)
     trainer.backend.close()
     planned = costs.states(shape, dtype, ratio, zero, world, 4 // world)
     return Row(

@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,7 @@ from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 from allo_fast.training.engine import Trainer, TrainingError
 from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import _OPTIONS, Zero
 from allo_kernels import memory
@@ -104,7 +106,7 @@ def outcome(trainer: Trainer) -> dict:
         "losses": torch.tensor([m.loss for m in metrics]),
         "norms": torch.tensor([m.grad_norm for m in metrics]),
         "weights": {name: weight.detach().clone() for name, weight in trainer.backend.full_weights()},
-        "reference": trainer.reference,
+        "reference": dict(enumerate(map(torch.tensor, trainer.examples.reference))),
     }
 
 
@@ -139,7 +141,7 @@ def agree(folder: Path, *names: str) -> None:
 def reference_is_the_base(trainer: Trainer, tied: bool, wanted) -> None:
     """After training, bit for bit; the policy, with gradients or without, is `wanted` before and afterwards."""
     corpus, policy = trainer.corpus, trainer.policy
-    batch = collate(corpus, corpus.examples[:2], share_prompts=policy.logps.share_prompts)
+    batch = collate(corpus, corpus.examples[:2], policy.logps.layout)
     torch.testing.assert_close(before := policy.response_logps(batch).detach(), wanted(batch), rtol=0, atol=1e-4)
     with torch.no_grad():
         assert torch.equal(before, policy.response_logps(batch))
@@ -360,12 +362,10 @@ def rewarded(folder: Path) -> None:
 def other_reference(folder: Path) -> None:
     """A frozen reference of its own gives the log-probabilities that the same model gives in one process."""
     corpus = pair_corpus()
-    micros = Trainer(
-        DensePolicy(tiny_llama()), corpus, Dpo(0.5), TrainConfig(**SETTINGS), folder
-    ).examples.micro_batches
     plain = ResponseLogps(tiny_llama(seed=5))
     with torch.no_grad():
-        wanted = {n: plain(collate(corpus, micro)) for n, micro in enumerate(micros)}
+        batch = collate(corpus, corpus.examples, plain.layout)
+        wanted = dict(zip(batch.responses.tolist(), plain(batch), strict=True))
     ranks.start(120)
     for stage in (1, 3):
         place = folder / str(stage)
@@ -379,13 +379,20 @@ def other_reference(folder: Path) -> None:
             config,
             place,
             zero=Zero(stage),
-            reference=lambda share, held=logps: frozen_engine(held),
+            reference=partial(opened, logps),
         )
         OPEN.callback(trainer.backend.close)
         first = next(trainer.run())
         assert first.metrics["rewards/margins"] != 0, "the reference is not the policy"
         for number, logps in wanted.items():
-            torch.testing.assert_close(trainer.reference[number], logps, rtol=0, atol=1e-5)
+            found = torch.tensor(trainer.examples.reference[number])
+            torch.testing.assert_close(found, logps[: len(found)], rtol=0, atol=1e-5)
+
+
+@contextmanager
+def opened(logps: ResponseLogps) -> Iterator[Opened]:
+    with frozen_engine(logps) as engine:
+        yield Opened(engine, logps.layout, logps.model.device)
 
 
 def as_planned(folder: Path) -> None:
@@ -454,7 +461,7 @@ def closed(folder: Path) -> None:
             del trainer, model
             _await_bytes(before, f"{case} stage {stage}")
     with frozen_engine(ResponseLogps(tiny_llama().requires_grad_(False))) as engine:
-        engine.module.share_prompts  # noqa: B018  (it runs the model)
+        engine.module.layout  # noqa: B018  (it runs the model)
     del engine
     _await_bytes(before, "frozen")
 

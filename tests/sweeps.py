@@ -82,8 +82,9 @@ def step_gradients(tied: bool) -> list[dict[str, Tensor]]:
     model, config = tiny_llama(tie_word_embeddings=tied).double(), settings()
     examples = Examples(pair_corpus(7), config)
     gradients = []
-    for step in examples.steps:
-        pairs = [pair for micro in step for pair in examples.micro_batches[micro]]
+    for step in range(len(examples.steps)):
+        numbers = [number for micro in examples.micro_batches(step) for number in micro]
+        pairs = examples.chunks.rows[numbers].tolist()
         model.zero_grad()
         for chosen, rejected in pairs:
             margin = sum_logp(model, examples.corpus, chosen) - sum_logp(model, examples.corpus, rejected)

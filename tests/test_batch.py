@@ -2,8 +2,9 @@ import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
 
-from allo_fast.data.batch import Corpus, attention_mask, collate, plan_micro_batches, plan_steps
+from allo_fast.data.batch import Corpus, Layout, attention_mask, collate
 from allo_fast.model.logps import ResponseLogps
+from allo_fast.training.steps import plan_chunks, plan_steps
 
 
 def two_problems() -> Corpus:
@@ -29,7 +30,7 @@ def test_a_row_is_a_problem():
 
 
 def test_without_sharing_every_response_has_its_prompt():
-    batch = collate(two_problems(), [(0, 1)], share_prompts=False)
+    batch = collate(two_problems(), [(0, 1)], Layout(share_prompts=False))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 10, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, -1]]
     assert batch.layout(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 3], [4, 5, 0]]
@@ -81,12 +82,12 @@ def test_log_probabilities_are_the_models_own():
 
 def test_micro_batches_are_full_and_keep_a_problem_together():
     corpus = pair_corpus(problems=7)
-    micros = plan_micro_batches(corpus, size=4, seed=0)
+    micros = plan_chunks(corpus, size=4, seed=0)
     flat = [example for micro in micros for example in micro]
     assert sorted(flat) == sorted(corpus.examples) and [len(micro) for micro in micros] == [4, 4, 4, 2]
     prompts = [corpus.responses[example[0]].prompt for example in flat]
     assert prompts == sorted(prompts, key=prompts.index), "examples of one problem are neighbours"
-    assert plan_micro_batches(corpus, 4, seed=0) == micros != plan_micro_batches(corpus, 4, seed=1)
+    assert plan_chunks(corpus, 4, seed=0) == micros != plan_chunks(corpus, 4, seed=1)
 
 
 def test_every_epoch_visits_every_micro_batch_in_another_order():

@@ -12,7 +12,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast import signals
 from allo_fast.config import TrainConfig, UserError
-from allo_fast.data.batch import collate, plan_micro_batches, plan_steps
+from allo_fast.data.batch import collate
 from allo_fast.durable import load_tensors, save_tensors
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
@@ -20,6 +20,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.training.engine import Trainer, TrainingError
+from allo_fast.training.steps import plan_chunks, plan_steps
 
 SETTINGS = {
     "learning_rate": 1e-2,
@@ -54,7 +55,7 @@ def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
     sparse, ours = weights_after(trainer(tmp_path / "sparse", ratio=1.0, objective=Dpo(0.5)))
     model, reference, corpus = tiny_llama(), tiny_llama(), pair_corpus()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    micros = plan_micro_batches(corpus, 2, seed=0)
+    micros = plan_chunks(corpus, 2, seed=0)
     steps = [[micros[m] for m in step] for epoch in plan_steps(len(micros), 2, epochs=2, seed=0) for step in epoch]
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -361,7 +362,7 @@ def test_the_first_loss_is_that_of_no_preference(tmp_path):
     assert metrics.loss == torch.tensor(2.0).log().item() and metrics.metrics["rewards/margins"] == 0
     assert metrics.metrics["key_tokens"] == 1.0, "nothing is lowest before the first update"
     assert metrics.tokens == sum(
-        collate(pair_corpus(), micro).tokens for micro in plan_micro_batches(pair_corpus(), 2, seed=0)[:2]
+        collate(pair_corpus(), micro).tokens for micro in plan_chunks(pair_corpus(), 2, seed=0)[:2]
     )
 
 

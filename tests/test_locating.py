@@ -1,6 +1,7 @@
 """Scores of weights from gradients at the frozen base, against plain float64, and however they are made."""
 
 from itertools import chain
+from operator import itemgetter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import pair_corpus, tiny_llama
 from sweeps import displacement, few, make_sweep, same, scores_of, settings, step_gradients, swept
 
 from allo_fast.config import GRADIENT_SCORES, UserError
+from allo_fast.data.arrays import Ragged
 from allo_fast.locating.families import FAMILIES
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece, pieces_of, windows_of
@@ -149,7 +151,9 @@ def test_a_weight_that_is_not_read_scores_nothing(tmp_path, score):
 def test_a_row_of_padding_does_not_train(tmp_path):
     """As torch has it: the embedding of the padding token gets no gradient, though a prompt has the token."""
     corpus = pair_corpus(3)
-    corpus.prompts = [[0, *prompt] for prompt in corpus.prompts]
+    prompts, corpus.prompts = corpus.prompts, Ragged("i")
+    for prompt in prompts:
+        corpus.prompts.append([0, *prompt])
     scores = scores_of(few(tiny_llama(), tmp_path, "grad_sum", corpus=corpus, windows=5))
     rows = scores["model.embed_tokens.weight"].view(61, -1)
     assert not rows[0].any() and rows[corpus.prompts[0][1]].any()
@@ -270,12 +274,15 @@ def test_other_objectives_and_references(tmp_path, windows):
         place = tmp_path / f"{type(objective).__name__}-{reference is None}"
         given = {"config": ONE_STEP, "corpus": corpus, "objective": objective, "token_weights": weights}
         sweep = make_sweep(tiny_llama(), place, "grad_sum", windows=windows, **given)
-        batch = sweep.losses.of(0, 1.0)[0]
         if reference:
-            sweep.losses.reference = {0: make_sweep(reference, place, **given).logps(batch).detach()}
+            batch = sweep.losses.of(sweep.losses.step(0)[0][0], 1.0)[0]
+            logps = make_sweep(reference, place, **given).logps(batch).detach()
+            by_response = sorted(zip(batch.responses.tolist(), logps, batch.valid, strict=True), key=itemgetter(0))
+            sweep.losses.examples.reference = [line[valid].tolist() for _, line, valid in by_response]
+        batch = sweep.losses.of(sweep.losses.step(0)[0][0], 1.0)[0]
         ours = scores_of(sweep)
         model = make_sweep(tiny_llama(), place, **given)
         logps = model.logps(batch)
-        objective(logps, sweep.losses.reference.get(0, logps.detach()), batch)[0].backward()
+        objective(logps, logps.detach() if reference is None else batch.reference, batch)[0].backward()
         for name, weight in named_weights(model.model).items():
             torch.testing.assert_close(ours[name], weight.grad.view(-1).abs(), rtol=1e-4, atol=1e-7)

@@ -136,7 +136,9 @@ def test_a_run_has_the_windows_of_its_plan(tmp_path, monkeypatch):
     shape = shape_of(model.config, "float32")
     unit = SimpleNamespace(config=config)
     base = SimpleNamespace(path=tmp_path / "base", logps=ResponseLogps(model))
-    tokens = max(examples.collate(micro, True).input_ids.numel() for micro in range(len(examples.micro_batches)))
+    tokens = max(
+        examples.tokens(micro) for step in range(len(examples.steps)) for micro in examples.micro_batches(step)
+    )
     device = (403e6 + 10 * 4 * shape.parameters) / USABLE  # the head's workspace, and some
     monkeypatch.setattr(gradients.memory, "device_bytes", lambda: device)
     room = gradients._room(unit, base, examples, 1)
@@ -164,7 +166,7 @@ def test_cuts_on_the_disk_are_as_planned(tmp_path):
     written = sum(path.stat().st_size for path in tmp_path.glob("cuts-*"))
     config = settings(windows=6)
     shape = shape_of(tiny().config, "float32")
-    lengths = [sweep.losses.positions[micro] for micro, _ in sweep.losses.parts()]
+    lengths = [sweep.losses.examples.tokens(micro) for micro, _ in sweep.losses.parts()]
     config.data.max_prompt_tokens, config.data.max_response_tokens = max(lengths), 1
     config.sample.max_new_tokens = 1
     rows = Rows(1, 1, len(lengths), 1, 1)

@@ -43,14 +43,14 @@ def build(name):
 
 def batch_for(policy, examples=4):
     corpus = pair_corpus()
-    return collate(corpus, corpus.examples[:examples], share_prompts=policy.logps.share_prompts)
+    return collate(corpus, corpus.examples[:examples], policy.logps.layout)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_are_the_dense_ones_gathered(name):
     model, shares = build(name)
     dense, policy = copy.deepcopy(model), SparsePolicy(model, random_selection(model, 0.1))
-    assert policy.logps.share_prompts == shares
+    assert policy.logps.layout.share_prompts == shares
     batch = batch_for(policy)
     upstream = torch.randn(batch.valid.shape)
     (policy.response_logps(batch) * upstream).sum().backward()
@@ -210,4 +210,4 @@ def test_a_model_whose_attention_leaks_falls_back(monkeypatch):
     model = tiny_llama()
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda attention_mask, position_ids=None, **given: forward(**given))
-    assert not ResponseLogps(model).share_prompts
+    assert not ResponseLogps(model).layout.share_prompts

@@ -11,7 +11,7 @@ from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from allo_fast.config import ModelConfig, UserError
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import Corpus, Layout, collate
 from allo_fast.method import policy
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.model.loading import load_model
@@ -70,7 +70,7 @@ def uneven_corpus() -> Corpus:
 def assert_as_transformers(model: PreTrainedModel, tolerance: float = 1e-4) -> None:
     """All responses in one batch, twice, against the model alone: one sequence at a time and all logits."""
     logps, corpus = ResponseLogps(model), uneven_corpus()
-    batch = collate(corpus, corpus.examples, share_prompts=logps.share_prompts)
+    batch = collate(corpus, corpus.examples, logps.layout)
     with torch.no_grad():
         first, second = logps(batch), logps(batch)
         assert torch.equal(first, second)
@@ -96,7 +96,7 @@ def test_a_model_that_looks_ahead_is_refused(attention):
 @pytest.mark.parametrize("config, settings", [("Llama", {}), ("Mixtral", {"num_local_experts": 4})])
 def test_looking_ahead_below_the_rounding_of_bfloat16_is_seen(monkeypatch, config, settings):
     model = build(config, torch.bfloat16, **TINY, **settings)
-    assert ResponseLogps(model).share_prompts
+    assert ResponseLogps(model).layout.share_prompts
     change_states(model, monkeypatch, lambda hidden: hidden + 0.02 * hidden.mean(1, keepdim=True))
     with pytest.raises(UserError, match=f"{config}ForCausalLM: it is not causal"):
         ResponseLogps(model)
@@ -115,7 +115,7 @@ def test_looking_ahead_beyond_a_window_is_seen(monkeypatch):
 )
 def test_experts_that_round_otherwise_with_more_tokens_leak_nothing(config, settings):
     model = build(config, **TINY, **settings)
-    assert ResponseLogps(model).share_prompts
+    assert ResponseLogps(model).layout.share_prompts
     assert_as_transformers(model)
 
 
@@ -143,7 +143,7 @@ def test_recomputation_switches_no_noise_on(tmp_path, config, settings):
         model = load_model(tmp_path, ModelConfig(dtype="float32", gradient_checkpointing=recompute))
         assert any(module.training for module in model.modules()) == recompute
         compute = ResponseLogps(model)
-        logps.append(compute(collate(corpus, corpus.examples, share_prompts=compute.share_prompts)).detach())
+        logps.append(compute(collate(corpus, corpus.examples, compute.layout)).detach())
     assert torch.equal(*logps)
 
 
@@ -175,7 +175,7 @@ def test_gradients_of_rows_one_at_a_time():
         trained, corpus = SparsePolicy(model, random_selection(model)), pair_corpus()
         if alone:
             trained.logps.findings = replace(trained.logps.findings, together=0)
-        batch = collate(corpus, corpus.examples, share_prompts=False)
+        batch = collate(corpus, corpus.examples, Layout(share_prompts=False))
         upstream = torch.randn(batch.valid.shape, generator=torch.Generator().manual_seed(0))
         (trained.response_logps(batch) * upstream).sum().backward()
         gradients.append(torch.cat([value.grad for value in trained.values.values()]))
@@ -230,7 +230,7 @@ def test_a_head_of_several_layers_is_refused():
 
 def test_an_error_over_the_mask_of_responses_means_own_rows(caplog):
     model = build("Falcon", **FALCON, alibi=True)
-    assert not ResponseLogps(model).share_prompts
+    assert not ResponseLogps(model).layout.share_prompts
     assert "FalconForCausalLM: one response per row, prompts repeated: it takes no mask of responses" in caplog.text
     assert_as_transformers(model)
     assert_as_transformers(build("OpenAIGPT", **GPT))
@@ -257,7 +257,7 @@ def test_positions_that_begin_elsewhere_mean_own_rows(caplog):
         lambda module, inputs, names: given.append(names.get("position_ids") is not None), with_kwargs=True
     )
     embed.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 2 * given[-1],))
-    assert not ResponseLogps(model).share_prompts
+    assert not ResponseLogps(model).layout.share_prompts
     assert "its position_ids are not the positions of a row of its own" in caplog.text
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import tracemalloc
 from contextlib import nullcontext
+from operator import eq
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,14 @@ from conftest import pair_corpus
 from allo_fast.config import Config, TrainConfig, UserError
 from allo_fast.data import arrays
 from allo_fast.data.arrays import Chained, Chunks, Ragged, Tuples
-from allo_fast.data.batch import Corpus, collate, plan_micro_batches
+from allo_fast.data.batch import Corpus, Layout, collate
 from allo_fast.data.encoding import Limits, corpus_of_pairs
 from allo_fast.durable import Damaged
 from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, split_once, write_jsonl
 from allo_fast.stages import forget, pairs, problems, responses
-from allo_fast.training.examples import Examples, reference_logps
+from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened, reference_logps
+from allo_fast.training.steps import plan_chunks
 
 ROWS = [{"text": "a\u2028b\u0085c\nd\re"}, {"text": "e" * 5000}, {"text": ""}, {"text": "\U0001f600"}]
 
@@ -139,7 +142,7 @@ def test_the_order_of_micro_batches_is_that_of_lists():
     order = list(by_prompt)
     random.Random(5).shuffle(order)
     examples = [example for prompt in order for example in by_prompt[prompt]]
-    assert plan_micro_batches(corpus, 4, seed=5) == [examples[i : i + 4] for i in range(0, 61, 4)]
+    assert plan_chunks(corpus, 4, seed=5) == [examples[i : i + 4] for i in range(0, 61, 4)]
 
 
 def test_a_corpus_on_the_disk_is_the_one_in_memory(tmp_path, monkeypatch):
@@ -148,10 +151,11 @@ def test_a_corpus_on_the_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     there, here = corpus_of_pairs(rows, tmp_path), corpus_of_pairs(rows)
     assert there == here and there.longest == here.longest == 14 and not any(tmp_path.iterdir())
     a, b = (collate(corpus, corpus.examples[3:6]) for corpus in (there, here))
-    assert all(torch.equal(getattr(a, name), value) for name, value in vars(b).items() if value is not None)
+    same = {name: torch.equal if isinstance(value, torch.Tensor) else eq for name, value in vars(b).items()}
+    assert all(same[name](getattr(a, name), value) for name, value in vars(b).items())
     assert there.names_of([(4, 5), (0, 1), (4, 5)]) == ["train.jsonl:2", "train.jsonl:0"]
-    assert Examples(there, TrainConfig(learning_rate=1, per_device_train_batch_size=2)).names_of(0) == [
-        there.names_of([example])[0] for example in plan_micro_batches(here, 2, 0)[0]
+    assert Examples(there, TrainConfig(learning_rate=1, per_device_train_batch_size=2)).names_of((0, 1)) == [
+        there.names_of([example])[0] for example in plan_chunks(here, 2, 0)[0]
     ]
 
 
@@ -169,35 +173,54 @@ def test_other_weights_of_tokens_are_another_corpus(monkeypatch):
 
 
 def test_reference_log_probabilities_are_computed_once(tmp_path, monkeypatch, caplog):
-    """Of what is damaged, lost or not there yet nothing else is computed again."""
-    monkeypatch.setattr("allo_fast.training.examples.PART_NUMBERS", 70)
-    examples, computed = Examples(pair_corpus(), TrainConfig(learning_rate=1, per_device_train_batch_size=2)), []
+    """By content: of what is damaged, lost, another model's or not there yet nothing else is computed again."""
+    monkeypatch.setattr("allo_fast.training.reference._PART_NUMBERS", 10)
+    corpus, computed = pair_corpus(), []
+    asked = np.arange(len(corpus.responses))
+
+    def value(tokens):
+        return [token + 0.5 for token in tokens]
 
     def compute(batch):
-        computed.append(batch.responses.tolist())
-        return torch.where(batch.valid, batch.responses[:, None] + 0.5, 0.0)
+        computed.extend(batch.responses.tolist())
+        return batch.layout(batch.targets + 0.5)
 
-    def logps(mark="a", most=9):
-        """The reference, and how many micro-batches were computed for it; None where it ends after `most` of them."""
+    def logps(mark="a", most=9, corpus=corpus, asked=asked):
+        """The reference, and how many responses were computed for it; None where it ends after `most` micro-batches."""
         computed.clear()
-        work = reference_logps(tmp_path / "scratch", mark, examples, nullcontext(compute), True, torch.device("cpu"))
+        opened = nullcontext(Opened(compute, Layout(), torch.device("cpu")))
+        work = reference_logps(tmp_path / "cache", mark, corpus, asked, opened, budget=30)
         try:
             for _ in range(most):
                 next(work)
         except StopIteration as end:
             return end.value, len(computed)
 
+    def files():
+        return sorted((tmp_path / "cache").iterdir())
+
     assert logps(most=3) is None
+    whole = len(files())
     reference, count = logps()
-    assert (len(reference), count) == (6, 4) and len(list((tmp_path / "scratch").iterdir())) == 3, "two were whole"
-    assert all(torch.equal(reference[micro], compute(examples.collate(micro, True))) for micro in reference)
+    assert 0 < whole < len(files()) and 0 < count < len(asked), "what was written before is not computed again"
+    assert reference == [value(response.tokens) for response in corpus.responses]
     assert logps()[1] == 0
-    turn_a_bit(reference.path(1))
-    assert logps()[1] == 2 and "reference-00001.safetensors: damaged" in caplog.text
-    reference.path(2).unlink()
-    assert logps()[1] == 2 and logps(mark="b")[1] == 6
-    with pytest.raises(KeyError):
-        reference[6]
+    turn_a_bit(files()[1])
+    reference, count = logps()
+    assert 0 < count < len(asked) and f"{files()[1]}: damaged" in caplog.text
+    assert reference == [value(response.tokens) for response in corpus.responses] and logps()[1] == 0
+    files()[2].unlink()
+    assert 0 < logps()[1] < len(asked)
+    other = Corpus()
+    known = corpus.responses[3]
+    other.add([1, 2], [known.tokens])
+    other.add(corpus.prompts[known.prompt], [known.tokens, [5, 6, 7], known.tokens])
+    reference, count = logps(corpus=other, asked=np.arange(4))
+    assert count == 2, "the same tokens behind another prompt are something else, and twice the same are one"
+    assert reference == [value(tokens) for tokens in (known.tokens, known.tokens, [5, 6, 7], known.tokens)]
+    caplog.clear()
+    assert logps(mark="b")[1] == len(asked)
+    assert "of another model or another way of computing" in caplog.text
 
 
 def turn_a_bit(path):
@@ -246,7 +269,7 @@ STAGES = {
     "pairs": lambda unit: list(pairs.execute(unit)),
     "learn": lambda unit: Examples(
         corpus_of_pairs(read_jsonl(unit.folder / "pairs.jsonl"), unit.folder), unit.config.learn
-    ).collate(0, True),
+    ).collate((0,), Layout()),
     "rewards": lambda unit: rendered_once(unit, "wrong.jsonl", lambda: responses.wrong_responses(unit)),
     "forget": lambda unit: forget.weighted_corpus(read_jsonl(unit.folder / "rewards.jsonl"), 0.5, unit.folder),
 }

@@ -51,19 +51,15 @@ def reference_unit(tmp_path):
 
 def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
     batch = collate(corpus := pair_corpus(), corpus.examples)
-    with models.frozen_reference(reference_unit, str(tmp_path / "other"))(True) as compute:
-        found = compute(batch)
+    with models.frozen_reference(reference_unit, str(tmp_path / "other"))() as opened:
+        found = opened.compute(batch)
     torch.testing.assert_close(found, ResponseLogps(tiny_llama(seed=5))(batch).detach())
     assert models.frozen_reference(reference_unit, None) is None
 
 
-def test_a_reference_that_cannot_keep_responses_apart(tmp_path, reference_unit):
-    opened = models.frozen_reference(reference_unit, str(tmp_path / "sliding"))
-    with opened(False):
-        pass
-    with pytest.raises(UserError, match="learn.reference: .*sliding cannot keep the responses of one row apart"):
-        with opened(True):
-            pass
+def test_a_reference_has_a_layout_of_its_own(tmp_path, reference_unit):
+    with models.frozen_reference(reference_unit, str(tmp_path / "sliding"))() as opened:
+        assert not opened.layout.share_prompts
 
 
 def problem(correct, wrong, name="p"):

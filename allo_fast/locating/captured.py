@@ -1,5 +1,6 @@
 """What enters and leaves a model's segments, in files: computed once, read by every pass. Ranks divide the work."""
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from allo_fast.locating.losses import Losses, Part
 from allo_fast.locating.segments import Segments
 from allo_fast.locating.taps import Taps
 from allo_fast.model.logps import HeadPass
+from allo_fast.training.steps import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ class Captured:
         (states,), (gradients,), head, upstream = self.segments.capture(batch, loss, self.cuts[:1])
         a_batch = len(self.cuts) * (states.nbytes + gradients.nbytes)
         a_batch += head.hidden.nbytes + head.lse.nbytes + upstream.nbytes
-        positions = sum(self.losses.positions[micro] for micro, _ in missing)
-        needed = reserved + a_batch * positions / batch.input_ids.numel()
+        positions = sum(self.losses.examples.tokens(micro) for micro, _ in missing)
+        needed = reserved + a_batch * positions / batch.tokens
         if fits := needed <= (free := shutil.disk_usage(self.folder).free):
             return fits
         sizes = needed / 1e9, self.folder, free / 1e9
@@ -65,7 +67,7 @@ class Captured:
                 save_tensors(path := self._path(micro, share), tensors, {"mark": own(path, self.mark)})
             yield
 
-    def backward(self, micro: int, share: float, runs: Sequence[tuple[int, int]], taps: Taps) -> None:
+    def backward(self, micro: MicroBatch, share: float, runs: Sequence[tuple[int, int]], taps: Taps) -> None:
         """Through the head and the segments `runs`, the last first, as one backward pass comes to them."""
         batch, loss = self.losses.of(micro, share)
         with safe_open(self._path(micro, share), "pt", str(batch.input_ids.device)) as file:
@@ -81,8 +83,9 @@ class Captured:
                 gradient = read(f"gradients.{last}") if last < self.segments.last_stage else None
                 self.segments.backward(batch, loss, (first, last), start, gradient)
 
-    def _is_there(self, micro: int, share: float) -> bool:
+    def _is_there(self, micro: MicroBatch, share: float) -> bool:
         return is_own(self._path(micro, share), self.mark)
 
-    def _path(self, micro: int, share: float) -> Path:
-        return self.folder / f"cuts-{micro}-{share.hex()}.safetensors"
+    def _path(self, micro: MicroBatch, share: float) -> Path:
+        examples = hashlib.sha256(repr(micro).encode()).hexdigest()[:16]
+        return self.folder / f"cuts-{examples}-{share.hex()}.safetensors"

@@ -6,7 +6,7 @@ keep squares alone. Ranks that hold the whole base divide the passes and reduce 
 go through all of them together, each with its share of every step's micro-batches and of every window's sums.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import held_here, named_weights, whole
 from allo_fast.training.backend import learning_rates
 from allo_fast.training.examples import Examples
+from allo_fast.training.steps import MicroBatch
 
 
 class Sweep:
@@ -44,7 +45,7 @@ class Sweep:
 
     score: one of config.GRADIENT_SCORES. windows: passes for scores, at most; an earlier session's where there was one.
     clip: by config.max_grad_norm. compute: response log-probabilities; None: `logps` itself. host: sums lie in host
-    memory. reference: by micro-batch, of another model than the base. mark: as in `locating.files`. Raises UserError
+    memory. mark: as in `locating.files`. Raises UserError
     where gradients are not finite.
     """
 
@@ -61,7 +62,6 @@ class Sweep:
         clip: bool = True,
         host: bool = False,
         compute: Callable[[Batch], Tensor] | None = None,
-        reference: Mapping[str, Tensor] | None = None,
         mark: str = "",
     ):
         self.logps, self.model, self.compute = logps, logps.model, compute or logps
@@ -69,7 +69,7 @@ class Sweep:
         self.rates = learning_rates(config, len(examples.steps))
         self.family, self.score = make_family(score, config, self.rates), score
         self.sharded = is_sharded(self.model)
-        self.losses = Losses(logps, examples, objective, reference or {}, divided=self.sharded)
+        self.losses = Losses(logps, examples, objective, divided=self.sharded)
         self.device = torch.device("cpu") if host else self.model.device
         self.pieces, self.weights = pieces_of(self.model), named_weights(self.model)
         self.windows = windows_of(self.pieces, ranks.on_main(lambda: planned_windows(folder, mark)) or windows)
@@ -99,7 +99,10 @@ class Sweep:
         try:
             if len(self.windows) > 1 and not self.sharded:
                 self.captured = self._find_segments(taps)
-            done, total = 0, sum(map(len, self.steps)) * sum(map(len, left.values()))
+            done, total = (
+                0,
+                sum(len(self.losses.step(number)) for number in range(len(self.steps))) * sum(map(len, left.values())),
+            )
             total += len(self.captured.own) if self.captured else 0
             for work in self._phases(taps, left):
                 for more in work:
@@ -188,7 +191,7 @@ class Sweep:
                 self._check_finite("gradient", zip(pieces, sums, strict=True))
             yield number, [ranks.reduce_share(total) for total in sums] if self.sharded else sums
 
-    def _backward(self, micro: int, share: float) -> None:
+    def _backward(self, micro: MicroBatch, share: float) -> None:
         batch, loss = self.losses.of(micro, share)
         value = loss(self.compute(batch))
         if value.requires_grad:  # else nothing of the window is read

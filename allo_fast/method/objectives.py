@@ -72,9 +72,7 @@ class Sft:
     """Warm start and rewriter: every token of every response."""
 
     needs_reference = False
-
-    def count(self, batch: Batch) -> int:
-        return int(batch.valid.sum())
+    counts = "tokens"  # what its loss is a mean over: see Examples.count
 
     def __call__(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return sft_loss(logps, batch.valid), {}
@@ -86,9 +84,7 @@ class Npo:
 
     beta: float
     needs_reference = True
-
-    def count(self, batch: Batch) -> int:
-        return int(batch.token_weights.count_nonzero())
+    counts = "weights"
 
     def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = batch.token_weights
@@ -110,9 +106,7 @@ class Dpo:
     label_smoothing: float = 0.0
     protocol: str = "paper"
     needs_reference = True
-
-    def count(self, batch: Batch) -> int:
-        return len(batch.examples)
+    counts = "examples"
 
     def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.examples.unbind(1)
@@ -140,9 +134,8 @@ class Dpo:
         return losses.mean(), metrics
 
     def _release(self, chosen, rejected, ref_chosen, ref_rejected, batch: Batch, index: Tensor) -> tuple[Tensor, ...]:
-        padded_length = int((batch.prompt_lengths + batch.valid.sum(1)).max())
         log_ratios = (rejected - ref_rejected).detach()
-        weights = release_key_token_weights(log_ratios, batch.valid[index], self.epsilon, padded_length)
+        weights = release_key_token_weights(log_ratios, batch.valid[index], self.epsilon, batch.longest)
         sums = chosen.sum(1), (rejected * weights).sum(1), ref_chosen.sum(1), (ref_rejected * weights).sum(1)
         return *dpo_loss(*sums, beta=self.beta, label_smoothing=self.label_smoothing), weights
 

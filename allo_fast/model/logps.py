@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.data.batch import Batch, attention_mask
+from allo_fast.data.batch import Batch, Layout, attention_mask
+from allo_fast.model import attention
 from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings, is_sharded
 from allo_kernels import Positions, head_row_gradient, token_logps
 
@@ -32,6 +33,7 @@ class ResponseLogps(nn.Module):
         self.model = model
         self._decoder = (decoder_of(model),)  # in a tuple: already a part of the model
         self.head = _Head(model, head_entries)
+        self.packs = attention.install(model)
         self.additive_mask = model.config.get_text_config()._attn_implementation == "eager"
         for module in model.modules():
             module.register_forward_pre_hook(_pass_through)
@@ -42,14 +44,14 @@ class ResponseLogps(nn.Module):
             self.examine()
 
     @property
-    def share_prompts(self) -> bool:
-        """How to collate: whether responses of one prompt may share a row."""
+    def layout(self) -> Layout:
+        """How to collate."""
         assert self.findings, "a sharded model is examined once DeepSpeed runs it"
-        return self.findings.share_prompts
+        return self.findings.layout
 
     def examine(self) -> None:
         """Finds by trial how the model is computed; a sharded one must be run by DeepSpeed, on all ranks together."""
-        self.findings = findings = examine(self.model, self._in_one_pass, self.head)
+        self.findings = findings = examine(self.model, self._in_one_pass, self.head, self.packs)
         self.head.settings = {"softcap": findings.softcap, "temperature": findings.temperature}
         for note in findings.notes:
             logger.warning(note)
@@ -75,7 +77,9 @@ class ResponseLogps(nn.Module):
         return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in states])[: len(batch.input_ids)]
 
     def _in_one_pass(self, batch: Batch) -> Tensor:
-        if int(batch.segment_ids.max()) <= 1:  # nothing shares a row: the model's own causal mask will do
+        if batch.packed:
+            inputs = attention.inputs(batch)
+        elif not batch.branches:  # nothing shares a row: the model's own causal mask will do
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
         else:
             mask = attention_mask(batch, self.model.dtype if self.additive_mask else None)

@@ -5,6 +5,7 @@
     the head is linear, then soft-capped and scaled  else refused: token_logps computes no other
     padding and neighbours do not matter to a row    else rows run one at a time
     responses of one row can be kept apart           else one response a row, its prompt repeated
+    problems of one row can be kept apart            else a row each, padded
 
 What a few tokens cannot show is asked of the configuration: attention windows that are long, and rotary embeddings that
 change with the longest row.
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Batch, Corpus, collate
+from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.model.attention import BLOCK, PACKED
 
 LONGEST = 256  # tokens of a trial's prompt; attention windows beyond are not tried
 # Keys under which configurations say how far layers see that do not see everything.
@@ -31,7 +33,7 @@ class Findings:
     """How a model is computed."""
 
     together: int | None  # rows up to this width run in one pass, wider ones one at a time; None: any width
-    share_prompts: bool  # can responses of one prompt share a row
+    layout: Layout  # what may share a row
     notes: tuple[str, ...]  # what of this costs speed, and why
     softcap: float | None  # of the head
     temperature: float
@@ -48,11 +50,11 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Callable) -> Findings:
+def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Callable, packs: bool) -> Findings:
     """Raises UserError, naming the model's class, where it is refused.
 
     hidden: a batch's last hidden states [B, T, D], its rows in one pass. head: hidden [N, D], targets [N] ->
-    log-probabilities [N] fp32 by the model's head without cap and scale.
+    log-probabilities [N] fp32 by the model's head without cap and scale. packs: its attention takes packed rows.
     """
     name, trial = type(model).__name__, _Trial(model, hidden)
     weights = [weight._version for weight in model.parameters()]
@@ -78,7 +80,11 @@ def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Cal
     why_apart = single or _why_apart(model, trial, alone)
     notes = [f"{name}: rows run one at a time: {single}"] if single else []
     notes += [f"{name}: one response per row, prompts repeated: {why_apart}"] if why_apart and not single else []
-    return Findings(limit, why_apart is None, tuple(notes), softcap, temperature)
+    packed = packs and why_apart is None
+    if packed and (why_padded := _why_padded(trial, alone)):
+        notes, packed = [*notes, f"{name}: a row for each problem, padded: {why_padded}"], False
+    layout = Layout(why_apart is None, packed, BLOCK if model.device.type == "cuda" else 1)
+    return Findings(limit, layout, tuple(notes), softcap, temperature)
 
 
 class _Trial:
@@ -93,9 +99,11 @@ class _Trial:
         prompt, *responses = (torch.randint(self.low, self.high, (n,), generator=draw).tolist() for n in lengths)
         corpus = Corpus()
         pair = tuple(corpus.add(prompt, responses))
+        other = tuple(corpus.add(prompt[::-1], responses[::-1]))
         self.rows = [collate(corpus, [(index,)]).to(model.device) for index in pair]
-        self.batch = collate(corpus, [pair], share_prompts=False).to(model.device)
+        self.batch = collate(corpus, [pair], Layout(share_prompts=False)).to(model.device)
         self.shared = collate(corpus, [pair]).to(model.device)
+        self.packed = collate(corpus, [other, pair], Layout(packed=True, multiple=BLOCK)).to(model.device)
 
     def other_tokens(self, batch: Batch, where: Tensor) -> Batch:
         other = (batch.input_ids - self.low + 1) % (self.high - self.low) + self.low
@@ -145,7 +153,7 @@ def _why_single(trial: _Trial, alone: list[Tensor]) -> str | None:
 def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> str | None:
     """Why responses of this model cannot share a row; None when they can."""
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", PACKED):
         return f"{config._attn_implementation} takes no mask of responses"
     layers = getattr(config, "layer_types", None)
     if set(layers) != {"full_attention"} if layers else _windows(config):
@@ -167,6 +175,23 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
     if not _near(torch.cat([before[first], before[second]]), torch.cat(responses), trial.tolerance):
         return "its position_ids are not the positions of a row of its own"
     return None
+
+
+def _why_padded(trial: _Trial, alone: list[Tensor]) -> str | None:
+    """Why problems of this model, whose responses can share a row, cannot; None when they can."""
+    first, last = trial.packed.spans
+    place = torch.arange(trial.packed.input_ids.shape[1], device=trial.packed.input_ids.device)[None]
+    segments, others = trial.packed.segment_ids, place < first.end
+    try:
+        before = trial.hidden(trial.packed)
+        reached = trial.reaches(trial.packed, before, others, (place >= last.begin) & (place < last.end))
+    except Exception as error:  # a model may raise anything
+        return f"it takes no packed rows: {_first_line(error)}"
+    if reached:
+        return "problems in one row can change each other"
+    packed = torch.cat([before[(segments == number) & ~others] for number in (1, 2)])
+    responses = [states[batch.segment_ids == 1] for states, batch in zip(alone, trial.rows, strict=True)]
+    return None if _near(packed, torch.cat(responses), trial.tolerance) else "in one row its results are others"
 
 
 def _shape_of_head(model: PreTrainedModel, row: Batch, decoded: Tensor, head: Callable) -> tuple[float | None, float]:

@@ -1,26 +1,49 @@
 """Driving a training loop as progress, and the facts that every training stage records."""
 
 from collections.abc import Generator
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
-from allo_fast.config import ModelConfig, UserError
+from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.data.batch import Corpus
-from allo_fast.method.policy import SparsePolicy
+from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.models import frozen_reference
 from allo_fast.stages.problems import max_positions
 from allo_fast.training.engine import LOG, Trainer
+
+
+def trainer_of(
+    unit: Unit,
+    policy: DensePolicy | SparsePolicy,
+    corpus: Corpus,
+    objective: Sft | Npo | Dpo,
+    settings: TrainConfig,
+    **more,
+) -> Trainer:
+    """As a stage trains; more: see `Trainer`."""
+    named = frozen_reference(unit, getattr(settings, "reference", None))
+    given = {"mark": unit.mark, "seed": unit.seed, "zero": unit.zero, "reference": named, **more}
+    online = unit.config.reference == "online"
+    return Trainer(policy, corpus, objective, settings, unit.folder, cache=cache_of(unit), online=online, **given)
+
+
+def cache_of(unit: Unit) -> Path:
+    """Of what stages share, and could compute again."""
+    return unit.run.folder / "cache"
 
 
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     """Drives a training loop; returns the facts every training stage records."""
     check_lengths(trainer.policy.model, trainer.corpus)
     for done, total in trainer.prepare():
-        yield Progress(done, total, "reference batch")
+        yield Progress(done, total, "reference response")
     for metrics in trainer.run():
         notes = {"loss": metrics.loss, **metrics.metrics}
         yield Progress(metrics.step, metrics.total_steps, "step", notes)
@@ -28,11 +51,13 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     parameters, seconds = trainer.policy.parameters, sum(row["seconds"] for row in rows)
     facts = {
         "parameters": parameters,
-        "examples": len(trainer.corpus.examples),
+        "examples": len(trainer.examples),
         "steps": len(trainer.steps),
     }
     if seconds:  # else the log of all steps was lost
         facts["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+    if trainer.examples.set_aside:
+        facts["set_aside"] = trainer.examples.set_aside
     if trainer.skipped:
         facts["skipped_steps"] = trainer.skipped
     total = sum(trainer.state_bytes().values())

@@ -125,7 +125,7 @@ def response_logps(frozen: Inference, chunk: list[dict], rounds: int) -> list[li
         distinct = list(dict.fromkeys(tuple(response["ids"]) for response in row["responses"]))
         corpus = Corpus()
         corpus.examples.append(tuple(corpus.add(row["prompt_ids"], map(list, distinct))))
-        batch = collate(corpus, corpus.examples, share_prompts=frozen.share_prompts).to(frozen.model.device)
+        batch = collate(corpus, corpus.examples, frozen.layout).to(frozen.model.device)
         sums = dict(zip(distinct, frozen.compute(batch).cpu().double().sum(1).tolist(), strict=True))
         found.append([sums[tuple(response["ids"])] for response in row["responses"]])
     return found[: len(chunk)]

@@ -25,9 +25,8 @@ from allo_fast.method.objectives import Npo
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, frozen_reference, prompts_of, save_trained, sparse_policy
-from allo_fast.training.engine import Trainer
+from allo_fast.stages.driving import train, trainer_of
+from allo_fast.stages.models import base_path, prompts_of, save_trained, sparse_policy
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +48,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
             tokens,
         )
     policy = sparse_policy(unit, settings)
-    trainer = Trainer(
-        policy,
-        corpus,
-        Npo(settings.beta),
-        settings,
-        unit.folder,
-        mark=unit.mark,
-        seed=unit.seed,
-        protocol=protocol,
-        token_weights=weights,
-        zero=unit.zero,
-        reference=frozen_reference(unit, settings.reference),
-    )
+    trainer = trainer_of(unit, policy, corpus, Npo(settings.beta), settings, protocol=protocol, token_weights=weights)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()

@@ -3,8 +3,8 @@
 import logging
 import random
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import room_beside, windows
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.driving import cache_of
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
-from allo_fast.training.examples import Examples, reference_logps
+from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened, Reference, kept, reference_logps
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ def gradient_scores(
     examples = Examples(drawn(corpus, unit.config.locate.pairs, train, unit.seed), train, unit.seed)
     if score == "snr" and len(examples.steps) < 2:
         raise UserError("locate.score: snr: expected at least two optimizer steps, got one, in which all scores are 1")
-    logps = yield from _reference(unit, examples, base.logps, reference)
+    if opened := frozen_reference(unit, reference):
+        examples.reference = yield from _responses(_other_reference(unit, examples, opened()))
     sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
     total = sum(sizes.values())
     sweep = Sweep(
@@ -89,13 +92,12 @@ def gradient_scores(
         clip=unit.config.locate.clip,
         host=unit.config.locate.accumulators == "host",
         compute=base.compute,
-        reference=logps,
         mark=unit.mark,
     )
     for done, steps in sweep.run():
         yield Progress(done, steps, f"micro-batch of {sweep.passes} passes")
     states = sum(sweep.state_bytes.values())
-    facts = {"examples": len(examples.corpus.examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
+    facts = {"examples": len(examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
     facts |= {"passes": sweep.passes, "state_bytes": sweep.state_bytes, "state_bytes_per_parameter": states / total}
     return stored_scores(unit.folder / SCRATCH, sizes, unit.mark), facts
 
@@ -112,9 +114,9 @@ def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> in
 
 def _room(unit: Unit, base: FrozenBase, examples: Examples, shares: int) -> float | None:
     """Bytes that this device has for sums; None where the model's activations cannot be estimated."""
-    settings, share_prompts = unit.config.model, base.logps.share_prompts
-    micros = range(len(examples.micro_batches))
-    tokens = max(examples.collate(micro, share_prompts).input_ids.numel() for micro in micros)
+    settings, layout = unit.config.model, base.logps.layout
+    micros = (micro for step in range(len(examples.steps)) for micro in examples.micro_batches(step))
+    tokens = max(examples.collate(micro, layout).input_ids.numel() for micro in micros)
     try:
         shape = shape_of(model_config(unit.config, str(base.path)), settings.dtype)
     except UserError as error:
@@ -133,21 +135,15 @@ def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> C
     return corpus.only(chosen)
 
 
-def _reference(
-    unit: Unit, examples: Examples, logps: ResponseLogps, model: str | None
-) -> Generator[Progress, None, Mapping[int, Tensor] | None]:
-    """Of another reference model than the base, where one is named."""
-    opened = frozen_reference(unit, model)
-    if opened is None:
-        return None
-    scratch, share, device = unit.folder / SCRATCH, logps.share_prompts, logps.model.device
-    return (yield from _batches(reference_logps(scratch, unit.mark, examples, opened(share), share, device)))
+def _other_reference(unit: Unit, examples: Examples, opened: AbstractContextManager[Opened]) -> Generator:
+    asked, of = examples.responses(range(len(examples))), f"{unit.folder.name} {unit.mark}"
+    return reference_logps(*kept(cache_of(unit), of), examples.corpus, asked, opened, examples.budget)
 
 
-def _batches(work: Generator[tuple[int, int], None, dict]) -> Generator[Progress, None, dict]:
+def _responses(work: Generator[tuple[int, int], None, Reference]) -> Generator[Progress, None, Reference]:
     while True:
         try:
-            yield Progress(*next(work), "reference batch")
+            yield Progress(*next(work), "reference response")
         except StopIteration as end:
             return end.value
 

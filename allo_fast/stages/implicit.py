@@ -16,11 +16,10 @@ from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.method.objectives import Dpo
 from allo_fast.runs.rows import Rows, read_jsonl
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
+from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.gradients import located
 from allo_fast.stages.models import base_path, selected_policy
 from allo_fast.stages.responses import rewarded
-from allo_fast.training.engine import Trainer
 
 
 def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
@@ -30,9 +29,7 @@ def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
         unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio
     )
     policy = selected_policy(unit, path, selection)
-    trainer = Trainer(
-        policy, corpus, Dpo(settings.beta), settings, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero
-    )
+    trainer = trainer_of(unit, policy, corpus, Dpo(settings.beta), settings)
     facts = yield from train(unit, trainer)
 
     def score(batch: Batch) -> Tensor:

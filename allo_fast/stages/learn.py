@@ -17,9 +17,8 @@ from allo_fast.method.objectives import Dpo
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
-from allo_fast.stages.models import DELTA, base_path, frozen_reference, prompts_of, save_trained, sparse_policy
-from allo_fast.training.engine import Trainer
+from allo_fast.stages.driving import train, trainer_of
+from allo_fast.stages.models import DELTA, base_path, prompts_of, save_trained, sparse_policy
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -29,18 +28,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     start = unit.needed("forget") / DELTA if unit.config.method == "allo" else None
     policy = sparse_policy(unit, settings, start)
     objective = Dpo(settings.beta, unit.config.epsilon, settings.label_smoothing, protocol)
-    trainer = Trainer(
-        policy,
-        corpus,
-        objective,
-        settings,
-        unit.folder,
-        mark=unit.mark,
-        seed=unit.seed,
-        protocol=protocol,
-        zero=unit.zero,
-        reference=frozen_reference(unit, settings.reference),
-    )
+    trainer = trainer_of(unit, policy, corpus, objective, settings, protocol=protocol)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts, start)
     trainer.backend.close()

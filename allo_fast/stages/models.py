@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, SparseTrainConfig, UserError
+from allo_fast.data.batch import Layout
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import DensePolicy, SparsePolicy
@@ -20,6 +21,7 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.plan.shapes import BYTES, model_config, weights_of
 from allo_fast.runs.unit import Unit
+from allo_fast.training.reference import Opened
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import training_sections
 from allo_kernels import memory
@@ -140,7 +142,7 @@ class Inference:
 
     model: PreTrainedModel
     compute: Callable
-    share_prompts: bool
+    layout: Layout | None  # how to collate for log-probabilities
     sharded: bool
 
 
@@ -168,9 +170,9 @@ def inference(
         from allo_fast.training.backend_deepspeed import frozen_engine
 
         with frozen_engine(module) as engine:
-            yield Inference(model, engine, scoring and module.share_prompts, True)
+            yield Inference(model, engine, module.layout if scoring else None, True)
     else:
-        yield Inference(model, module, scoring and module.share_prompts, False)
+        yield Inference(model, module, module.layout if scoring else None, False)
 
 
 def _bytes(unit: Unit, path: str | Path) -> int:
@@ -188,19 +190,14 @@ def other_models(config: Config) -> dict[str, str]:
     return {key: path for key, path in named.items() if path}
 
 
-def frozen_reference(unit: Unit, path: str | None) -> Callable[[bool], AbstractContextManager[Callable]] | None:
-    """What opens the reference model at `path`: log-probabilities [R, L] fp32 of a batch. On ranks it is sharded.
-
-    Opened with whether responses share rows; then raises UserError for attention that cannot.
-    """
+def frozen_reference(unit: Unit, path: str | None) -> Callable[[], AbstractContextManager[Opened]] | None:
+    """What opens the reference model at `path`, if any. On ranks it is sharded."""
     if path is None:
         return None
 
     @contextmanager
-    def opened(share_prompts: bool) -> Iterator[Callable]:
+    def opened() -> Iterator[Opened]:
         with inference(unit, path, scoring=True, sharded=unit.zero is not None) as found:
-            if share_prompts and not found.share_prompts:
-                raise UserError(f"{unit.name}.reference: {path} cannot keep the responses of one row apart")
-            yield found.compute
+            yield Opened(found.compute, found.layout, found.model.device)
 
     return opened

@@ -17,9 +17,8 @@ from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import llama_config, pick_device
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
+from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.models import prompts_of, save_dense
-from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -33,7 +32,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     torch.manual_seed(unit.seed)
     model = LlamaForCausalLM(llama_config(settings)).to(pick_device(unit.config.model.device))
     policy = DensePolicy(model)
-    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, mark=unit.mark, zero=unit.zero)
+    trainer = trainer_of(unit, policy, corpus, Sft(), settings, seed=0)
     facts = yield from train(unit, trainer)
     save_dense(unit, policy, tokenizer, unit.config.model.dtype)
     trainer.backend.close()

@@ -23,12 +23,11 @@ from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, rendered_once
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
+from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.gradients import located_policy
 from allo_fast.stages.models import base_path, inference, prompts_of
 from allo_fast.stages.problems import limits
 from allo_fast.stages.responses import rewarded
-from allo_fast.training.engine import Trainer
 
 
 def rewriter(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
@@ -36,9 +35,7 @@ def rewriter(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     readable = _rewrites(unit, responses, path)
     corpus = _corrections(_drawn(readable, settings.max_examples, unit.seed), unit.folder)
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
-    trainer = Trainer(
-        policy, corpus, Sft(), settings.train, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero
-    )
+    trainer = trainer_of(unit, policy, corpus, Sft(), settings.train)
     facts = yield from train(unit, trainer)
     device = policy.model.device
     yield from rewarded(unit, readable, lambda batch: policy.response_logps(batch).exp(), device, "rewrite_ids")

@@ -17,11 +17,10 @@ from allo_fast.data.batch import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
+from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.gradients import located_policy
 from allo_fast.stages.models import base_path, prompts_of, save_trained
 from allo_fast.stages.problems import first_row, right_responses, unit_problems
-from allo_fast.training.engine import Trainer
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -30,7 +29,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     rows, quarantined = unit_problems(unit, "train", prompts, unit.config.sample.max_new_tokens)
     corpus = corpus_of_right_responses(rows, settings.max_examples, unit.seed, unit.folder)
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings, settings.ratio)
-    trainer = Trainer(policy, corpus, Sft(), settings, unit.folder, mark=unit.mark, seed=unit.seed, zero=unit.zero)
+    trainer = trainer_of(unit, policy, corpus, Sft(), settings)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts, dtype=unit.config.model.dtype)
     trainer.backend.close()

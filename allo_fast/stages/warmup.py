@@ -13,9 +13,8 @@ from allo_fast.method.objectives import Dpo
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train
-from allo_fast.stages.models import base_path, dense_policy, frozen_reference, prompts_of, save_trained
-from allo_fast.training.engine import Trainer
+from allo_fast.stages.driving import train, trainer_of
+from allo_fast.stages.models import base_path, dense_policy, prompts_of, save_trained
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -23,17 +22,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))
-    trainer = Trainer(
-        policy,
-        corpus,
-        Dpo(settings.beta),
-        settings,
-        unit.folder,
-        mark=unit.mark,
-        seed=unit.seed,
-        zero=unit.zero,
-        reference=frozen_reference(unit, settings.reference),
-    )
+    trainer = trainer_of(unit, policy, corpus, Dpo(settings.beta), settings)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()

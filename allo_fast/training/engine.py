@@ -5,8 +5,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +21,12 @@ from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.model.weights import fingerprint
 from allo_fast.training.backend import LocalBackend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
-from allo_fast.training.examples import Examples, reference_logps
+from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened, kept, reference_logps
+from allo_fast.training.steps import MicroBatch
 from allo_fast.training.zero import Zero, check_divides
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class StepMetrics:
     loss: float
     grad_norm: float
     learning_rate: float
-    tokens: int  # that the model computed on, padding left out
+    tokens: int  # of prompts, once for all their responses, and of responses but for the last of each
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -65,14 +68,15 @@ class _Asks:
 
 
 class Trainer:
-    """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, reference logps, two checkpoints.
+    """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, two checkpoints.
 
     mark: of what these are; those of something else are not gone on from.
     token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
     depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
     ranks divide the micro-batches of each step, so that the step is the same for any number of them. Raises UserError
     where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
-    compare with, told whether responses share rows, while the reference's log-probabilities are computed.
+    compare with, while the reference's log-probabilities are computed. cache: where these are kept, by content; None:
+    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead.
     """
 
     def __init__(
@@ -88,10 +92,13 @@ class Trainer:
         protocol: str = "paper",
         token_weights: Sequence[Sequence[float]] | None = None,
         zero: Zero | None = None,
-        reference: Callable[[bool], AbstractContextManager[Callable[[Batch], Tensor]]] | None = None,
+        reference: Callable[[], AbstractContextManager[Opened]] | None = None,
+        cache: Path | None = None,
+        online: bool = False,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
-        self.open_reference, self.mark = reference, mark
+        self.open_reference, self.mark, self.cache = reference, mark, cache or folder / SCRATCH
+        self.online = online and isinstance(policy, SparsePolicy) and reference is None
         self.checkpoints = Checkpoints(folder, mark)
         check_divides(config, ranks.world_size())
         self.examples = Examples(corpus, config, seed, token_weights)
@@ -101,20 +108,27 @@ class Trainer:
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
         self._state_bytes: dict[str, int] = {}  # as an earlier session counted them, until this one makes a step
         self.skipped = 0  # steps whose gradients were not finite
-        self.reference: Mapping[int, Tensor] = {}  # number of a micro-batch -> fp32 [R, L], on the CPU
 
     def prepare(self) -> Iterator[tuple[int, int]]:
-        """The reference log-probabilities, where the objective needs them; yields (batches done, all batches).
+        """The reference log-probabilities, where the objective needs them; yields (responses done, all).
 
-        Computed once, before the first update, on the very micro-batches that train: there policy and reference agree
-        bit for bit, and no second model is needed unless one was given. Kept in a file for a resumed run.
+        Computed once, before the first update, where the policy is the reference unless another was given. Kept for
+        whoever compares the same responses with the same model.
         """
-        if not self.objective.needs_reference:
+        if not self.objective.needs_reference or self.online:
             return
-        scratch, share = self.folder / SCRATCH, self.policy.logps.share_prompts
-        opened = self.open_reference(share) if self.open_reference else nullcontext(self.backend.response_logps)
-        device = self.policy.model.device
-        self.reference = yield from reference_logps(scratch, self.mark, self.examples, opened, share, device)
+        model, layout = self.policy.model, self.policy.logps.layout
+        own = nullcontext(Opened(self.backend.response_logps, layout, model.device))
+        if self.open_reference:
+            opened, of = self.open_reference(), f"{self.folder.name} {self.mark}"
+        else:
+            attention = model.config.get_text_config()._attn_implementation
+            autocast = getattr(self.policy, "autocast", None)
+            opened, of = own, f"{fingerprint(model)} {autocast} {attention} {layout} {model.device.type}"
+        asked = self.examples.responses(range(len(self.examples)))
+        self.examples.reference = yield from reference_logps(
+            *kept(self.cache, of), self.examples.corpus, asked, opened, self.examples.budget
+        )
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step that was made.
@@ -122,14 +136,15 @@ class Trainer:
         Raises TrainingError when a loss, a gradient or a weight is not finite, Interrupted after a signal and the
         checkpoint of its step.
         """
-        if not self.reference:
+        if self.examples.reference is None:
             deque(self.prepare(), maxlen=0)
         done = self._resume()
         log = self._open_log(done) if ranks.is_main() else None
-        with signals.deferred() as received:
+        coming = self.examples.batches(done, self.policy.logps.layout)
+        with signals.deferred() as received, closing(coming):
             self._received, self._saved_at = received, time.monotonic()
-            for number in range(done, len(self.steps)):
-                metrics = self._step(number)
+            for number, batches in enumerate(coming, start=done):
+                metrics = self._step(number, batches)
                 if metrics and log:
                     log.append([metrics.row()])
                 if self.asks.due or self.asks.stop or (number + 1) % self.config.save_steps == 0:
@@ -185,22 +200,19 @@ class Trainer:
         """Bytes of this rank's live model states by kind; gradients and moments are there once a step was made."""
         return self._state_bytes or {**self.policy.state_bytes(), **self.backend.state_bytes()}
 
-    def _step(self, number: int) -> StepMetrics | None:
+    def _step(self, number: int, batches: list[tuple[MicroBatch, float, Batch]]) -> StepMetrics | None:
         """None where it was passed over."""
         started, learning_rate = time.perf_counter(), self.backend.learning_rate
         bytes_before = self.traffic.bytes.copy() if self.traffic else None
-        share_prompts = self.policy.logps.share_prompts
-        shares = self.examples.share(number)
-        batches = [(micro, weight, self.examples.collate(micro, share_prompts)) for micro, weight in shares]
-        counts = [[weight * self.objective.count(batch), weight * batch.tokens] for _, weight, batch in batches]
-        count, tokens = ranks.add_up(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+        every = self.examples.micro_batches(number)  # of all ranks
+        count = max(1, sum(self.examples.count(micro, self.objective.counts) for micro in every))
         totals: dict[str, Tensor] = {}
-        losses: dict[int, Tensor] = {}  # of this rank, by micro-batch
-        for place, (micro, _, batch) in enumerate(batches):
+        losses: dict[MicroBatch, Tensor] = {}  # of this rank
+        for place, (micro, weight, batch) in enumerate(batches):
             batch = batch.to(self.policy.model.device)
-            logps = self.backend.response_logps(batch)
-            loss, metrics = self.objective(logps, self._reference(micro, logps), batch)
-            share = counts[place][0] / max(1, count)
+            logps, reference = self._compute(batch)
+            loss, metrics = self.objective(logps, reference, batch)
+            share = weight * self.examples.count(micro, self.objective.counts) / count
             self.backend.backward(loss * share, last=place == len(batches) - 1)
             losses[micro] = loss.detach()
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -225,7 +237,7 @@ class Trainer:
             loss=values.pop("loss"),
             grad_norm=values.pop("grad_norm"),
             learning_rate=learning_rate,
-            tokens=int(tokens),
+            tokens=sum(map(self.examples.tokens, every)),
             seconds=time.perf_counter() - started,
             metrics=values,
         )
@@ -244,7 +256,7 @@ class Trainer:
         self.asks = _Asks(due > 0, stop > 0)
         return {**dict(zip(totals, numbers, strict=True)), "grad_norm": norm, "exceeds": exceeds}
 
-    def _are_finite(self, number: int, values: dict[str, float], losses: dict[int, Tensor]) -> bool:
+    def _are_finite(self, number: int, values: dict[str, float], losses: dict[MicroBatch, Tensor]) -> bool:
         """Whether step `number`, from 0, can be made; False for one of those that may be passed over."""
         if values.pop("exceeds"):
             self._check_weights(number)
@@ -258,18 +270,22 @@ class Trainer:
         logger.warning("%s; passed over, %d of %d", said, self.skipped, self.config.skip_nonfinite_steps)
         return False
 
-    def _where(self, losses: dict[int, float]) -> str:
+    def _where(self, losses: dict[MicroBatch, float]) -> str:
         """Whose losses of this rank are not finite."""
         micros = [micro for micro, loss in losses.items() if not math.isfinite(loss)]
         names = [name for micro in micros for name in self.examples.names_of(micro)]
         return f"; on rank {ranks.rank()} in {', '.join(names)}" if names else ""
 
-    def _reference(self, micro: int, logps: Tensor) -> Tensor | None:
-        if not self.objective.needs_reference:
-            return None
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities by the policy, and by the reference where the objective needs them."""
+        reference = batch.reference
+        if self.online and self.backend.updated:
+            with self.policy.reference():
+                reference = self.backend.response_logps(batch)
+        logps = self.backend.response_logps(batch)
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
         policy_is_reference = self.open_reference is None and not self.backend.updated
-        return logps.detach() if policy_is_reference else self.reference[micro].to(logps.device)
+        return logps, logps.detach() if policy_is_reference and self.objective.needs_reference else reference
 
 
 def make_backend(

@@ -1,27 +1,28 @@
-"""What a stage trains on, step by step, and what the reference model says of it."""
+"""What a stage trains on, step by step."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from allo_fast import ranks
-from allo_fast.config import TrainConfig
+from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.arrays import Chained, Ragged
-from allo_fast.data.batch import Batch, Corpus, collate, plan_micro_batches, plan_steps
-from allo_fast.durable import is_own, make_folder, open_tensors, own, save_tensors
+from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.training.steps import MicroBatch, cut, plan_chunks, plan_steps
 
-PART_NUMBERS = 1 << 22  # that a file of reference log-probabilities has at most, if a micro-batch has fewer
+logger = logging.getLogger(__name__)
 
 
 class Examples:
-    """A corpus cut into micro-batches and optimizer steps, the same on every rank and for any number of them.
+    """A corpus cut into optimizer steps and micro-batches, the same on every rank and for any number of them.
 
-    steps: per optimizer step the numbers of its micro-batches. token_weights: per response, one number per token.
-    Raises UserError where a rank has another corpus.
+    Examples are known by their numbers, in the order of the first epoch. token_weights: per response, one number per
+    token. reference: per response the log-probabilities by a reference model, once somebody sets them. Examples longer
+    than max_tokens_per_batch are set aside, which is said. Raises UserError where that is all of them, and where a rank
+    has another corpus.
     """
 
     def __init__(
@@ -31,108 +32,97 @@ class Examples:
         seed: int = 0,
         token_weights: Ragged | list[list[float]] | None = None,
     ):
-        self.corpus, self.token_weights = corpus, token_weights
-        self.micro_batches = plan_micro_batches(corpus, config.per_device_train_batch_size, seed)
-        per_step, epochs = config.gradient_accumulation_steps, config.num_train_epochs
+        self.token_weights, self.reference = token_weights, None
+        self.budget, size = config.max_tokens_per_batch, config.per_device_train_batch_size
         weights = token_weights.arrays() if isinstance(token_weights, Ragged) else [token_weights]
         ranks.agree_on("corpus", chain(corpus.arrays(), weights))
-        self.epochs = plan_steps(len(self.micro_batches), per_step, epochs, seed)
+        self._prompt_lengths, self._lengths = corpus.prompts.lengths, corpus.responses.tokens.lengths
+        self._prompts = corpus.responses.prompts
+        self.corpus, self.set_aside = self._fitting(corpus)
+        self.chunks = plan_chunks(self.corpus, size, seed)
+        self.epochs = plan_steps(len(self.chunks), config.gradient_accumulation_steps, config.num_train_epochs, seed)
         self.steps = Chained(self.epochs)
 
-    def collate(self, micro: int, share_prompts: bool) -> Batch:
-        """On the CPU."""
-        examples = self.micro_batches[micro]
-        return collate(self.corpus, examples, share_prompts=share_prompts, token_weights=self.token_weights)
+    def __len__(self) -> int:
+        return len(self.chunks.rows)
 
-    def names_of(self, micro: int) -> list[str]:
-        """Of the rows that a micro-batch came from."""
-        return self.corpus.names_of(self.micro_batches[micro])
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Those of all ranks."""
+        size = self.chunks.size
+        chunks = [tuple(range(size * n, min(size * (n + 1), len(self)))) for n in self.steps[step]]
+        if self.budget is None:
+            return chunks
+        return cut([*chain(*chunks)], self._problem, self.tokens, self.budget, ranks.world_size())
 
-    def share(self, step: int) -> list[tuple[int, float]]:
+    def share(self, step: int) -> list[tuple[MicroBatch, float]]:
         """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
-        micros, world, rank = self.steps[step], ranks.world_size(), ranks.rank()
+        micros, world, rank = self.micro_batches(step), ranks.world_size(), ranks.rank()
         local_micro_batches = [(micro, 1.0) for micro in micros[rank::world]]
         return local_micro_batches + [(micros[0], 0.0)] * (-(-len(micros) // world) - len(local_micro_batches))
 
+    def responses(self, micro: Sequence[int]) -> np.ndarray:
+        """Their numbers in the corpus, each once."""
+        return np.unique(self.chunks.rows[list(micro)])
 
-class Reference(Mapping[int, Tensor]):
-    """By the number of a micro-batch, fp32 [R, L] on the CPU, mapped from files of as many micro-batches each.
+    def tokens(self, micro: Sequence[int]) -> int:
+        """That a model computes on where prompts are shared."""
+        return self._size(self.responses(micro))
 
-    A file has `values`, those of all its micro-batches one after another, and `shapes` [n, 2]. mark: of what they are.
-    """
+    def count(self, micro: MicroBatch, what: str) -> int:
+        """How many "examples", "tokens" of their responses, or "weights" of tokens that are not 0."""
+        if what == "examples":
+            return len(micro)
+        if what == "tokens":
+            return int(self._lengths[self.responses(micro)].sum())
+        return sum(int(np.count_nonzero(self.token_weights[response])) for response in self.responses(micro).tolist())
 
-    def __init__(self, folder: Path, mark: str, examples: Examples):
-        self.folder, self.mark, self.count = folder, mark, len(examples.micro_batches)
-        largest = examples.micro_batches.rows.shape[1] * examples.micro_batches.size
-        largest *= int(examples.corpus.responses.tokens.lengths.max())
-        self.size = max(1, PART_NUMBERS // largest)
-        self._parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    def collate(self, micro: MicroBatch, layout: Layout) -> Batch:
+        """On the CPU."""
+        examples = [tuple(row) for row in self.chunks.rows[list(micro)].tolist()]
+        return collate(self.corpus, examples, layout, token_weights=self.token_weights, reference=self.reference)
 
-    def __len__(self) -> int:
-        return self.count
+    def batches(self, first: int, layout: Layout) -> Iterator[list[tuple[MicroBatch, float, Batch]]]:
+        """Of each step from `first` on this rank's share, collated by a thread while the step before it computes."""
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
+        def made(step: int) -> list[tuple[MicroBatch, float, Batch]]:
+            return [(micro, weight, self.collate(micro, layout)) for micro, weight in self.share(step)]
 
-    def __getitem__(self, micro: int) -> Tensor:
-        if micro not in range(self.count):
-            raise KeyError(micro)
-        part, place = divmod(micro, self.size)
-        if part not in self._parts:
-            self._parts[part] = self._opened(part)
-        values, shapes, ends = self._parts[part]
-        return values[ends[place] - shapes[place].prod() : ends[place]].view(*shapes[place].tolist())
+        with ThreadPoolExecutor(1) as worker:
+            coming = worker.submit(made, first) if first < len(self.steps) else None
+            for step in range(first, len(self.steps)):
+                found = coming.result()
+                coming = worker.submit(made, step + 1) if step + 1 < len(self.steps) else None
+                yield found
 
-    def path(self, part: int) -> Path:
-        return self.folder / f"reference-{part:05d}.safetensors"
+    def names_of(self, micro: MicroBatch) -> list[str]:
+        """Of the rows that a micro-batch came from."""
+        return self.corpus.names_of(self.chunks.rows[list(micro)].tolist())
 
-    def micros(self, part: int) -> range:
-        return range(part * self.size, min(self.count, (part + 1) * self.size))
+    def _problem(self, example: int) -> int:
+        return int(self._prompts[self.chunks.rows[example, 0]])
 
-    def missing(self) -> list[int]:
-        """The parts that are not there; of those that are damaged this is said."""
-        return [part for part in range(-(-self.count // self.size)) if not is_own(self.path(part), self.mark)]
+    def _size(self, responses: np.ndarray) -> int:
+        # Of a response its last token is not computed on.
+        prompts = np.unique(self._prompts[responses])
+        return int(self._prompt_lengths[prompts].sum() + (self._lengths[responses] - 1).sum())
 
-    def save(self, part: int, logps: list[Tensor]) -> None:
-        """logps: of its micro-batches, in order."""
-        make_folder(self.folder)
-        values, shapes = torch.cat([item.flatten() for item in logps]), torch.tensor([item.shape for item in logps])
-        save_tensors(path := self.path(part), {"values": values, "shapes": shapes}, {"mark": own(path, self.mark)})
-
-    def _opened(self, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        file = open_tensors(self.path(part), check=False)
-        shapes = file.get_tensor("shapes")
-        return file.get_tensor("values"), shapes, shapes.prod(1).cumsum(0)
-
-
-def reference_logps(
-    folder: Path,
-    mark: str,
-    examples: Examples,
-    opened: AbstractContextManager[Callable[[Batch], Tensor]],
-    share_prompts: bool,
-    device: torch.device,
-) -> Generator[tuple[int, int], None, Reference]:
-    """Yields (micro-batches done, all).
-
-    Computed once, file by file in `folder`, so that a killed stage goes on. opened: the reference's log-probabilities,
-    while entered.
-    """
-    reference = Reference(folder, mark, examples)
-    if not (missing := ranks.on_main(reference.missing)):
-        return reference
-    done = reference.count - sum(len(reference.micros(part)) for part in missing)
-    with opened as compute:
-        for part in missing:
-            logps: list[Tensor] = []
-            micros = reference.micros(part)
-            for first in micros[:: ranks.world_size()]:
-                # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
-                micro = first + ranks.rank() if first + ranks.rank() in micros else first
-                with torch.no_grad():
-                    found = compute(examples.collate(micro, share_prompts).to(device)).cpu()
-                logps += ranks.gather(found)[: len(micros) - len(logps)]
-                yield done + len(logps), reference.count
-            ranks.on_main(lambda part=part, logps=logps: reference.save(part, logps))
-            done += len(micros)
-    return reference
+    def _fitting(self, corpus: Corpus) -> tuple[Corpus, int]:
+        """The examples that fit a micro-batch each, and how many do not."""
+        if self.budget is None:
+            return corpus, 0
+        examples = np.asarray(corpus.examples, dtype=np.int32)
+        distinct = np.where(examples == examples[:, :1], 0, self._lengths[examples] - 1)[:, 1:].sum(1)
+        sizes = self._prompt_lengths[self._prompts[examples[:, 0]]] + self._lengths[examples[:, 0]] - 1 + distinct
+        fitting = np.flatnonzero(sizes <= self.budget)
+        if len(fitting) == len(examples):
+            return corpus, 0
+        longest = int(sizes.argmax())
+        name = "".join(corpus.names_of([tuple(examples[longest])]))
+        number = f"{len(examples) - len(fitting)} of {len(examples)} examples"
+        said = (
+            f"max_tokens_per_batch: {self.budget}: {number} have more tokens; the longest, {name}, has {sizes[longest]}"
+        )
+        if not len(fitting):
+            raise UserError(said)
+        logger.warning("%s; they are set aside", said)
+        return corpus.only(fitting), len(examples) - len(fitting)

@@ -1,0 +1,189 @@
+"""Log-probabilities of responses by a reference model: computed once, kept by content, read by whoever needs them.
+
+A file has those of many responses: `digests` [n, 16], of the tokens of each with its prompt, `ends` [n] and `values`,
+all one behind another.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allo_fast import ranks
+from allo_fast.data.arrays import Lazy
+from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.durable import make_folder, mark_of, open_tensors, own, save_tensors
+from allo_fast.training.steps import cut
+
+logger = logging.getLogger(__name__)
+
+PARTS = "reference-*.safetensors"
+_PART_NUMBERS = 1 << 22  # that a file has at most, if a response has fewer
+_SECONDS = 600.0  # after which a file is written, however few it has
+_TOKENS = 4096  # of a forward pass, where nothing else is said
+
+
+def kept(cache: Path, of: str) -> tuple[Path, str]:
+    """The folder in `cache`, and the mark, of a reference model that is known by these words."""
+    mark = hashlib.sha256(of.encode()).hexdigest()
+    return cache / f"reference-{mark[:16]}", mark
+
+
+class Opened(NamedTuple):
+    """A reference model while it is there."""
+
+    compute: Callable[[Batch], Tensor]
+    layout: Layout
+    device: torch.device
+
+
+class Reference(Lazy[list[float]]):
+    """Per response of `corpus`, fp32, as found in `folder`. mark: of what the files there are."""
+
+    def __init__(self, folder: Path, mark: str, corpus: Corpus, responses: np.ndarray):
+        self.folder, self.mark, self.corpus = folder, mark, corpus
+        self.responses = responses  # those that are asked for
+        self._digests = np.array([_digest(corpus, number) for number in responses.tolist()], dtype="S16")
+        self._count = len(corpus.responses)
+        self._whole: list[Path] = []
+        self._parts: list[tuple[Tensor, np.ndarray]] = []
+        self._places = np.full((self._count, 2), -1, dtype=np.int64)  # part, number in it
+
+    def __len__(self) -> int:
+        return self._count
+
+    def item(self, index: int) -> list[float]:
+        part, place = self._places[index].tolist()
+        assert part >= 0, "only responses that were asked for"
+        values, ends = self._parts[part]
+        return values[ends[place - 1] if place else 0 : ends[place]].tolist()
+
+    def read(self) -> None:
+        """Finds what the files have."""
+        self._parts.clear()
+        self._whole = ranks.on_main(self._look)
+        order = np.argsort(self._digests, kind="stable")
+        ordered = self._digests[order]
+        for number, path in enumerate(self._whole):
+            file = open_tensors(path, check=False)
+            digests = file.get_tensor("digests").numpy().view("S16")[:, 0]
+            self._parts.append((file.get_tensor("values"), file.get_tensor("ends").numpy()))
+            first, last = np.searchsorted(ordered, digests), np.searchsorted(ordered, digests, "right")
+            for place in np.flatnonzero(first < last).tolist():
+                self._places[self.responses[order[first[place] : last[place]]]] = number, place
+
+    def missing(self) -> np.ndarray:
+        """Of the responses that are asked for, those that no file has; of the same tokens the first."""
+        numbers = np.flatnonzero(self._places[self.responses, 0] < 0)
+        _, first = np.unique(self._digests[numbers], return_index=True)
+        return self.responses[numbers[np.sort(first)]]
+
+    def save(self, computed: list["_Computed"]) -> None:
+        """Into a file of its own; rank 0 calls."""
+        make_folder(self.folder)
+        names = (self.folder / PARTS.replace("*", f"{number:05d}") for number in count())
+        path = next(path for path in names if path not in self._whole)
+        responses = np.concatenate([part.responses for part in computed])
+        digests = self._digests[np.searchsorted(self.responses, responses)]
+        lengths = torch.from_numpy(self.corpus.responses.tokens.lengths[responses])
+        tensors = {"digests": torch.from_numpy(digests.view(np.uint8).reshape(-1, 16))}
+        tensors |= {"ends": lengths.cumsum(0), "values": torch.cat([part.values for part in computed])}
+        save_tensors(path, tensors, {"mark": own(path, self.mark)})
+        self._whole.append(path)
+
+    def _look(self) -> list[Path]:
+        """Whole files; what is damaged, or of another model, is said and computed again."""
+        marks = {path: mark for path in sorted(self.folder.glob(PARTS)) if (mark := mark_of(path)) is not None}
+        for path in (others := [path for path, mark in marks.items() if mark != own(path, self.mark)]):
+            logger.warning("%s: of another model or another way of computing; computed again", path)
+        return [path for path in marks if path not in others]
+
+
+def reference_logps(
+    folder: Path,
+    mark: str,
+    corpus: Corpus,
+    responses: np.ndarray,
+    opened: AbstractContextManager[Opened],
+    budget: int | None = None,
+) -> Generator[tuple[int, int], None, Reference]:
+    """Yields (responses done, all).
+
+    What `folder` has already, from an earlier session or another stage, is not computed again. opened: the reference
+    model, while entered. budget: tokens of a forward pass. mark: of the model and of how it computes.
+    """
+    reference = Reference(folder, mark, corpus, responses)
+    reference.read()
+    missing = reference.missing()
+    if not len(missing):
+        return reference
+    done = len(responses) - len(missing)
+    with opened as model:
+        waiting: list[_Computed] = []
+        due_at = time.monotonic() + _SECONDS
+        for computed in _computed(corpus, missing, model, budget or _TOKENS):
+            waiting.append(computed)
+            done += len(computed.responses)
+            size = sum(len(part.values) for part in waiting)
+            if size > _PART_NUMBERS or ranks.on_main(partial(_is_past, due_at)):
+                ranks.on_main(lambda: reference.save(waiting))
+                waiting.clear()
+                due_at = time.monotonic() + _SECONDS
+            yield done, len(responses)
+        if waiting:
+            ranks.on_main(lambda: reference.save(waiting))
+    reference.read()
+    return reference
+
+
+def _is_past(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+class _Computed(NamedTuple):
+    responses: np.ndarray
+    values: Tensor  # fp32, of all their tokens
+
+
+def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int) -> Iterator[_Computed]:
+    """Some responses after others, each micro-batch by one of the ranks, on all of them."""
+    micros, rank = _micro_batches(corpus, responses, budget), ranks.rank()
+    while several := list(islice(micros, ranks.world_size())):
+        # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
+        micro = several[rank if rank < len(several) else 0]
+        batch = collate(corpus, [(number,) for number in micro], model.layout)
+        with torch.no_grad():
+            logps = model.compute(batch.to(model.device)).float().cpu()
+        yield from ranks.gather(_Computed(np.array(micro), logps[batch.valid]))[: len(several)]
+
+
+def _micro_batches(corpus: Corpus, responses: np.ndarray, budget: int) -> Iterator[Sequence[int]]:
+    """In windows of a few hundred, so that memory does not grow with the corpus."""
+    prompts, lengths, prompt_lengths = corpus.responses.prompts, corpus.responses.tokens.lengths, corpus.prompts.lengths
+    responses = responses[np.argsort(prompts[responses], kind="stable")]
+
+    def tokens_of(numbers: Sequence[int]) -> int:
+        numbers = np.asarray(numbers)
+        return int(prompt_lengths[np.unique(prompts[numbers])].sum() + (lengths[numbers] - 1).sum())
+
+    for begin in range(0, len(responses), 512):
+        window = responses[begin : begin + 512].tolist()
+        largest = max(tokens_of([number]) for number in window)
+        yield from cut(window, lambda number: int(prompts[number]), tokens_of, max(budget, largest))
+
+
+def _digest(corpus: Corpus, response: int) -> bytes:
+    prompt, tokens = corpus.prompts[int(corpus.responses.prompts[response])], corpus.responses.tokens[response]
+    digest = hashlib.blake2b(digest_size=16)
+    for numbers in ([len(prompt)], prompt, tokens):
+        digest.update(np.array(numbers, dtype=np.int32))
+    return digest.digest()
