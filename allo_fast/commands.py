@@ -166,7 +166,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    config, gpus, host = load_config(options.config, options.overrides), options.gpus, options.host_memory
+    config, gpus = load_config(options.config, options.overrides, auto="bfloat16"), options.gpus
+    host = options.host_memory
     if gpus < 1 or not 0 < options.gpu_memory < 1e6:
         raise UserError(f"--gpus, --gpu-memory: expected devices, and GB of each; got {gpus}, {options.gpu_memory:g}")
     if host is not None and not 0 < host < 1e6:

@@ -5,43 +5,49 @@ Names are those of transformers' TrainingArguments and TRL's DPOConfig where one
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from allo_fast.config_train import (
+    LARGEST,
+    ForgetConfig,
+    ImplicitConfig,
+    LearnConfig,
+    PretrainConfig,
+    RewriterConfig,
+    Section,
+    SftConfig,
+    TrainConfig,
+    WarmupConfig,
+)
+from allo_fast.config_train import PreferenceTrainConfig as PreferenceTrainConfig
+from allo_fast.config_train import SparseTrainConfig as SparseTrainConfig
+from allo_fast.errors import UserError as UserError  # for whoever reads a configuration
+from allo_fast.errors import first_line as first_line
 
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
-_LARGEST = 2**31 - 1  # that a whole number may be
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave; the command line prints it without a traceback."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says in one line, which a file may have made endless; its name where it is silent."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > _LARGEST:
-            raise ValueError(f"expected at most {_LARGEST}")
-        return value
 
 
 class ModelConfig(Section):
     name_or_path: str | None = None  # local folder or hub id; null: the project pretrains a tiny Llama (`pretrain`)
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen base; the warm-up trains in float32
+    # Of the frozen base; the warm-up trains in float32. auto: bfloat16 where the device has matrix units for it (from
+    # CUDA 8.0 on, AMX), else float32.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     # Of the values that train, into a bfloat16 base; stochastic: by chance, in the mean the value itself, so that what
     # is smaller than bfloat16 can show counts too. A float32 base takes the values as they are, whichever is set.
     rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    @model_validator(mode="after")
+    def _chosen(self):
+        if self.dtype == "auto":
+            from allo_fast.device import best_dtype  # which takes torch
+
+            self.dtype = best_dtype(self.device)
+        return self
 
 
 class DataConfig(Section):
@@ -70,59 +76,6 @@ class PairsConfig(Section):
     gold: Literal["never", "missing"] = "never"  # missing: the gold solution stands in where no response is correct
 
 
-class TrainConfig(Section):
-    learning_rate: float = Field(gt=0)  # the highest of the schedule
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # transformers'
-    warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
-    num_train_epochs: int = Field(1, gt=0)  # passes over the examples
-    per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
-    gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
-    # Of a forward pass, padding left out: the step's examples, as many as the two keys above say, are then cut into as
-    # many passes as that takes. Longer examples are set aside. null: per_device_train_batch_size examples a pass.
-    max_tokens_per_batch: int | None = Field(None, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)  # gradients are scaled down to it
-    weight_decay: float = Field(0.0, ge=0)  # of the weights that train, times the learning rate
-    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of the gradients' mean
-    adam_beta2: float = Field(0.999, ge=0, lt=1)  # of their squares' mean
-    adam_epsilon: float = Field(1e-8, gt=0)  # added to the root of it
-    save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
-    save_minutes: float = Field(10, gt=0)  # at most, between them
-    skip_nonfinite_steps: int = Field(0, ge=0)  # steps passed over whose loss or gradient is not finite; more end it
-
-    @property
-    def examples_per_step(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-
-class PretrainConfig(TrainConfig):
-    learning_rate: float = Field(2e-3, gt=0)
-    per_device_train_batch_size: int = Field(128, gt=0)
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    hidden_size: int = Field(128, gt=0)
-    intermediate_size: int = Field(352, gt=0)
-    num_hidden_layers: int = Field(6, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
-    problems: int = Field(51200, gt=0)  # generated arithmetic problems
-
-
-class SftConfig(TrainConfig):
-    learning_rate: float = Field(2e-5, gt=0)  # the usual one for all weights; a few percent bear ten times as much
-    num_train_epochs: int = Field(3, gt=0)
-    per_device_train_batch_size: int = Field(4, gt=0)
-    gradient_accumulation_steps: int = Field(32, gt=0)
-    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that train; 1: dense, in float32
-    max_examples: int | None = Field(None, gt=0)  # right responses to train on, drawn at random; null: all
-
-
-class PreferenceTrainConfig(TrainConfig):
-    reference: str | None = None  # folder or hub id of another reference model; null: the policy before its first step
-
-
-class WarmupConfig(PreferenceTrainConfig):
-    learning_rate: float = Field(1e-6, gt=0)
-    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
-
-
 class LocateConfig(Section):
     score: Score | None = None  # what ranks the weights; null: linear, with protocol: release delta
     after: str | None = None  # folder or hub id: rank by what changed from the base to this model instead
@@ -140,18 +93,6 @@ class LocateConfig(Section):
     rows: bool = False
 
 
-class RewriterConfig(TrainConfig):
-    learning_rate: float = Field(2e-5, gt=0)
-    num_train_epochs: int = Field(3, gt=0)
-    per_device_train_batch_size: int = Field(4, gt=0)
-    gradient_accumulation_steps: int = Field(32, gt=0)
-
-
-class ImplicitConfig(TrainConfig):
-    learning_rate: float = Field(5e-6, gt=0)
-    beta: float = Field(0.1, gt=0)  # of its implicit rewards, which are the tokens' rewards
-
-
 class RewardsConfig(Section):
     source: RewardSource | None = None  # null: rewriter, for preference data confidence
     path: str | None = None  # source: file: JSON lines {prompt, response, rewards: one number per token}
@@ -164,29 +105,6 @@ class RewardsConfig(Section):
     dpo: ImplicitConfig = ImplicitConfig()  # of source: implicit
 
 
-class SparseTrainConfig(PreferenceTrainConfig):
-    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
-    clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
-
-
-class ForgetConfig(SparseTrainConfig):
-    learning_rate: float = Field(5e-7, gt=0)
-    warmup_steps: float = Field(0.03, ge=0)
-    gradient_accumulation_steps: int = Field(32, gt=0)
-    beta: float = Field(0.1, gt=0)  # of NPO
-    # Tokens whose reward is below it are forgotten (protocol: paper); mean: below the mean of their own response.
-    threshold: Literal["mean"] | Annotated[float, Field(ge=0, le=1)] = 0.5
-
-
-class LearnConfig(SparseTrainConfig):
-    learning_rate: float = Field(5e-6, gt=0)
-    gradient_accumulation_steps: int = Field(32, gt=0)
-    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
-    # Fraction of each rejected response's tokens that are key tokens; null: 0.1, with method: sparse-dpo 1 (plain DPO).
-    epsilon: float | None = Field(None, gt=0, le=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
-
-
 class EvaluateConfig(Section):
     max_new_tokens: int = Field(512, gt=0)  # of a greedy answer
     batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
@@ -197,7 +115,7 @@ class Config(Section):
     output_dir: str = "runs"  # on several nodes: a folder that all of them see
     deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
     ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
-    seeds: list[Annotated[int, Field(ge=0, le=_LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
+    seeds: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
     # Log-probabilities by the reference. cached: computed once, and kept in the run's folder for all stages and seeds;
     # online: in every step. Dense training and other reference models know only cached.

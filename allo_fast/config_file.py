@@ -4,6 +4,7 @@ A run keeps its own as config.yaml.
 """
 
 import difflib
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -12,15 +13,18 @@ from pydantic import ValidationError
 
 from allo_fast.config import Config, Section, UserError, first_line
 
+logger = logging.getLogger(__name__)
+
 _NODES = 10_000  # keys and values in a file, aliases counted as what they stand for
 _DEPTH = 50  # levels of nesting
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = None) -> Config:
     """The configuration in a YAML file, with `key.subkey=value` overrides (values are YAML) on top.
 
-    Raises UserError for a file that cannot be read, YAML that does not parse, unknown keys (naming the nearest known
-    one) and values that do not fit.
+    auto: the dtype of a model whose `dtype` is auto; None: what suits this machine, which is said. Raises UserError for
+    a file that cannot be read, YAML that does not parse, unknown keys (naming the nearest known one) and values that do
+    not fit.
     """
     try:
         raw = _parse(Path(path).read_text("utf-8"), str(path))
@@ -35,10 +39,17 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         if not equals:
             raise UserError(f"{override}: expected key.subkey=value")
         _assign(raw, key, _parse(value, override))
+    model = raw.setdefault("model", {})
+    is_auto = isinstance(model, dict) and model.get("dtype", "auto") == "auto"
+    if is_auto and auto:
+        model["dtype"] = auto
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_explained(error.errors()))) from None
+    if is_auto and not auto:
+        logger.info("model.dtype: %s, as suits this machine", config.model.dtype)
+    return config
 
 
 def dump_config(config: Config) -> str:

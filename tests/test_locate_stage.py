@@ -247,7 +247,7 @@ def test_token_weights_that_are_all_zero(tmp_path):
     corpus, objective = responses_corpus(), counted(Npo(0.5))
     sweep = few(tiny_llama(), tmp_path, corpus=corpus, objective=objective, token_weights=[[0.0] * 3] * 5, windows=9)
     with pytest.raises(
-        UserError, match="locate.score: linear: expected a loss that depends on the model, got none in 3"
+        UserError, match="locate.score: linear: expected a loss that depends on the model, got none in 5"
     ):
         scores_of(sweep)
     assert objective.calls == 3, "each micro-batch is looked at once, before any pass"
@@ -265,7 +265,7 @@ def test_a_loss_that_does_not_depend_on_the_model(tmp_path):
 def test_pairs_whose_responses_are_the_same(tmp_path):
     corpus = responses_corpus()
     corpus.examples = [(index, index) for (index,) in corpus.examples]
-    with pytest.raises(UserError, match="do the examples differ"):
+    with pytest.raises(UserError, match="do they differ"):
         scores_of(few(tiny_llama(), tmp_path, corpus=corpus))
 
 

@@ -93,7 +93,8 @@ def outputs(folder: Path) -> dict:
 def test_the_folder_is_what_the_design_says(finished):
     _, folder = finished
     stages = "00-pretrain 02-sample 03-pairs 04-warmup 05-locate 06-rewards 07-forget 08-learn 09-evaluate".split()
-    assert sorted(path.name for path in folder.iterdir()) == [*stages, "config.yaml", "report.html", "summary.json"]
+    files = ["cache", "config.yaml", "report.html", "summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [*stages, *files]
     manifest = json.loads((folder / "08-learn/seed-1" / MANIFEST).read_text())
     assert {name for name in manifest["basis"] if "/" in name} == {
         *("03-pairs/seed-1/pairs.jsonl", "05-locate/seed-1/forget.safetensors", "05-locate/seed-1/learn.safetensors"),

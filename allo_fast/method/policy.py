@@ -26,6 +26,7 @@ from allo_fast.method.delta import Delta, begin
 from allo_fast.method.group import Group
 from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.rows import RowLinear, whole_rows
+from allo_fast.method.sampled import SampledLinear, is_plain_linear, pays
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.logps import ResponseLogps
@@ -197,25 +198,32 @@ class SparsePolicy:
 
     def _install(self, module: nn.Module) -> None:
         names = [name for name, weight in module._parameters.items() if id(weight) in self._names]
-        rows = self._whole_rows(module)
-        forward = {"forward": lambda module, hidden: self._row_linear(module, hidden, rows)}
-        install_reads(module, names, self._read, {} if rows is None else forward)
+        linear = self._without_dense_gradient(module)
+        forward = {"forward": lambda module, hidden: self._linear(module, hidden, *linear)} if linear else {}
+        install_reads(module, names, self._read, forward)
 
-    def _whole_rows(self, module: nn.Module) -> Tensor | None:
-        """Of a linear layer of which whole rows train, which; else None."""
-        name = self._names.get(id(module._parameters.get("weight")))
-        plain = getattr(type(module), "_without_aliases", type(module))
-        if name not in self.values or self.dense_gradients or plain.forward is not nn.Linear.forward:
+    def _without_dense_gradient(self, module: nn.Module) -> tuple[type[torch.autograd.Function], object] | None:
+        """What computes a linear layer whose weight never gets a dense gradient, and what of it trains; or None."""
+        weight = module._parameters.get("weight")
+        name = self._names.get(id(weight))
+        if name not in self.values or self.dense_gradients or not is_plain_linear(module):
             return None
-        return whole_rows(self.positions[name], module.in_features)
+        at = self.positions[name]
+        if (rows := whole_rows(at, module.in_features)) is not None:
+            return RowLinear, rows
+        return (SampledLinear, at) if pays(weight, at) else None
 
-    def _row_linear(self, module: nn.Linear, hidden: Tensor, rows: Tensor) -> Tensor:
+    def _linear(
+        self, module: nn.Linear, hidden: Tensor, function: type[torch.autograd.Function], entries: object
+    ) -> Tensor:
         weight = module._parameters["weight"]
         if self._in_reference or not torch.is_grad_enabled():
             return nn.functional.linear(hidden, weight, module.bias)
+        if torch.is_autocast_enabled(hidden.device.type):  # a custom Function's backward would not know
+            return nn.functional.linear(hidden, self._read(weight), module.bias)
         name = self._names[id(weight)]
         self._value_parameters.check_written(name)
-        return RowLinear.apply(hidden, self.values[name], weight.detach(), module.bias, rows)
+        return function.apply(hidden, self.values[name], weight.detach(), module.bias, entries)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():

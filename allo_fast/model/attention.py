@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
-from allo_fast.data.batch import Batch, Span
+from allo_fast.data.batch import Batch, Layout, Span
 
 PACKED = "allo_packed"
 BLOCK = 128  # positions of FlexAttention's blocks, of which a packed row on a GPU is a multiple
@@ -124,15 +125,21 @@ AttentionInterface.register(PACKED, packed_attention_forward)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Whether the model's layers now call `packed_attention_forward`: those of sdpa do, if they look theirs up."""
-    if model.config.get_text_config()._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+def install(model: PreTrainedModel) -> Layout | None:
+    """How rows may be packed for the model, if at all. The layers of sdpa, if they look theirs up, now call
+    `packed_attention_forward`; flash-attention keeps apart what begins at position 0, which no shared prompt does."""
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(PACKED)
-    return model.config.get_text_config()._attn_implementation == PACKED
+    shares = config._attn_implementation == PACKED
+    multiple = BLOCK if shares and model.device.type == "cuda" else 1
+    return Layout(shares, True, multiple) if shares or is_flash_attention_requested(config) else None
 
 
-def inputs(batch: Batch) -> dict:
-    """What a model with `packed_attention_forward` takes beside the tokens of a packed batch."""
+def inputs(batch: Batch, model: PreTrainedModel) -> dict:
+    """What it takes beside the tokens of a packed batch."""
+    if model.config.get_text_config()._attn_implementation != PACKED:
+        return {"position_ids": batch.position_ids}
     packing = Packing(batch)
     if batch.input_ids.is_cuda:
         mask = packing.block_mask

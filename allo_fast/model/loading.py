@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.device import pick_device
 from allo_fast.model.checkpoint import (
     check_model,
     check_names,
@@ -34,16 +35,6 @@ _SMALL += ("tekken*.json", "chat_template*", "additional_chat_templates/*", "*.s
 _OPTIONAL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _OPTIONAL += ("added_tokens.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 _OPTIONAL += ("chat_template.jinja",)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device: {name}: {first_line(error)}") from None
 
 
 def load_model(

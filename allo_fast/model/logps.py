@@ -78,7 +78,7 @@ class ResponseLogps(nn.Module):
 
     def _in_one_pass(self, batch: Batch) -> Tensor:
         if batch.packed:
-            inputs = attention.inputs(batch)
+            inputs = attention.inputs(batch, self.model)
         elif not batch.branches:  # nothing shares a row: the model's own causal mask will do
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
         else:

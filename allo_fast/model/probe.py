@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Corpus, Layout, collate
-from allo_fast.model.attention import BLOCK, PACKED
+from allo_fast.model.attention import PACKED
 
 LONGEST = 256  # tokens of a trial's prompt; attention windows beyond are not tried
 # Keys under which configurations say how far layers see that do not see everything.
@@ -50,11 +50,14 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Callable, packs: bool) -> Findings:
+def examine(
+    model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Callable, packs: Layout | None
+) -> Findings:
     """Raises UserError, naming the model's class, where it is refused.
 
     hidden: a batch's last hidden states [B, T, D], its rows in one pass. head: hidden [N, D], targets [N] ->
-    log-probabilities [N] fp32 by the model's head without cap and scale. packs: its attention takes packed rows.
+    log-probabilities [N] fp32 by the model's head without cap and scale. packs: how its attention may take packed
+    rows, if at all.
     """
     name, trial = type(model).__name__, _Trial(model, hidden)
     weights = [weight._version for weight in model.parameters()]
@@ -80,10 +83,11 @@ def examine(model: PreTrainedModel, hidden: Callable[[Batch], Tensor], head: Cal
     why_apart = single or _why_apart(model, trial, alone)
     notes = [f"{name}: rows run one at a time: {single}"] if single else []
     notes += [f"{name}: one response per row, prompts repeated: {why_apart}"] if why_apart and not single else []
-    packed = packs and why_apart is None
-    if packed and (why_padded := _why_padded(trial, alone)):
-        notes, packed = [*notes, f"{name}: a row for each problem, padded: {why_padded}"], False
-    layout = Layout(why_apart is None, packed, BLOCK if model.device.type == "cuda" else 1)
+    layout = Layout(why_apart is None)
+    if packs and limit is None and packs.share_prompts == layout.share_prompts:
+        why_padded = _why_padded(trial, alone, packs)
+        notes += [f"{name}: rows are padded: {why_padded}"] if why_padded else []
+        layout = layout if why_padded else packs
     return Findings(limit, layout, tuple(notes), softcap, temperature)
 
 
@@ -99,11 +103,10 @@ class _Trial:
         prompt, *responses = (torch.randint(self.low, self.high, (n,), generator=draw).tolist() for n in lengths)
         corpus = Corpus()
         pair = tuple(corpus.add(prompt, responses))
-        other = tuple(corpus.add(prompt[::-1], responses[::-1]))
+        self.corpus, self.pairs = corpus, [tuple(corpus.add(prompt[::-1], responses[::-1])), pair]
         self.rows = [collate(corpus, [(index,)]).to(model.device) for index in pair]
         self.batch = collate(corpus, [pair], Layout(share_prompts=False)).to(model.device)
         self.shared = collate(corpus, [pair]).to(model.device)
-        self.packed = collate(corpus, [other, pair], Layout(packed=True, multiple=BLOCK)).to(model.device)
 
     def other_tokens(self, batch: Batch, where: Tensor) -> Batch:
         other = (batch.input_ids - self.low + 1) % (self.high - self.low) + self.low
@@ -177,20 +180,21 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
     return None
 
 
-def _why_padded(trial: _Trial, alone: list[Tensor]) -> str | None:
-    """Why problems of this model, whose responses can share a row, cannot; None when they can."""
-    first, last = trial.packed.spans
-    place = torch.arange(trial.packed.input_ids.shape[1], device=trial.packed.input_ids.device)[None]
-    segments, others = trial.packed.segment_ids, place < first.end
+def _why_padded(trial: _Trial, alone: list[Tensor], layout: Layout) -> str | None:
+    """Why problems of this model cannot lie in one row; None when they can."""
+    batch = collate(trial.corpus, trial.pairs, layout).to(trial.model.device)
+    spans = batch.spans[len(batch.spans) // 2 :]  # of the second of two problems
+    place = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
+    others, later = place < spans[0].begin, (place >= spans[0].begin) & (place < spans[-1].end)
     try:
-        before = trial.hidden(trial.packed)
-        reached = trial.reaches(trial.packed, before, others, (place >= last.begin) & (place < last.end))
+        before = trial.hidden(batch)
+        reached = trial.reaches(batch, before, others, later)
     except Exception as error:  # a model may raise anything
         return f"it takes no packed rows: {_first_line(error)}"
     if reached:
         return "problems in one row can change each other"
-    packed = torch.cat([before[(segments == number) & ~others] for number in (1, 2)])
-    responses = [states[batch.segment_ids == 1] for states, batch in zip(alone, trial.rows, strict=True)]
+    packed = before[later & (batch.segment_ids > 0)]
+    responses = [states[row.segment_ids == 1] for states, row in zip(alone, trial.rows, strict=True)]
     return None if _near(packed, torch.cat(responses), trial.tolerance) else "in one row its results are others"
 
 

@@ -16,9 +16,10 @@ from typing import Protocol
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
+from allo_fast.device import pick_device
 from allo_fast.durable import LEFTOVERS, SCRATCH, Damaged, read_json, versions, write_json
 from allo_fast.journal import SUMS
-from allo_fast.model.loading import model_files, pick_device
+from allo_fast.model.loading import model_files
 from allo_fast.runs.basis import (
     Basis,
     deciding,

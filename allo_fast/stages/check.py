@@ -19,10 +19,11 @@ from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
+from allo_fast.device import pick_device
 from allo_fast.locating.windows import pieces_of, windows_of
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
-from allo_fast.model.loading import load_tokenizer, pick_device
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of

@@ -36,7 +36,7 @@ def trainer_of(
 
 def cache_of(unit: Unit) -> Path:
     """Of what stages share, and could compute again."""
-    return unit.run.folder / "cache"
+    return unit.owner.home.folder / "cache"
 
 
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:

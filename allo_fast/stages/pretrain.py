@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM
 
 from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
 from allo_fast.data.batch import Corpus
+from allo_fast.device import pick_device
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy
-from allo_fast.model.loading import llama_config, pick_device
+from allo_fast.model.loading import llama_config
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.models import prompts_of, save_dense

@@ -1,0 +1,106 @@
+"""The keys of the sections that train; config.py has the others."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LARGEST = 2**31 - 1  # that a whole number may be
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"expected at most {LARGEST}")
+        return value
+
+
+class TrainConfig(Section):
+    learning_rate: float = Field(gt=0)  # the highest of the schedule
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # transformers'
+    warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
+    num_train_epochs: int = Field(1, gt=0)  # passes over the examples
+    per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
+    gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
+    # Of a forward pass, padding left out: the step's examples, as many as the two keys above say, are then cut into as
+    # many passes as that takes. Longer examples are set aside. null: per_device_train_batch_size examples a pass.
+    max_tokens_per_batch: int | None = Field(None, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)  # gradients are scaled down to it
+    weight_decay: float = Field(0.0, ge=0)  # of the weights that train, times the learning rate
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # of the gradients' mean
+    adam_beta2: float = Field(0.999, ge=0, lt=1)  # of their squares' mean
+    adam_epsilon: float = Field(1e-8, gt=0)  # added to the root of it
+    save_steps: int = Field(50, gt=0)  # optimizer steps between checkpoints
+    save_minutes: float = Field(10, gt=0)  # at most, between them
+    skip_nonfinite_steps: int = Field(0, ge=0)  # steps passed over whose loss or gradient is not finite; more end it
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class PretrainConfig(TrainConfig):
+    learning_rate: float = Field(2e-3, gt=0)
+    per_device_train_batch_size: int = Field(128, gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    hidden_size: int = Field(128, gt=0)
+    intermediate_size: int = Field(352, gt=0)
+    num_hidden_layers: int = Field(6, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    problems: int = Field(51200, gt=0)  # generated arithmetic problems
+
+
+class SftConfig(TrainConfig):
+    learning_rate: float = Field(2e-5, gt=0)  # the usual one for all weights; a few percent bear ten times as much
+    num_train_epochs: int = Field(3, gt=0)
+    per_device_train_batch_size: int = Field(4, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that train; 1: dense, in float32
+    max_examples: int | None = Field(None, gt=0)  # right responses to train on, drawn at random; null: all
+
+
+class PreferenceTrainConfig(TrainConfig):
+    reference: str | None = None  # folder or hub id of another reference model; null: the policy before its first step
+
+
+class WarmupConfig(PreferenceTrainConfig):
+    learning_rate: float = Field(1e-6, gt=0)
+    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
+
+
+class RewriterConfig(TrainConfig):
+    learning_rate: float = Field(2e-5, gt=0)
+    num_train_epochs: int = Field(3, gt=0)
+    per_device_train_batch_size: int = Field(4, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+
+
+class ImplicitConfig(TrainConfig):
+    learning_rate: float = Field(5e-6, gt=0)
+    beta: float = Field(0.1, gt=0)  # of its implicit rewards, which are the tokens' rewards
+
+
+class SparseTrainConfig(PreferenceTrainConfig):
+    ratio: float = Field(0.05, gt=0, le=1)  # fraction of all weights that train
+    clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
+
+
+class ForgetConfig(SparseTrainConfig):
+    learning_rate: float = Field(5e-7, gt=0)
+    warmup_steps: float = Field(0.03, ge=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    beta: float = Field(0.1, gt=0)  # of NPO
+    # Tokens whose reward is below it are forgotten (protocol: paper); mean: below the mean of their own response.
+    threshold: Literal["mean"] | Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class LearnConfig(SparseTrainConfig):
+    learning_rate: float = Field(5e-6, gt=0)
+    gradient_accumulation_steps: int = Field(32, gt=0)
+    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
+    # Fraction of each rejected response's tokens that are key tokens; null: 0.1, with method: sparse-dpo 1 (plain DPO).
+    epsilon: float | None = Field(None, gt=0, le=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
