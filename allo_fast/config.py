@@ -99,7 +99,7 @@ class RewardsConfig(Section):
     model: str | None = None  # what rewrites or is confident; null: the base model
     ratio: float = Field(0.05, gt=0, le=1)  # fraction of the weights that train; 1 of a rewriter: dense
     template: str | None = None  # three "{}": problem, solution, response; null: the paper's
-    batch_size: int = Field(8, gt=0)  # responses per forward pass when scoring
+    batch_size: int = Field(8, gt=0)  # responses per forward pass when a rewriter, prompted or implicit model scores
     max_examples: int | None = Field(None, gt=0)  # corrections to train on, drawn at random; null: all
     train: RewriterConfig = RewriterConfig()  # of source: rewriter
     dpo: ImplicitConfig = ImplicitConfig()  # of source: implicit

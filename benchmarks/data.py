@@ -172,7 +172,7 @@ def _rewards(run: Run) -> None:
     def score(batch: Batch) -> Tensor:
         return torch.rand(batch.valid.shape, generator=draw)
 
-    _exhaust(responses.rewarded(unit, rows, score, torch.device("cpu")))
+    _exhaust(responses.rewarded(unit, rows, Opened(score, Layout(), torch.device("cpu"))))
 
 
 def _forget(run: Run) -> None:
@@ -183,7 +183,9 @@ def _forget(run: Run) -> None:
 
 def _sft(run: Run) -> None:
     rows = read_jsonl(_unit(run, "sample").folder / "problems.jsonl")
-    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate((0,), Layout())
+    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate(
+        (0,), Layout()
+    )
 
 
 def _exhaust(work: Iterator) -> None:

@@ -599,7 +599,7 @@ def shared_inference(folder: Path, config: str) -> None:
         deque(evaluate.evaluate(scored, path, delta=delta), maxlen=0)
         with models.inference(unit, path, delta, scoring=True) as held:
             assert held.sharded == (name == "shared")
-            logps = evaluate.response_logps(held, rows[: 1 + ranks.rank()], 2)
+            logps = evaluate.response_logps(held, rows[: 1 + ranks.rank()])
         files = [unit.folder / "responses.jsonl", scored.folder / "predictions.jsonl"]
         ranks.barrier()
         found[name] = [logps, *(file.read_text() for file in files)]

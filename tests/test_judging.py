@@ -151,7 +151,7 @@ def test_log_probabilities_of_responses_are_the_models(place):
     ids = [long, [8, 9], long, [4]]
     row = {"prompt_ids": [3, 4, 5], "responses": [{"ids": each} for each in ids]}
     with inference(unit, place / "base", scoring=True) as frozen:
-        ((first, second, third, last),) = response_logps(frozen, [row], 1)
+        ((first, second, third, last),) = response_logps(frozen, [row])
     made = tiny_llama(vocab_size=len(TOKENIZER))
     for each, found in zip(ids, (first, second, third, last), strict=True):
         logps = made(torch.tensor([[3, 4, 5] + each])).logits[0].log_softmax(-1)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.batch import Layout
 from allo_fast.durable import SCRATCH
 from allo_fast.method.selection import Selection
 from allo_fast.model.saving import save_model
@@ -21,6 +22,7 @@ from allo_fast.model.weights import named_weights
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages import forget, gradients, implicit, rewards, rewriting
 from allo_fast.stages.responses import rewarded, wrong_responses
+from allo_fast.training.reference import Opened
 
 TOKENIZER = character_tokenizer()
 # Problem, gold solution, correct responses, wrong ones; the last has no correct one, and its gold solution is chosen.
@@ -224,8 +226,8 @@ def test_a_reward_that_is_not_finite_ends_the_stage(make_unit, tmp_path):
     model = tiny_llama(vocab_size=len(TOKENIZER))
     about = {"id": "p", "prompt": "1", "prompt_ids": [7], "response": "x", "response_ids": [8, 1]}
     with pytest.raises(UserError, match="rewards.source: confidence: a token's reward is not finite"):
-        score = lambda batch: torch.full(batch.valid.shape, torch.nan)  # noqa: E731
-        deque(rewarded(make_unit(source="confidence"), [about], score, model.device), maxlen=0)
+        scoring = Opened(lambda batch: torch.full(batch.valid.shape, torch.nan), Layout(), model.device)
+        deque(rewarded(make_unit(source="confidence"), [about], scoring), maxlen=0)
 
 
 @pytest.mark.parametrize("data_format, source", [("preference", "confidence"), ("gsm8k", "rewriter")])

@@ -88,7 +88,7 @@ class Npo:
 
     def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = batch.token_weights
-        change = ((logps.detach() - ref) * weights).sum() / weights.sum().clamp(min=1e-9)
+        change = ((logps.detach() - ref) * weights).sum() / weights.count_nonzero().clamp(min=1)
         return npo_token_loss(logps, ref, weights, beta=self.beta), {"logps/forgotten_change": change}
 
 

@@ -8,6 +8,7 @@ from allo_fast.plan.phase import Job, Phase, loading
 from allo_fast.plan.rows import SAMPLED
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.plan.training import scoring_tokens
+from allo_fast.training.reference import TOKENS
 from allo_fast.training.zero import Zero
 
 _LOGIT_BYTES = 32  # of an entry: float32, and what temperature and top-p make of it: sorted, its index, sums, masks
@@ -39,8 +40,9 @@ def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
         chunks = math.ceil(rows.tests / settings.batch_size)
         work = _generating(job, settings.batch_size, settings.max_new_tokens, chunks)
     else:
-        tokens = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens  # a row at a time
-        work = _scoring(job, job.shape, tokens, rows.tests)
+        row = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens
+        tokens = max(TOKENS, row)
+        work = _scoring(job, job.shape, tokens, math.ceil(rows.tests * row / tokens))
     times = 1 + bool(config.sft) + len(config.trained) * len(config.seeds)
     return _frozen(job, "evaluate", zero, work, times)
 
@@ -50,8 +52,12 @@ def rewards_phase(job: Job, zero: Zero | None) -> Phase | None:
     source = job.config.reward_source
     if source not in ("confidence", "prompted") or job.config.method != "allo":
         return None
-    batches = math.ceil(job.rows.wrong / job.config.rewards.batch_size)
-    work = _scoring(job, job.shape_in("rewards"), scoring_tokens(job, source), batches)
+    tokens = scoring_tokens(job, source)
+    row = tokens // job.config.rewards.batch_size
+    if source == "confidence":  # whose passes are the reference's
+        tokens = max(TOKENS, row)
+    batches = math.ceil(job.rows.wrong * row / tokens)
+    work = _scoring(job, job.shape_in("rewards"), tokens, batches)
     return _frozen(job, "rewards", zero, work, len(job.config.seeds))
 
 

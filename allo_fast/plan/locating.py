@@ -42,7 +42,7 @@ class _Sweep:
     @property
     def tokens(self) -> int:
         """Of a micro-batch, padding included."""
-        return micro_batch_tokens(self.job.config, self.section, self.train.per_device_train_batch_size)
+        return micro_batch_tokens(self.job.config, self.section, self.train)
 
     @property
     def examples(self) -> int:

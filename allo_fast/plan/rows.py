@@ -1,10 +1,11 @@
 """How many rows a job has, where they can be counted without fetching anything; else a thousand."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config, TrainConfig, UserError
 from allo_fast.data.problems import Problem, read_problems
 from allo_fast.data.sources import split_slice
 
@@ -109,8 +110,19 @@ def example_tokens(config: Config, section: str) -> tuple[int, int]:
     return prompt, response * (1 if section in ("forget", "pretrain", "sft") else 2)
 
 
-def micro_batch_tokens(config: Config, section: str, size: int) -> int:
-    """Of a micro-batch, at most, padding included: examples of one problem share its prompt and make a longer row."""
+def micro_batches(config: Config, section: str, train: TrainConfig) -> int:
+    """Of a step, of all ranks together, where every example is as long as may be."""
+    if train.max_tokens_per_batch is None:
+        return train.gradient_accumulation_steps
+    return math.ceil(train.examples_per_step * sum(example_tokens(config, section)) / train.max_tokens_per_batch)
+
+
+def micro_batch_tokens(config: Config, section: str, train: TrainConfig) -> int:
+    """Of a micro-batch, at most; without a budget with the padding of a model whose rows are not packed, where examples
+    of one problem share its prompt and make a longer row."""
+    if train.max_tokens_per_batch:
+        return train.max_tokens_per_batch
+    size = train.per_device_train_batch_size
     prompt, responses = example_tokens(config, section)
     most = 1 if section in ("pretrain", "sft", "rewards.train") else config.pairs.max_pairs  # of one prompt
     return max(rows * (prompt + responses * min(most, size - rows + 1)) for rows in range(1, size + 1))

@@ -14,7 +14,7 @@ from allo_fast.plan.costs import (
     traffic,
 )
 from allo_fast.plan.phase import Job, Phase, loading
-from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, response_tokens
+from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, response_tokens
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.training.zero import Zero, trained_ratio
 
@@ -23,13 +23,13 @@ def training_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None
     """Of one section of the configuration that trains."""
     config, shape, gpus = job.config, job.shape_in(section), job.gpus
     ratio, stage = trained_ratio(config, section), zero.stage if zero else 0
-    micros, size = train.gradient_accumulation_steps, train.per_device_train_batch_size
+    micros = micro_batches(config, section, train)
     memory = states(shape, config.model.dtype, ratio, zero, gpus, math.ceil(micros / gpus))
     offloaded = memory.pop("host", 0)
     if isinstance(train, SparseTrainConfig) and _clips_all(job, train):
         memory["gradients"] += BYTES[config.model.dtype] * shape.parameters
     memory |= {"reference": reference_bytes(job, train, zero)}
-    memory |= _transient(job, shape, ratio, zero, micro_batch_tokens(config, section, size))
+    memory |= _transient(job, shape, ratio, zero, micro_batch_tokens(config, section, train))
     if section.startswith("rewards"):  # the trained model scores at last
         memory["activations"] = max(memory["activations"], scoring_tokens(job, section) * shape.forward_bytes)
     trained = shape.parameters if ratio is None else int(ratio * shape.parameters)
@@ -42,13 +42,18 @@ def training_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None
         host={"offloaded": offloaded, **host.get("host", {})},
         host_main={"saving": _saved_bytes(job, section, ratio, trained), **host.get("host_main", {})},
         traffic=traffic(shape, config.model, micros, ratio, zero, gpus),
-        flops=2.0 * _passes(job) * shape.parameters * size * micros * sum(example_tokens(config, section)) / gpus,
+        flops=2.0
+        * _passes(job)
+        * shape.parameters
+        * train.examples_per_step
+        * sum(example_tokens(config, section))
+        / gpus,
         dense_dpo_bytes=dense_dpo_states(shape.parameters, zero, gpus),
         dense_dpo_low_bytes=dense_dpo_states(shape.parameters, zero, gpus, low=True),
         dense_dpo_traffic_bytes=dense_dpo_traffic(shape, config.model, micros, zero, gpus),
         checkpoint_bytes=12 * trained,
         times=1 if section in ("pretrain", "sft") else len(config.seeds),  # once for all seeds
-        sizes=(f"{section}.per_device_train_batch_size", *_scored_by(section)),
+        sizes=(f"{section}.{_sized_by(train)}", *_scored_by(section)),
     )
     return _timed(job, phase, section, train)
 
@@ -119,6 +124,10 @@ def _passes(job: Job) -> int:
 
 def _clips_all(job: Job, train: SparseTrainConfig) -> bool:
     return (train.clip or ("all" if job.config.protocol == "release" else "selected")) == "all"
+
+
+def _sized_by(train: TrainConfig) -> str:
+    return "max_tokens_per_batch" if train.max_tokens_per_batch else "per_device_train_batch_size"
 
 
 def _scored_by(section: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import frozen_reference
 from allo_fast.stages.problems import max_positions
 from allo_fast.training.engine import LOG, Trainer
+from allo_fast.training.reference import Reference
 
 
 def trainer_of(
@@ -42,8 +43,7 @@ def cache_of(unit: Unit) -> Path:
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     """Drives a training loop; returns the facts every training stage records."""
     check_lengths(trainer.policy.model, trainer.corpus)
-    for done, total in trainer.prepare():
-        yield Progress(done, total, "reference response")
+    yield from responses_done(trainer.prepare())
     for metrics in trainer.run():
         notes = {"loss": metrics.loss, **metrics.metrics}
         yield Progress(metrics.step, metrics.total_steps, "step", notes)
@@ -86,6 +86,17 @@ def hidden_updates(model: ModelConfig, facts: dict) -> str | None:
         f"only {share:.1%} of the selected weights moved: the updates of the others are below bfloat16's rounding. "
         "A larger learning rate moves more of them; model.rounding=stochastic or model.dtype=float32 lets all count"
     )
+
+
+def responses_done(
+    work: Generator[tuple[int, int], None, Reference | None],
+) -> Generator[Progress, None, Reference | None]:
+    """As progress."""
+    while True:
+        try:
+            yield Progress(*next(work), "reference response")
+        except StopIteration as end:
+            return end.value
 
 
 def _of_ranks(unit: Unit, trainer: Trainer) -> dict:

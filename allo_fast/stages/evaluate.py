@@ -19,8 +19,10 @@ from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from allo_fast import ranks
 from allo_fast.config import EvaluateConfig, UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
@@ -32,6 +34,7 @@ from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import Inference, base_path, inference, made_in, prompts_of
 from allo_fast.stages.problems import PROBLEMS, QUARANTINE, unit_problems
+from allo_fast.training.reference import micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ def evaluate(
         def work(chunk: list[dict], start: int) -> list[dict]:
             if not scoring:
                 return _answered(frozen, prompts, chunk, unit.config.evaluate)
-            logps = response_logps(frozen, chunk, unit.config.evaluate.batch_size)
+            logps = response_logps(frozen, chunk)
             judged = reference[start : start + len(chunk)] if reference else [None] * len(chunk)
             return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
 
@@ -114,21 +117,24 @@ def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | 
 
 
 @torch.no_grad()
-def response_logps(frozen: Inference, chunk: list[dict], rounds: int) -> list[list[float]]:
+def response_logps(frozen: Inference, chunk: list[dict]) -> list[list[float]]:
     """Of each row {prompt_ids, responses: [{ids}]}, the sum of the log-probabilities of each response's tokens.
 
-    One forward pass a row; `rounds` of them whatever the chunk has, as all ranks share a sharded model. The same tokens
-    are computed once: elsewhere in the row their sum could differ in its last bit, and a tie would be won.
+    As many forward passes on every rank, where all share a sharded model. The same tokens are computed once: elsewhere
+    in the row their sum could differ in its last bit, and a tie would be won.
     """
-    found = []
-    for row in chunk + chunk[:1] * (rounds - len(chunk) if frozen.sharded else 0):
+    corpus, numbers = Corpus(), []
+    for row in chunk:
         distinct = list(dict.fromkeys(tuple(response["ids"]) for response in row["responses"]))
-        corpus = Corpus()
-        corpus.examples.append(tuple(corpus.add(row["prompt_ids"], map(list, distinct))))
-        batch = collate(corpus, corpus.examples, frozen.layout).to(frozen.model.device)
-        sums = dict(zip(distinct, frozen.compute(batch).cpu().double().sum(1).tolist(), strict=True))
-        found.append([sums[tuple(response["ids"])] for response in row["responses"]])
-    return found[: len(chunk)]
+        numbers.append(dict(zip(distinct, corpus.add(row["prompt_ids"], map(list, distinct)), strict=True)))
+    micros = list(micro_batches(corpus, np.arange(len(corpus.responses))))
+    passes = max(ranks.gather(len(micros))) if frozen.sharded else len(micros)
+    sums: dict[int, float] = {}
+    for micro in micros + micros[:1] * (passes - len(micros)):
+        batch = collate(corpus, [(number,) for number in micro], frozen.layout).to(frozen.model.device)
+        sums |= dict(zip(micro, frozen.compute(batch).cpu().double().sum(1).tolist(), strict=True))
+    asked = zip(chunk, numbers, strict=True)
+    return [[sums[number[tuple(response["ids"])]] for response in row["responses"]] for row, number in asked]
 
 
 def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], reference: dict | None) -> dict:

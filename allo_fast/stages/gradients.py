@@ -27,10 +27,10 @@ from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import room_beside, windows
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import cache_of
+from allo_fast.stages.driving import cache_of, responses_done
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples
-from allo_fast.training.reference import Opened, Reference, kept, reference_logps
+from allo_fast.training.reference import Opened, kept, reference_logps
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def gradient_scores(
     if score == "snr" and len(examples.steps) < 2:
         raise UserError("locate.score: snr: expected at least two optimizer steps, got one, in which all scores are 1")
     if opened := frozen_reference(unit, reference):
-        examples.reference = yield from _responses(_other_reference(unit, examples, opened()))
+        examples.reference = yield from responses_done(_other_reference(unit, examples, opened()))
     sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
     total = sum(sizes.values())
     sweep = Sweep(
@@ -138,14 +138,6 @@ def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> C
 def _other_reference(unit: Unit, examples: Examples, opened: AbstractContextManager[Opened]) -> Generator:
     asked, of = examples.responses(range(len(examples))), f"{unit.folder.name} {unit.mark}"
     return reference_logps(*kept(cache_of(unit), of), examples.corpus, asked, opened, examples.budget)
-
-
-def _responses(work: Generator[tuple[int, int], None, Reference]) -> Generator[Progress, None, Reference]:
-    while True:
-        try:
-            yield Progress(*next(work), "reference response")
-        except StopIteration as end:
-            return end.value
 
 
 def located(

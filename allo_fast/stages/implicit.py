@@ -20,6 +20,7 @@ from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.gradients import located
 from allo_fast.stages.models import base_path, selected_policy
 from allo_fast.stages.responses import rewarded
+from allo_fast.training.reference import Opened
 
 
 def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
@@ -38,7 +39,7 @@ def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
             change = logps - policy.response_logps(batch)
         return on_its_own_scale(settings.beta * change, batch.valid)
 
-    yield from rewarded(unit, responses, score, policy.model.device)
+    yield from rewarded(unit, responses, Opened(score, policy.logps.layout, policy.model.device))
     trainer.backend.close()
     return {**facts, **locating}
 

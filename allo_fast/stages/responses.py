@@ -1,16 +1,16 @@
 """The wrong responses of a run, and what a model says of each of their tokens."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 
 import torch
-from torch import Tensor
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Batch, Corpus, collate
+from allo_fast.data.batch import Corpus, collate
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.training.reference import Opened
 
 REWARDS = "rewards.jsonl"
 
@@ -37,17 +37,17 @@ def reward_row(row: dict, rewards: list[float]) -> dict:
 
 
 def rewarded(
-    unit: Unit, rows: Sequence[dict], score: Callable[[Batch], Tensor], device: torch.device, prompt: str = "prompt_ids"
+    unit: Unit, rows: Sequence[dict], model: Opened, prompt: str = "prompt_ids"
 ) -> Generator[Progress, None, None]:
-    """Writes rewards.jsonl: score(batch) [R, L] of each response behind the prompt of that name, one row each."""
+    """Writes rewards.jsonl: what `model` computes, [R, L], of each response behind the prompt of that name."""
 
     def work(chunk: Sequence[dict], start: int) -> list[dict]:
         corpus = Corpus()
         for row in chunk:
             corpus.examples.append(tuple(corpus.add(row[prompt], [row["response_ids"]])))
-        batch = collate(corpus, corpus.examples).to(device)
+        batch = collate(corpus, corpus.examples, model.layout).to(model.device)
         with torch.no_grad():
-            rewards = score(batch)
+            rewards = model.compute(batch)
         if not rewards[batch.valid].isfinite().all():
             raise UserError(f"rewards.source: {unit.config.reward_source}: a token's reward is not finite")
         return [

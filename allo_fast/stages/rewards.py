@@ -14,17 +14,24 @@ prompt, response, the token ids of both, rewards: one float per token of the res
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from allo_fast import ranks
 from allo_fast.config import UserError
+from allo_fast.data.batch import Corpus
 from allo_fast.data.sources import UnusableRow, parse_json
 from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.driving import cache_of, responses_done
 from allo_fast.stages.implicit import implicit
 from allo_fast.stages.models import base_path, inference
-from allo_fast.stages.responses import REWARDS, reward_row, rewarded, wrong_responses
+from allo_fast.stages.responses import REWARDS, reward_row, wrong_responses
 from allo_fast.stages.rewriting import prompted, rewriter
+from allo_fast.training.reference import Opened, described, kept, reference_logps
 
 _WRONG = "wrong.jsonl"  # the responses; of no use once they have rewards
 
@@ -40,8 +47,16 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 
 
 def _confidence(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
+    """By the very log-probabilities that forgetting compares with."""
+    corpus = Corpus.on_disk(unit.folder)
+    for row in responses:
+        corpus.add(row["prompt_ids"], [row["response_ids"]])
     with inference(unit, unit.config.rewards.model or base_path(unit), scoring=True) as frozen:
-        yield from rewarded(unit, responses, lambda batch: frozen.compute(batch).exp(), frozen.model.device)
+        place = kept(cache_of(unit), described(frozen.model, frozen.layout))
+        opened = nullcontext(Opened(frozen.compute, frozen.layout, frozen.model.device))
+        logps = yield from responses_done(reference_logps(*place, corpus, np.arange(len(responses)), opened))
+    rewards = (torch.tensor(logps[number]).exp().tolist() for number in range(len(responses)))
+    ranks.on_main(lambda: write_jsonl(unit.folder / REWARDS, map(reward_row, responses, rewards)))
     return {}
 
 

@@ -28,6 +28,7 @@ from allo_fast.stages.gradients import located_policy
 from allo_fast.stages.models import base_path, inference, prompts_of
 from allo_fast.stages.problems import limits
 from allo_fast.stages.responses import rewarded
+from allo_fast.training.reference import Opened
 
 
 def rewriter(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
@@ -37,8 +38,8 @@ def rewriter(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     policy, locating = yield from located_policy(unit, path, corpus, Sft(), settings.train, settings.ratio)
     trainer = trainer_of(unit, policy, corpus, Sft(), settings.train)
     facts = yield from train(unit, trainer)
-    device = policy.model.device
-    yield from rewarded(unit, readable, lambda batch: policy.response_logps(batch).exp(), device, "rewrite_ids")
+    scoring = Opened(lambda batch: policy.response_logps(batch).exp(), policy.logps.layout, policy.model.device)
+    yield from rewarded(unit, readable, scoring, "rewrite_ids")
     trainer.backend.close()
     return {**facts, **locating}
 
@@ -47,8 +48,8 @@ def prompted(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     path = unit.config.rewards.model or base_path(unit)
     readable = _rewrites(unit, responses, path)
     with inference(unit, path, scoring=True) as frozen:
-        device = frozen.model.device
-        yield from rewarded(unit, readable, lambda batch: frozen.compute(batch).exp(), device, "rewrite_ids")
+        scoring = Opened(lambda batch: frozen.compute(batch).exp(), frozen.layout, frozen.model.device)
+        yield from rewarded(unit, readable, scoring, "rewrite_ids")
     return {}
 
 

@@ -21,11 +21,10 @@ from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
-from allo_fast.model.weights import fingerprint
 from allo_fast.training.backend import LocalBackend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
-from allo_fast.training.reference import Opened, kept, reference_logps
+from allo_fast.training.reference import Opened, described, kept, reference_logps
 from allo_fast.training.steps import MicroBatch
 from allo_fast.training.zero import Zero, check_divides
 
@@ -122,9 +121,7 @@ class Trainer:
         if self.open_reference:
             opened, of = self.open_reference(), f"{self.folder.name} {self.mark}"
         else:
-            attention = model.config.get_text_config()._attn_implementation
-            autocast = getattr(self.policy, "autocast", None)
-            opened, of = own, f"{fingerprint(model)} {autocast} {attention} {layout} {model.device.type}"
+            opened, of = own, described(model, layout, getattr(self.policy, "autocast", None))
         asked = self.examples.responses(range(len(self.examples)))
         self.examples.reference = yield from reference_logps(
             *kept(self.cache, of), self.examples.corpus, asked, opened, self.examples.budget

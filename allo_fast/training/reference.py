@@ -17,11 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate
 from allo_fast.durable import make_folder, mark_of, open_tensors, own, save_tensors
+from allo_fast.model.weights import fingerprint
 from allo_fast.training.steps import cut
 
 logger = logging.getLogger(__name__)
@@ -29,13 +31,19 @@ logger = logging.getLogger(__name__)
 PARTS = "reference-*.safetensors"
 _PART_NUMBERS = 1 << 22  # that a file has at most, if a response has fewer
 _SECONDS = 600.0  # after which a file is written, however few it has
-_TOKENS = 4096  # of a forward pass, where nothing else is said
+TOKENS = 4096  # of a forward pass without gradients, where nothing else is said
 
 
 def kept(cache: Path, of: str) -> tuple[Path, str]:
     """The folder in `cache`, and the mark, of a reference model that is known by these words."""
     mark = hashlib.sha256(of.encode()).hexdigest()
     return cache / f"reference-{mark[:16]}", mark
+
+
+def described(model: PreTrainedModel, layout: Layout, autocast: torch.dtype | None = None) -> str:
+    """What decides the log-probabilities that a model gives, beside the tokens; every rank calls it together."""
+    attention = model.config.get_text_config()._attn_implementation
+    return f"{fingerprint(model)} {autocast} {attention} {layout} {model.device.type}"
 
 
 class Opened(NamedTuple):
@@ -130,7 +138,7 @@ def reference_logps(
     with opened as model:
         waiting: list[_Computed] = []
         due_at = time.monotonic() + _SECONDS
-        for computed in _computed(corpus, missing, model, budget or _TOKENS):
+        for computed in _computed(corpus, missing, model, budget or TOKENS):
             waiting.append(computed)
             done += len(computed.responses)
             size = sum(len(part.values) for part in waiting)
@@ -156,7 +164,7 @@ class _Computed(NamedTuple):
 
 def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int) -> Iterator[_Computed]:
     """Some responses after others, each micro-batch by one of the ranks, on all of them."""
-    micros, rank = _micro_batches(corpus, responses, budget), ranks.rank()
+    micros, rank = micro_batches(corpus, responses, budget), ranks.rank()
     while several := list(islice(micros, ranks.world_size())):
         # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
         micro = several[rank if rank < len(several) else 0]
@@ -166,8 +174,8 @@ def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int)
         yield from ranks.gather(_Computed(np.array(micro), logps[batch.valid]))[: len(several)]
 
 
-def _micro_batches(corpus: Corpus, responses: np.ndarray, budget: int) -> Iterator[Sequence[int]]:
-    """In windows of a few hundred, so that memory does not grow with the corpus."""
+def micro_batches(corpus: Corpus, responses: np.ndarray, budget: int = TOKENS) -> Iterator[Sequence[int]]:
+    """Some responses, those of one prompt together, in forward passes of `budget` tokens if none has more by itself."""
     prompts, lengths, prompt_lengths = corpus.responses.prompts, corpus.responses.tokens.lengths, corpus.prompts.lengths
     responses = responses[np.argsort(prompts[responses], kind="stable")]
 
@@ -175,7 +183,7 @@ def _micro_batches(corpus: Corpus, responses: np.ndarray, budget: int) -> Iterat
         numbers = np.asarray(numbers)
         return int(prompt_lengths[np.unique(prompts[numbers])].sum() + (lengths[numbers] - 1).sum())
 
-    for begin in range(0, len(responses), 512):
+    for begin in range(0, len(responses), 512):  # memory does not grow with the corpus
         window = responses[begin : begin + 512].tolist()
         largest = max(tokens_of([number]) for number in window)
         yield from cut(window, lambda number: int(prompts[number]), tokens_of, max(budget, largest))

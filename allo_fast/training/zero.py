@@ -254,7 +254,7 @@ def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
         train.gradient_accumulation_steps,
         f"{name}." if name else "",
     )
-    if steps % world == 0:
+    if steps % world == 0 or train.max_tokens_per_batch:  # with a budget a step is cut for the ranks that there are
         return
     problem = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
     if micro * steps % world:
