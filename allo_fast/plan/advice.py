@@ -8,6 +8,7 @@ from allo_fast.config import Config, UserError
 from allo_fast.plan.costs import USABLE
 from allo_fast.plan.job import Plan, chosen, plan_job
 from allo_fast.plan.phase import Job, Phase
+from allo_fast.plan.rows import example_tokens
 from allo_fast.training.zero import Zero, check_divides, training_sections
 
 Zeros = Mapping[str, Zero | None]
@@ -79,6 +80,8 @@ def _smaller(at: _Change, keys: tuple[str, ...]) -> Iterator[_Change]:
             if _get(at.job.config, key) % divisor:
                 return
             changes[key] = _get(at.job.config, key) // divisor
+            if name == "max_tokens_per_batch" and changes[key] < sum(example_tokens(at.job.config, section)):
+                return  # which would set examples aside
             if name == "per_device_train_batch_size":
                 steps = f"{section}.gradient_accumulation_steps"
                 changes[steps] = _get(at.job.config, steps) * divisor

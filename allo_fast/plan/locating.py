@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from allo_fast.config import GRADIENT_SCORES, TrainConfig
 from allo_fast.locating.families import FAMILIES
 from allo_fast.plan.phase import Job, Phase, loading
-from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens
+from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, sized_by
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.plan.training import reference_bytes
 from allo_fast.plan.windows import Division, base_bytes, beside_sums, divide, pieces_on_paper, room_beside, windows
@@ -93,7 +93,7 @@ def _gradient_phase(sweep: _Sweep) -> Phase:
         windows=division.windows,
         passes=division.passes,
         times=1 if sweep.section == "sft" else len(config.seeds),
-        sizes=(f"{sweep.section}.per_device_train_batch_size",),
+        sizes=(sized_by(sweep.section, sweep.train),),
         **host,
     )
 
@@ -149,8 +149,8 @@ def _sent(sweep: _Sweep, division: Division) -> float:
     if sweep.shares == 1:
         return 0.0
     config, count = sweep.job.config, sweep.examples * sweep.epochs
-    micros = math.ceil(count / sweep.train.per_device_train_batch_size / sweep.shares)
-    steps = math.ceil(count / sweep.train.per_device_train_batch_size / sweep.train.gradient_accumulation_steps)
+    steps = math.ceil(count / sweep.train.examples_per_step)
+    micros = math.ceil(steps * micro_batches(config, sweep.section, sweep.train) / sweep.shares)
     gathers = 3 if config.model.gradient_checkpointing else 2
     kinds = 1 + bool(division.squares)
     gathered = BYTES[config.model.dtype] * gathers * micros * division.passes

@@ -117,6 +117,11 @@ def micro_batches(config: Config, section: str, train: TrainConfig) -> int:
     return math.ceil(train.examples_per_step * sum(example_tokens(config, section)) / train.max_tokens_per_batch)
 
 
+def sized_by(section: str, train: TrainConfig) -> str:
+    """The key that says how much is in a micro-batch."""
+    return f"{section}.{'max_tokens_per_batch' if train.max_tokens_per_batch else 'per_device_train_batch_size'}"
+
+
 def micro_batch_tokens(config: Config, section: str, train: TrainConfig) -> int:
     """Of a micro-batch, at most; without a budget with the padding of a model whose rows are not packed, where examples
     of one problem share its prompt and make a longer row."""

@@ -14,7 +14,7 @@ from allo_fast.plan.costs import (
     traffic,
 )
 from allo_fast.plan.phase import Job, Phase, loading
-from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, response_tokens
+from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, response_tokens, sized_by
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.training.zero import Zero, trained_ratio
 
@@ -53,7 +53,7 @@ def training_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None
         dense_dpo_traffic_bytes=dense_dpo_traffic(shape, config.model, micros, zero, gpus),
         checkpoint_bytes=12 * trained,
         times=1 if section in ("pretrain", "sft") else len(config.seeds),  # once for all seeds
-        sizes=(f"{section}.{_sized_by(train)}", *_scored_by(section)),
+        sizes=(sized_by(section, train), *_scored_by(section)),
     )
     return _timed(job, phase, section, train)
 
@@ -124,10 +124,6 @@ def _passes(job: Job) -> int:
 
 def _clips_all(job: Job, train: SparseTrainConfig) -> bool:
     return (train.clip or ("all" if job.config.protocol == "release" else "selected")) == "all"
-
-
-def _sized_by(train: TrainConfig) -> str:
-    return "max_tokens_per_batch" if train.max_tokens_per_batch else "per_device_train_batch_size"
 
 
 def _scored_by(section: str) -> tuple[str, ...]:
