@@ -1,7 +1,7 @@
 """The gradient of a linear layer's weight at its selected entries alone, on a CPU in float32.
 
-Each entry is a product of two columns, so few of them cost less than the whole matrix: at 5 % a third of its time. In
-bfloat16 and on GPUs, whose matrix units have no use for single entries, the whole one is faster.
+Each entry is a product of two columns, and few of them cost less than the whole matrix. In bfloat16 and on GPUs, whose
+matrix units have no use for single entries, the whole one is faster.
 """
 
 import warnings
