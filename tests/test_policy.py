@@ -6,15 +6,17 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, pair_corpus, random_selection, tiny_llama
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
-from allo_fast.data.batch import collate
+from allo_fast.data.batch import Layout, collate
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
+from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.weights import named_weights
+from allo_fast.model.weights import fingerprint, named_weights
 
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 MAMBA = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -211,3 +213,38 @@ def test_a_model_whose_attention_leaks_falls_back(monkeypatch):
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda attention_mask, position_ids=None, **given: forward(**given))
     assert not ResponseLogps(model).layout.share_prompts
+
+
+def backward_flops(layers: int, chosen: str) -> int:
+    """Of one backward pass where some entries of one weight train."""
+    model = tiny_llama(num_hidden_layers=layers, tie_word_embeddings=False)
+    scores = {name: torch.full(weight.shape, float(name == chosen)) for name, weight in named_weights(model).items()}
+    few = 50 / sum(weight.numel() for weight in model.parameters())
+    policy = SparsePolicy(model, Selection.from_scores(scores, few, base=fingerprint(model)))
+    batch = batch_for(policy)
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        policy.response_logps(batch)
+    with FlopCounterMode(display=False) as both:
+        policy.response_logps(batch).sum().backward()
+    assert policy.values[chosen].grad.any()
+    return both.get_total_flops() - forward.get_total_flops()
+
+
+def test_nothing_is_computed_below_the_lowest_selected_layer():
+    assert backward_flops(2, "model.layers.1.mlp.down_proj.weight") == backward_flops(
+        5, "model.layers.4.mlp.down_proj.weight"
+    )
+    assert backward_flops(5, "model.layers.0.mlp.down_proj.weight") > backward_flops(
+        5, "model.layers.4.mlp.down_proj.weight"
+    )
+
+
+def test_nothing_is_computed_for_weights_of_which_nothing_is_selected(monkeypatch):
+    """Of four more layers above it, only what comes back through them."""
+    monkeypatch.setattr("allo_fast.method.policy.pays", lambda weight, at: False)
+    one, five = (backward_flops(layers, "model.layers.0.mlp.down_proj.weight") for layers in (1, 5))
+    model = tiny_llama()
+    weights = sum(w.numel() for name, w in named_weights(model).items() if "layers.0." in name and w.ndim == 2)
+    batch = collate(pair_corpus(), pair_corpus().examples[:4], Layout(packed=True))
+    linear = 2 * batch.tokens * weights  # a product for each layer's inputs, none for its weights
+    assert five - one < 1.5 * 4 * linear < 2 * 4 * linear
