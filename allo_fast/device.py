@@ -16,8 +16,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def best_dtype(name: str) -> str:
-    """bfloat16 where the device of that name has matrix units for it, else float32."""
-    device = pick_device(name)
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    """bfloat16 where the device of that name has matrix units for it, else float32; whether it is there is not asked."""
+    if name in ("auto", "cuda") or name.startswith("cuda:"):
+        if torch.cuda.is_available():
+            return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
+    return "bfloat16" if name in ("auto", "cpu") and torch.cpu._is_amx_tile_supported() else "float32"

@@ -127,7 +127,7 @@ class Dpo:
             **_reward_metrics("rewards", rewards[chosen], rewards[rejected]),
             "logps/chosen": sums[chosen].mean(),
             "logps/rejected": sums[rejected].mean(),
-            "key_tokens": weights.sum() / batch.valid[rejected].sum(),
+            "key_tokens": (weights.sum(1) / batch.valid[rejected].sum(1)).mean(),
         }
         if self.epsilon is not None:
             metrics |= _reward_metrics("key_rewards", *key_rewards)
