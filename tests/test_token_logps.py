@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from allo_kernels import Positions, token_logps
-from allo_kernels import token_logps as public
+from allo_kernels import Positions, head_parts, head_torch, token_logps
 from allo_kernels.tools import check_head
 from allo_kernels.tools.check import Exact, allowed_error, distance
 
@@ -41,7 +40,7 @@ def test_equals_full_logits(n, d, v, softcap, temperature, bias, dtype):
     double = [None if leaf is None else leaf.double() for leaf in (hidden, weight, bias)]
     _, exponent = check_head.full_logits(*double, targets, softcap, temperature)
     exact = [Exact(tensor, exponent, logarithm=index == 0) for index, tensor in enumerate(truth)]
-    for ours, torchs, true in zip(run(public, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
+    for ours, torchs, true in zip(run(token_logps, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
         assert distance(ours, true.value) <= allowed_error(torchs, true)
 
 
@@ -65,14 +64,10 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
     hidden, weight, _, targets, upstream = inputs(16, 4, 11, torch.float32, False)
     rows = []
 
-    module = __import__("sys").modules["allo_kernels.token_logps"]
-    original = module._chunks
-
-    def counting(found, *rest):
-        rows.append(len(found.targets))
-        return original(found, *rest)
-
-    monkeypatch.setattr(module, "_chunks", counting)
+    for name in ("target_and_lse", "d_logits"):
+        original = getattr(head_torch, name)
+        counting = lambda found, *rest, run=original: rows.append(len(found.targets)) or run(found, *rest)  # noqa: E731
+        monkeypatch.setattr(head_torch, name, counting)
     logps = token_logps(hidden, weight.detach(), targets)
     (logps * upstream).sum().backward()
     assert rows == [int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())]
@@ -84,9 +79,8 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 @pytest.mark.parametrize("n, d, v", [(5, 64, 2100), (5, 33, 3300), (2, 4096, 50)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
-    module = __import__("sys").modules["allo_kernels.token_logps"]
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
-    monkeypatch.setattr(module, "_MIN_COLUMNS", 16)
+    monkeypatch.setattr(head_parts, "CHUNK_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(head_parts, "MIN_WORDS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
     positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allo_kernels.launch import launch
+from allo_kernels.launching import launch
 from allo_kernels.topk import INFINITY_BITS
 
 _PROGRAMS = 1024  # each keeps a histogram in registers and adds it to memory once

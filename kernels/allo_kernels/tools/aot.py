@@ -16,11 +16,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from allo_kernels import adamw_triton, compact_triton, pair_loss_triton, token_logps_triton, topk_triton
+from allo_kernels import adamw_triton, compact_triton, head_triton, pair_loss_triton, topk_triton
 from allo_kernels.dispatch import interpreting
-from allo_kernels.launch import Launch, recording
+from allo_kernels.head_torch import Head, Rows
+from allo_kernels.launching import Launch, recording
 from allo_kernels.positions import Positions, blocks_of
-from allo_kernels.token_logps import Head, Rows
 from allo_kernels.topk import DIGITS
 
 MODELS = {  # width, words; the last has sizes that nothing divides
@@ -133,10 +133,10 @@ def _launchers(width: int, vocabulary: int) -> Iterator[tuple[str, Callable[[], 
     for dtype, name in ((_BF16, "bf16"), (_FP16, "fp16"), (_FP32, "fp32")):
         weight, rows = _meta(vocabulary, width, dtype=dtype), _rows(width, dtype)
         for softcap, bias in ((None, None), (30.0, _meta(vocabulary, dtype=dtype))):
-            head = Head(softcap, 1.0, None, *token_logps_triton.kernels())
+            head = Head(softcap, 1.0, None, head_triton)
             variant = name + ("+cap+bias" if softcap else "")
-            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.target_and_lse(r, w, b, h)
-            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.d_logits(r, w, b, 16, h)
+            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.kernels.target_and_lse(r, w, b, h)
+            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.kernels.d_logits(r, w, b, 16, h)
         yield from ((f"{name} {label}", launcher) for label, launcher in _compact(width, dtype))
         scores = _meta(vocabulary * width, dtype=dtype)
         for shift, bits in DIGITS:
@@ -167,7 +167,7 @@ def _compact(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
 
 
 def _rows(width: int, dtype: torch.dtype) -> Rows:
-    targets = _meta(_TOKENS, dtype=torch.int64)
+    targets = _meta(_TOKENS, dtype=torch.int32)
     return Rows(_meta(_TOKENS, width, dtype=dtype), targets, _meta(_TOKENS), _meta(_TOKENS))
 
 
