@@ -1,5 +1,6 @@
 """Log-probabilities of target tokens from hidden states, without the logits [N, V] ever existing."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ def head_row_gradient(
     head = Head(softcap, float(temperature), None, kernels)
     part, bias = weight[rows], None if bias is None else bias[rows].contiguous()
     total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _without_autocast(hidden.device):
         counted, upstream = _with_gradient(targets, upstream, gradient_rows)
         for block in row_blocks(len(counted), hidden.shape[1]):
             picked = counted.rows(block, hidden, targets, lse, upstream)
@@ -139,18 +140,23 @@ def _check_targets(targets: Tensor, words: int, known: int | None, op: str) -> N
             raise ValueError(f"targets: expected -100 or 0..{words - 1}, got {low}..{high}")
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, operands are in the dtype that the caller chose."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class _TokenLogps(torch.autograd.Function):
     """Forward keeps one log-sum-exp per row; backward goes over the vocabulary in chunks, each finished at once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, values, targets, head):
-        with torch.autocast(hidden.device.type, enabled=False):  # operands are in the dtype that the caller chose
+        with _without_autocast(hidden.device):
             return _TokenLogps._forward(ctx, hidden, weight, bias, targets, head)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        with torch.autocast(upstream.device.type, enabled=False):
+        with _without_autocast(upstream.device):
             return _TokenLogps._backward(ctx, upstream)
 
     @staticmethod
@@ -176,7 +182,7 @@ class _TokenLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         head, device, width = ctx.head, hidden.device, hidden.shape[1]
         counted, upstream = _with_gradient(targets, upstream, head.gradient_rows)
-        d_hidden = counted.room(width, dtype=hidden.dtype, device=device) if need_hidden else None
+        d_hidden = None  # made after the first block, when nothing else is alive
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
         d_values = torch.zeros(len(head.positions), device=device) if need_values else None
@@ -200,8 +206,11 @@ class _TokenLogps(torch.autograd.Function):
                     d_bias[first:last] += d_logits.sum(0, dtype=torch.float32)
                 del d_logits  # else two chunks' are alive while the next is made
             if need_hidden:
-                counted.put(d_hidden, block, total.to(hidden.dtype))
-        d_hidden = d_hidden[: len(targets)] if need_hidden else None
+                if d_hidden is None:
+                    d_hidden = counted.room(width, dtype=hidden.dtype, device=device)
+                counted.put(d_hidden, block, total)
+        if need_hidden:
+            d_hidden = torch.zeros_like(hidden) if d_hidden is None else d_hidden[: len(targets)]
         return d_hidden, d_weight, d_bias.to(bias.dtype) if need_bias else None, d_values, None, None
 
 
@@ -246,7 +255,7 @@ class _Counted:
         if self.at is None:
             room[block] = rows
         else:
-            room.index_copy_(0, self.at[block], rows)
+            room.index_copy_(0, self.at[block], rows.to(room.dtype))
 
 
 def _with_gradient(targets: Tensor, upstream: Tensor, known: int | None) -> tuple[_Counted, Tensor]:

@@ -125,7 +125,7 @@ def _target_and_lse_kernel(
     inside = row < n
     tl.store(parts + column_tile.to(tl.int64) * n + row, lse * _LN2, mask=inside)
     target = tl.load(targets + row, mask=inside, other=-1) - first_column
-    mine = (target >= 0) & (target < BLOCK_V)
+    mine = (target >= 0) & (target < tl.minimum(BLOCK_V, columns - first_column))
     if tl.max(mine.to(tl.int32), 0) > 0:
         logit = tl.max(tl.where(in_tile[None, :] == target[:, None], logits, -float("inf")), 1)
         tl.store(chosen + row, logit * (scale * _LN2), mask=mine)
