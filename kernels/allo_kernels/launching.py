@@ -73,6 +73,11 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's device; 1 where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
 INTERPRETED = tl.constexpr(interpreting())  # when this is imported, as Triton's own decorators decide
 
 
