@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
+_STATE = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,16 +87,28 @@ def this_device() -> torch.device:
 
 
 def machine() -> dict[str, str]:
-    """Device, versions and date, for whoever reads the numbers later."""
+    """Device, its state, versions and date, for whoever reads the numbers later."""
     device = this_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     found = {"device": name, "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0]}
+    if device.type == "cuda":
+        found |= {"cuda": torch.version.cuda, **device_state()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+def device_state() -> dict[str, str]:
+    """Driver, clocks in MHz, power in W and temperature of the GPU now, as nvidia-smi has them; nothing without it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return {}
+    index = str(torch.cuda.current_device())
+    command = [tool, f"--query-gpu={_STATE}", "--format=csv,noheader,nounits", f"--id={index}"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
+    return dict(zip(_STATE.split(","), said, strict=False))
 
 
 def _finish(found: Iterator[dict], path: Path | None) -> int:
