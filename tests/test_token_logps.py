@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allo_kernels import Positions, head, head_parts, head_row_gradient, head_torch, token_logps
-from allo_kernels.launching import recording
+from allo_kernels.launching import blocks_of_device, recording
 from allo_kernels.tools import check_head
 from allo_kernels.tools.check import Exact, allowed_error, distance
 from allo_kernels.tools.workspace import workspace
@@ -181,6 +181,15 @@ def test_workspace(rows, width, words, head):
         beside = workspace(rows, width, words, head, gradient_rows) - results
         assert beside <= head_parts.workspace_bytes(2) + (3 << 20)
     assert head_parts.workspace_bytes(2) == 384 << 20
+
+
+def test_one_row_of_any_stride():
+    """It is contiguous whatever lies between it and a next one; a tensor descriptor needs 16 bytes there."""
+    hidden = torch.empty_strided((1, 16), (3, 1), dtype=torch.bfloat16).copy_(torch.randn(1, 16)).requires_grad_()
+    weight, targets = torch.randn(40, 16).bfloat16(), torch.tensor([7])
+    with blocks_of_device((9, 0)):
+        logps = token_logps(hidden, weight, targets, impl="triton")
+    torch.testing.assert_close(logps, token_logps(hidden, weight, targets), rtol=1e-3, atol=1e-2)
 
 
 def test_no_rows_at_all():

@@ -81,3 +81,5 @@ def test_bad_scores(impl):
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k: expected 1..3, got {k}"):
         topk_threshold([torch.ones(3)], k)
+    with pytest.raises(ValueError, match="k: expected 1..0, got 1"):
+        topk_threshold([], 1)

@@ -206,7 +206,7 @@ def d_logits(rows: Rows, weight: Tensor, bias: Tensor | None, first: int, head: 
     row_tiles, column_tiles = triton.cdiv(n, tile.BLOCK_N), triton.cdiv(columns, tile.BLOCK_V)
     shape = (row_tiles * tile.BLOCK_N, column_tiles * tile.BLOCK_V)
     out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    target = TensorDescriptor.from_tensor(out, [tile.BLOCK_N, tile.BLOCK_V]) if tile.DESCRIBED else out
+    target = _described(out, tile.BLOCK_N, tile.BLOCK_V) if tile.DESCRIBED else out
     launch(
         _d_logits_kernel,
         (row_tiles * column_tiles,),
@@ -259,10 +259,12 @@ def tile_name(hidden: Tensor, weight: Tensor, head: Head, kernel: str) -> str:
 def _matrices(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple:
     if not tile.DESCRIBED:
         return hidden, weight
-    return tuple(
-        TensorDescriptor.from_tensor(tensor, [rows, tile.BLOCK_D])
-        for tensor, rows in ((hidden, tile.BLOCK_N), (weight, tile.BLOCK_V))
-    )
+    return _described(hidden, tile.BLOCK_N, tile.BLOCK_D), _described(weight, tile.BLOCK_V, tile.BLOCK_D)
+
+
+def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """In tiles of rows x columns; a contiguous matrix of one row may have any stride between rows."""
+    return TensorDescriptor(matrix, [*matrix.shape], [matrix.shape[1], 1], [rows, columns])
 
 
 def _constants(head: Head, weight: Tensor, tile: Tile) -> dict:

@@ -47,7 +47,8 @@ def topk_threshold(
         total = _counted(score_chunks, shift, width, prefix, impl)
         total = total if add_up is None else add_up(total)  # all processes go on to the last digit, or none does
         counts, nans = total[: 1 << width], int(total[1 << width])
-        lowest = min(bit for bit, count in zip(_LOWEST.values(), total[-len(_LOWEST) :].tolist(), strict=True) if count)
+        chunks = zip(_LOWEST.values(), total[-len(_LOWEST) :].tolist(), strict=True)
+        lowest = min((bit for bit, count in chunks if count), default=0)
         if nans:
             raise ValueError(f"score_chunks: {nans} scores are NaN")
         if not above + int(counts.sum()) >= k >= 1:
