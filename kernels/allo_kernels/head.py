@@ -98,7 +98,7 @@ def head_row_gradient(
     part, bias = weight[rows], None if bias is None else bias[rows].contiguous()
     total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
     with _without_autocast(hidden.device):
-        counted, upstream = _with_gradient(targets, upstream, gradient_rows)
+        counted, upstream = _with_gradient(targets, upstream, gradient_rows, "head_row_gradient")
         for block in row_blocks(len(counted), hidden.shape[1]):
             picked = counted.rows(block, hidden, targets, lse, upstream)
             _add_product(total, kernels.d_logits(picked, part, bias, rows.start, head).T, picked.hidden)
@@ -162,7 +162,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def _forward(ctx, hidden, weight, bias, targets, head):
         counts, bias = targets != IGNORE, None if bias is None else bias.contiguous()
-        counted = _Counted.of(counts, head.target_rows)
+        counted = _Counted.of(counts, head.target_rows, "token_logps, without target_rows,")
         logps, lse = (counted.room(dtype=torch.float32, device=hidden.device) for _ in range(2))
         for block in row_blocks(len(counted), hidden.shape[1]):
             chosen, of_block = head.kernels.target_and_lse(counted.rows(block, hidden, targets), weight, bias, head)
@@ -181,7 +181,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         head, device, width = ctx.head, hidden.device, hidden.shape[1]
-        counted, upstream = _with_gradient(targets, upstream, head.gradient_rows)
+        counted, upstream = _with_gradient(targets, upstream, head.gradient_rows, "the backward of token_logps")
         d_hidden = None  # made after the first block, when nothing else is alive
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
@@ -222,10 +222,10 @@ class _Counted:
     at: Tensor | None
 
     @classmethod
-    def of(cls, counts: Tensor, known: int | None) -> "_Counted":
-        """counts: bool [N]; known: of how many at most it is True, else the device is asked."""
+    def of(cls, counts: Tensor, known: int | None, asking: str) -> "_Counted":
+        """counts: bool [N]; known: of how many at most it is True, else the device is asked; asking: for whom."""
         if known is None:
-            check_not_capturing("token_logps, without being told how many rows count,")
+            check_not_capturing(asking)
             known = int(counts.count_nonzero())
         every = len(counts)
         if known >= every:
@@ -258,10 +258,10 @@ class _Counted:
             room.index_copy_(0, self.at[block], rows.to(room.dtype))
 
 
-def _with_gradient(targets: Tensor, upstream: Tensor, known: int | None) -> tuple[_Counted, Tensor]:
+def _with_gradient(targets: Tensor, upstream: Tensor, known: int | None, op: str) -> tuple[_Counted, Tensor]:
     """The rows that get a gradient, and it; NaN where they are more than the host knew."""
     counts = (targets != IGNORE) & (upstream != 0)
-    counted = _Counted.of(counts, known)
+    counted = _Counted.of(counts, known, f"{op}, without gradient_rows,")
     if known is not None:
         upstream = torch.where(counts.sum() <= known, upstream, torch.nan)
     return counted, upstream
