@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(command=_architectures)
     command = commands.add_parser("gpu", help="check and measure the kernels on this machine's GPU")
     command.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    command.add_argument("--wheels", type=Path, help="folder of wheels of trl, liger-kernel, cut-cross-entropy")
     command.set_defaults(command=_gpu)
     given = parser.parse_args(arguments)
     return given.command(given)
@@ -141,7 +142,7 @@ def _architectures(given: argparse.Namespace) -> int:
 def _gpu(given: argparse.Namespace) -> int:  # without what the engine needs: a bare GPU machine may not have it
     from benchmarks import gpu
 
-    return int(bool(gpu.run(given.out).failed))
+    return int(bool(gpu.run(given.out, wheels=given.wheels).failed))
 
 
 if __name__ == "__main__":

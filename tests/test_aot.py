@@ -36,6 +36,12 @@ def test_what_fails():
         assert not replace(good, **change).passed
 
 
+def test_what_is_counted():
+    lines = ["MOV R1, R2", "@P0 BRA 0x0040", "HMMA.16816.F32 R4, R8", "IADD3 R1, R1", "@!P1 BRA 0x0020", "BRA 0x0050"]
+    listing = "".join(f"        /*{16 * n:04x}*/   {line} ; /* 0x00 */\n" for n, line in enumerate([*lines, "NOP"]))
+    assert aot.count(listing) == (6, 3) and aot.count("") == (0, 0)
+
+
 def test_the_interpreter_cannot_compile(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1: compiling needs a process without it"):
@@ -44,7 +50,8 @@ def test_the_interpreter_cannot_compile(monkeypatch):
 
 def test_one_failure_fails_the_command(monkeypatch, capsys, tmp_path):
     good = aot.Compiled("Llama-3-8B", "gather", "bf16", "sm_80", 32, 0, 0, 0, False, 0)
-    monkeypatch.setattr(aot, "compile_all", lambda: iter([good, replace(good, spills=2)]))
+    monkeypatch.setattr(aot, "compile_all", lambda listed: iter([good, replace(good, spills=2)]))
+    monkeypatch.setattr(aot, "MODELS", {})
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["aot", "--json", str(tmp_path / "rows.json")]) == 1
     said = capsys.readouterr().out

@@ -1,7 +1,9 @@
+import importlib
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from itertools import islice
 
@@ -16,12 +18,16 @@ from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl
 from allo_kernels.__main__ import main as kernels_main
 from allo_kernels.tools import bench
-from allo_kernels.tools.bench_cases import Benchmark, Sizes, _sector_bytes
+from allo_kernels.tools.bench_cases import Sizes, _sector_bytes
+from allo_kernels.tools.bench_head import HeadShape
+from allo_kernels.tools.bench_parts import Benchmark, Contender
 from allo_kernels.tools.check_cases import cases
 from benchmarks import architectures, data, gpu, locate, rewards, zero
 from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
+HEADS = (HeadShape("even", 8, 16, 300), HeadShape("capped", 8, 16, 301, softcap=5.0))
+SIZES = Sizes(2, 70_000, HEADS, 5000, 2, torch.bfloat16, 1)
 
 
 def test_step_runs_and_counts(tmp_path, capsys):
@@ -35,18 +41,24 @@ def test_step_runs_and_counts(tmp_path, capsys):
 
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
-    sizes = Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
     broken = replace(CASES[0], build=lambda device, *_: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, {}))
-    found = gpu.run(tmp_path / "new", sizes, [*CASES[:2], broken])
+    found = gpu.run(tmp_path / "new", SIZES, [*CASES[:2], broken])
     assert [row["passed"] for row in found.failed] == [False] and len(found.checks) > 2
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert written["torch"] and written["date"] and written["ceilings"]["tflops"] > 0
     ran = [row for row in written["rows"] if not row["absent"]]
     assert all(row["median_ms"] > 0 and row["peak_mib"] >= 0 for row in ran)
+    phases = {row["op"].rpartition(", ")[2] for row in ran if row["op"].startswith("token_logps")}
+    assert phases == {"forward", "backward", "forward + backward"}
+    for row in ran:  # ours was compared with somebody, and with how many bytes it moves each its own
+        assert row["contender"] != "allo-fast" or row["difference"] is not None, row
+    compact = {row["contender"]: row for row in ran if row["op"] == "AdamW, compact state"}
+    rates = [row["gbytes_per_s"] * row["median_ms"] for row in compact.values()]
+    assert rates[1] == pytest.approx(20 * rates[0], rel=0.05), "dense AdamW moves the bytes of all weights"
     assert {row["contender"] for row in ran if row["speedup"] == 1} >= {"allo-fast", "allo-fast, 5 % selected"}
     liger = next(row for row in written["rows"] if row["contender"].startswith("Liger"))
     assert (
-        "liger-kernel is not installed" in liger["absent"] or "it needs a GPU" in liger["absent"] or liger["median_ms"]
+        "liger_kernel is not installed" in liger["absent"] or "it needs a GPU" in liger["absent"] or liger["median_ms"]
     )
     table = (tmp_path / "new" / "gpu.md").read_text()
     assert f"{len(found.checks)} checks, 1 failed" in table and table.count("\n|") == 2 + len(written["rows"])
@@ -124,19 +136,40 @@ def test_what_fails_is_a_row_and_fails_the_run(tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no compiler\nsecond line")
 
-    contenders = {"allo-fast": fails, "torch": lambda: None}
+    contenders = {"allo-fast": Contender(fails), "torch": Contender(lambda: None)}
     monkeypatch.setattr(bench, "benchmarks", lambda *_: iter([Benchmark("op", "shape", contenders)]))
-    sizes = Sizes(1, 1000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
-    found = gpu.run(tmp_path, sizes, [replace(CASES[0], build=fails)])
+    found = gpu.run(tmp_path, SIZES, [replace(CASES[0], build=fails)])
     assert [row.absent for row in found.rows] == ["failed: RuntimeError: no compiler", ""]
     assert [row["output"] for row in found.failed] == ["RuntimeError: no compiler", "allo-fast"]
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, torch.nan]), torch.ones(3)])
+def test_a_wrong_result_ends_the_benchmarks(tmp_path, monkeypatch, wrong):
+    right = Contender(lambda: None, result=lambda: [torch.tensor([1.0, 2.0])])
+    other = Contender(lambda: None, result=lambda: [wrong])
+    made = [Benchmark("op", "shape", {"allo-fast": first, "torch": right}, tolerance=0.04) for first in (right, other)]
+    monkeypatch.setattr(bench, "benchmarks", lambda *_: iter([*made, made[0]]))
+    found = gpu.run(tmp_path, SIZES, CASES[:1])
+    assert [row.difference for row in found.rows] == [0.0, None]
+    assert "op, shape, allo-fast: " in found.wrong and "away from torch, allowed 0.04" in found.wrong
+    assert found.failed and "of its largest number away" in (tmp_path / "gpu.md").read_text()
+
+
+def test_rivals_come_from_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="no wheel in it"):
+        gpu.add_wheels(tmp_path)
+    with zipfile.ZipFile(tmp_path / "rival-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("a_rival_from_a_wheel/__init__.py", "NAME = 'rival'")
+    gpu.add_wheels(tmp_path)
+    assert importlib.import_module("a_rival_from_a_wheel").NAME == "rival"
 
 
 def test_bench_fails_when_one_of_ours_does(monkeypatch, capsys):
     def fails():
         raise RuntimeError("no kernel")
 
-    given = Benchmark("op", "shape", {"allo-fast": fails, "torch": lambda: None})
+    given = Benchmark("op", "shape", {"allo-fast": Contender(fails), "torch": Contender(lambda: None)})
     monkeypatch.setattr(bench, "benchmarks", lambda *_: iter([given]))
     monkeypatch.setattr(bench, "measure_ceilings", lambda *_: bench.Ceilings(1.0, 1.0))
     assert kernels_main(["bench"]) == 1

@@ -17,9 +17,10 @@ from allo_fast.method.objectives import Dpo
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.engine import Trainer
 from allo_kernels import Positions, dispatch, gather, scatter_, token_logps
-from allo_kernels.launch import blocks_of_device
+from allo_kernels.head_torch import Head
+from allo_kernels.head_triton import TILES, tile_name
+from allo_kernels.launching import blocks_of_device
 from allo_kernels.positions import SPAN
-from allo_kernels.token_logps_triton import TILES, tile_name
 from allo_kernels.tools.check import Exact, allowed_error
 from allo_kernels.tools.check_cases import cases
 
@@ -38,8 +39,10 @@ def tiles(large, capability):
     found = {}
     for case in (case.arguments[0] for case in cases(large) if case.op == "token_logps"):
         with blocks_of_device(case.capability or capability):
-            weight = torch.empty(case.words, case.width, dtype=case.dtype, device="meta" if capability else "cpu")
-            found.setdefault(tile_name(weight, case.softcap is None and not case.bias), []).append(case)
+            device, head = "meta" if capability else "cpu", Head(case.softcap, case.temperature, None, None)
+            weight = torch.empty(case.words, case.width, dtype=case.dtype, device=device)
+            for kernel in ("target_and_lse", "d_logits"):
+                found.setdefault(tile_name(weight, weight, head, kernel), []).append(case)
     return found
 
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from allo_kernels import Positions, token_logps
-from allo_kernels import token_logps as public
+from allo_kernels import Positions, head, head_parts, head_row_gradient, head_torch, token_logps
+from allo_kernels.launching import blocks_of_device, recording
 from allo_kernels.tools import check_head
 from allo_kernels.tools.check import Exact, allowed_error, distance
+from allo_kernels.tools.workspace import workspace
 
 
 def full_logits(hidden, weight, targets, bias=None, softcap=None, temperature=1.0):
@@ -41,7 +43,7 @@ def test_equals_full_logits(n, d, v, softcap, temperature, bias, dtype):
     double = [None if leaf is None else leaf.double() for leaf in (hidden, weight, bias)]
     _, exponent = check_head.full_logits(*double, targets, softcap, temperature)
     exact = [Exact(tensor, exponent, logarithm=index == 0) for index, tensor in enumerate(truth)]
-    for ours, torchs, true in zip(run(public, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
+    for ours, torchs, true in zip(run(token_logps, lambda x: x), run(full_logits, lambda x: x), exact, strict=True):
         assert distance(ours, true.value) <= allowed_error(torchs, true)
 
 
@@ -65,14 +67,10 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
     hidden, weight, _, targets, upstream = inputs(16, 4, 11, torch.float32, False)
     rows = []
 
-    module = __import__("sys").modules["allo_kernels.token_logps"]
-    original = module._chunks
-
-    def counting(found, *rest):
-        rows.append(len(found.targets))
-        return original(found, *rest)
-
-    monkeypatch.setattr(module, "_chunks", counting)
+    for name in ("target_and_lse", "d_logits"):
+        original = getattr(head_torch, name)
+        counting = lambda found, *rest, run=original: rows.append(len(found.targets)) or run(found, *rest)  # noqa: E731
+        monkeypatch.setattr(head_torch, name, counting)
     logps = token_logps(hidden, weight.detach(), targets)
     (logps * upstream).sum().backward()
     assert rows == [int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())]
@@ -84,9 +82,8 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 @pytest.mark.parametrize("n, d, v", [(5, 64, 2100), (5, 33, 3300), (2, 4096, 50)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
-    module = __import__("sys").modules["allo_kernels.token_logps"]
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
-    monkeypatch.setattr(module, "_MIN_COLUMNS", 16)
+    monkeypatch.setattr(head_parts, "CHUNK_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(head_parts, "MIN_WORDS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
     positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
@@ -98,6 +95,103 @@ def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
     assert weight.grad is None
     (token_logps(hidden, weight, targets, impl=impl) * upstream).sum().backward()
     torch.testing.assert_close(weight.grad, d_weight, rtol=1e-5, atol=1e-6)
+
+
+# Two blocks of rows, with a gradient for all that count, for some, and for none.
+@pytest.mark.parametrize("share, impl", [(1.0, "torch"), (0.5, "torch"), (0.0, "torch"), (0.7, "triton")])
+def test_blocks_of_rows(share, impl, monkeypatch):
+    monkeypatch.setattr(head_parts, "BLOCK_BYTES", 128 * 4 * 8)
+    hidden, weight, bias, targets, upstream = inputs(260, 8, 30, torch.float32, True)
+    upstream[torch.rand(260) >= share] = 0.0
+    positions = Positions.pack(torch.arange(0, 240, 7), 240)
+    values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
+    compact = {"values": values, "positions": positions}
+
+    def run(function, leaves, **settings):
+        logps = function(hidden, weight, targets, bias=bias, **settings)
+        return [logps, *torch.autograd.grad((logps * upstream).sum(), leaves)]
+
+    truth = run(full_logits, [hidden, weight, bias])
+    truth.append(truth[2].view(-1)[positions.unpack()])
+    counts = int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())
+    for known in ({}, {"target_rows": counts[0], "gradient_rows": counts[1]}, {"gradient_rows": counts[1] + 3}):
+        dense = run(token_logps, [hidden, weight, bias], impl=impl, **known)
+        picked = run(token_logps, [hidden, values], impl=impl, **known, **compact)
+        torch.testing.assert_close([*dense, picked[2]], truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(picked[:2], truth[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_wrong_number_of_rows_is_nan(impl):
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+    counts, known = int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())
+    for wrong in (counts - 1, counts + 1, 9):
+        assert token_logps(hidden, weight, targets, target_rows=wrong, impl=impl).isnan().all()
+    logps = token_logps(hidden, weight, targets, target_rows=counts, gradient_rows=known - 1, impl=impl)
+    assert logps.isfinite().all() and torch.autograd.grad((logps * upstream).sum(), hidden)[0].isnan().any()
+
+
+def test_targets_that_nobody_checked(monkeypatch):
+    """On a device whose number of rows the host knows: one outside the vocabulary is NaN, not another's memory."""
+    hidden, weight, _, targets, _ = inputs(9, 8, 40, torch.float32, False)
+    monkeypatch.setattr(head, "_check_targets", lambda *_: None)
+    targets[1], counts = 40, int((targets != -100).sum())
+    for impl in ("torch", "triton"):
+        logps = token_logps(hidden, weight, targets, target_rows=counts, impl=impl)
+        assert logps.isnan().tolist() == [row == 1 for row in range(9)]
+
+
+class Asked(TorchDispatchMode):
+    """Inside, lists the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_asks_the_device_what_the_host_knows(monkeypatch):
+    """Tensors on meta have no numbers to read, and each wait that is left raises."""
+    hidden = torch.empty(64, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight, targets = torch.empty(2100, 16, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta").long()
+    known = {"target_rows": 60, "gradient_rows": 30}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with recording((9, 0)), Asked() as asked:
+        logps, lse = token_logps(hidden, weight, targets, with_lse=True, impl="triton", **known)
+        torch.autograd.grad(logps.sum(), hidden)
+        rows = {"rows": slice(16, 32), "gradient_rows": 30}
+        part = head_row_gradient(hidden.detach(), weight, targets, lse, lse, impl="triton", **rows)
+        assert part.shape == (16, 16)
+        for missing in known:
+            with pytest.raises(RuntimeError, match="token_logps.* waits for the host"):
+                logps = token_logps(hidden, weight, targets, impl="triton", **{**known, missing: None})
+                torch.autograd.grad(logps.sum(), hidden)
+    assert "aten.addmm.dtype_out" in asked.names, "no product is rounded before it is added"
+    assert not {"aten.mm.default", "aten.addmm.default", "aten.addmm_.default"} & {*asked.names}
+
+
+# What `plan` counts on, whatever the number of rows: beside it are only the results.
+@pytest.mark.parametrize("rows, width, words", [(8192, 4096, 128_256), (65_536, 4096, 128_256), (65_536, 8192, 32_001)])
+@pytest.mark.parametrize("head", ["frozen", "5 %"])
+def test_workspace(rows, width, words, head):
+    for gradient_rows in (rows, rows // 2):
+        results = 2 * rows * width + (4 * width * words // 20 if head == "5 %" else 0)
+        beside = workspace(rows, width, words, head, gradient_rows) - results
+        assert beside <= head_parts.workspace_bytes(2) + (3 << 20)
+    assert head_parts.workspace_bytes(2) == 384 << 20
+
+
+def test_one_row_of_any_stride():
+    """It is contiguous whatever lies between it and a next one; a tensor descriptor needs 16 bytes there."""
+    hidden = torch.empty_strided((1, 16), (3, 1), dtype=torch.bfloat16).copy_(torch.randn(1, 16)).requires_grad_()
+    weight, targets = torch.randn(40, 16).bfloat16(), torch.tensor([7])
+    with blocks_of_device((9, 0)):
+        logps = token_logps(hidden, weight, targets, impl="triton")
+    torch.testing.assert_close(logps, token_logps(hidden, weight, targets), rtol=1e-3, atol=1e-2)
 
 
 def test_no_rows_at_all():

@@ -4,11 +4,11 @@ import torch
 from allo_kernels import topk_threshold
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [1, 2, 500, 1999, 2000])
 def test_threshold_is_that_of_a_full_sort(dtype, k):
     draw = torch.Generator().manual_seed(0)
-    scale = 10.0 ** torch.randint(-30, 30, (2000,), generator=draw)
+    scale = 10.0 ** torch.randint(-30, 30, (2000,), generator=draw) if dtype != torch.float16 else 1e-3
     scores = (torch.randn(2000, generator=draw) * scale).to(dtype)
     scores[::10] = 0.0
     scores[1::10] = scores[1]  # many ties
@@ -33,14 +33,30 @@ class Counted(list):
         return super().__iter__()
 
 
-def test_sixteen_bits_take_two_passes():
-    for dtypes, passes in (([torch.bfloat16, torch.float16], 2), ([torch.bfloat16, torch.float32], 3)):
+def test_bits_that_no_score_has_take_no_pass():
+    half, full = [torch.bfloat16, torch.float16], [torch.bfloat16, torch.float32]
+    for dtypes, passes in (([torch.bfloat16] * 2, 2), (half, 3), (full, 4)):
         chunks = Counted(torch.ones(2, dtype=dtype) for dtype in dtypes)
         assert topk_threshold(chunks, 2) == (1.0, 0, 4)
         assert chunks.passes - 1 == passes  # one to see that it is no generator
 
 
-@pytest.mark.parametrize("dtype, passes", [(torch.float32, 3), (torch.bfloat16, 2)])
+def test_the_host_waits_once_a_pass(monkeypatch):
+    reads, read = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(1) or read(tensor))
+    assert topk_threshold(torch.ones(50).bfloat16().split(7), 2) == (1.0, 0, 50)
+    assert len(reads) == 2
+
+
+def test_a_program_takes_many_turns(monkeypatch):
+    from allo_kernels import topk_triton  # imports Triton
+
+    monkeypatch.setattr(topk_triton, "_SCORES", 64)
+    scores = torch.randn(700)  # eleven turns of four programs
+    assert topk_threshold([scores], 70, impl="triton") == topk_threshold([scores], 70)
+
+
+@pytest.mark.parametrize("dtype, passes", [(torch.float32, 4), (torch.float16, 3), (torch.bfloat16, 2)])
 def test_a_process_without_scores_adds_up_as_often_as_the_others(dtype, passes):
     """Each adds its counts to all others'; one that stopped a digit earlier would leave them waiting."""
     scores, others = torch.randn(100).to(dtype), []
@@ -65,3 +81,5 @@ def test_bad_scores(impl):
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k: expected 1..3, got {k}"):
         topk_threshold([torch.ones(3)], k)
+    with pytest.raises(ValueError, match="k: expected 1..0, got 1"):
+        topk_threshold([], 1)

@@ -5,11 +5,11 @@ import math
 from allo_fast.config import ModelConfig
 from allo_fast.plan.shapes import BYTES, Shape, Weights
 from allo_fast.training.zero import PERSISTENT, Zero
+from allo_kernels.head_parts import workspace_bytes
 from allo_kernels.positions import blocks_of
-from allo_kernels.token_logps import CHUNK_BYTES
 
 USABLE = 0.92  # of a device's or node's memory; the rest is the CUDA context, NCCL's buffers and fragmentation
-HEAD_BYTES = 3 * CHUNK_BYTES["cuda"]  # the head's workspace: tiles of logits and what is made of them
+HEAD_BYTES = workspace_bytes(2)  # the head's, in bfloat16: tiles of logits and what is made of them
 
 
 def states(

@@ -2,9 +2,9 @@
 
 from allo_kernels.adamw import masked_adamw_
 from allo_kernels.compact import gather, scatter_, swap_
+from allo_kernels.head import head_row_gradient, token_logps
 from allo_kernels.pair_loss import key_token_dpo_loss, key_token_weights
 from allo_kernels.positions import Positions
-from allo_kernels.token_logps import head_row_gradient, token_logps
 from allo_kernels.topk import Threshold, topk_threshold
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from allo_kernels.compact import tensors
 from allo_kernels.compact_triton import ENTRIES, WARPS, block_pointer, target_of
-from allo_kernels.launch import launch, to_nearest
+from allo_kernels.launching import launch, to_nearest
 from allo_kernels.rounding_triton import stochastically
 
 _FLAT = 4096  # entries per program where no weight is written, about as many as a block of weights has
@@ -35,7 +35,7 @@ def _masked_adamw_kernel(
     grad_scale,
     low,
     starts,
-    weight,
+    weight,  # with low and starts, or None with them: no weight is written
     size,
     rounding_seed,  # None is a constant, and leaves the branch out
     beta1,
@@ -47,7 +47,6 @@ def _masked_adamw_kernel(
     weight_decay,
     LOG2_BETA1: tl.constexpr,
     LOG2_BETA2: tl.constexpr,
-    WRITE: tl.constexpr,
     DTYPE: tl.constexpr,
     TABLE: tl.constexpr,
     FLAT: tl.constexpr,
@@ -55,11 +54,12 @@ def _masked_adamw_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     step, lr, eps = tl.load(step), tl.load(lr).to(tl.float32), tl.load(eps).to(tl.float32)
-    grad_scale = tl.load(grad_scale).to(tl.float32)
+    if grad_scale is not None:
+        grad_scale = tl.load(grad_scale).to(tl.float32)
     step_size = (lr.to(tl.float64) / _bias_correction(LOG2_BETA1, step)).to(tl.float32)
     inverse_root = (1.0 / tl.sqrt(_bias_correction(LOG2_BETA2, step))).to(tl.float32)
     decay = lr * weight_decay
-    if WRITE:
+    if weight is not None:
         begin, last = tl.load(starts + block), tl.load(starts + block + 1)
         base = block_pointer(weight, block, DTYPE, TABLE)
     else:
@@ -68,7 +68,9 @@ def _masked_adamw_kernel(
     for first in range(begin, last, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         inside = entry < last
-        g = tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32) * grad_scale
+        g = tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32)
+        if grad_scale is not None:
+            g *= grad_scale
         m, v = tl.load(exp_avg + entry, mask=inside, other=0.0), tl.load(exp_avg_sq + entry, mask=inside, other=0.0)
         # In fp32 beta2 is off by up to 3e-8, at each step again: of v at 0.999 that makes 3e-5. What it loses is added.
         m = m * beta1 + (m * beta1_rest + g * one_minus_beta1)
@@ -79,7 +81,7 @@ def _masked_adamw_kernel(
         tl.store(exp_avg + entry, m, mask=inside)
         tl.store(exp_avg_sq + entry, v, mask=inside)
         tl.store(values + entry, p, mask=inside)
-        if WRITE:
+        if weight is not None:
             in_block = tl.load(low + entry, mask=inside, other=0)
             if rounding_seed is not None:
                 p = stochastically(p, in_block, rounding_seed)
@@ -91,11 +93,11 @@ def masked_adamw_(
 ) -> None:
     size = values.numel()
     if positions is None:
-        blocks, low, starts, target, kind = -(-size // _FLAT), values, values, values, {"DTYPE": None, "TABLE": False}
+        blocks, low, starts, target, kind = -(-size // _FLAT), None, None, None, {"DTYPE": None, "TABLE": False}
     else:
         blocks, low, starts = positions.blocks, positions.low, positions.starts
         target, kind = target_of(weight, positions)
-    scalars = [_on_device(scalar, values) for scalar in (step, lr, eps, 1.0 if grad_scale is None else grad_scale)]
+    scalars = [None if scalar is None else _on_device(scalar, values) for scalar in (step, lr, eps, grad_scale)]
     launch(
         _masked_adamw_kernel,
         (blocks,),
@@ -103,7 +105,6 @@ def masked_adamw_(
         *(*_in_two(beta1), *_in_two(beta2), 1 - beta1, 1 - beta2, weight_decay),
         LOG2_BETA1=math.log2(beta1) if beta1 else -math.inf,
         LOG2_BETA2=math.log2(beta2) if beta2 else -math.inf,
-        WRITE=positions is not None,
         FLAT=_FLAT,
         ENTRIES=ENTRIES,
         num_warps=WARPS,

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from allo_kernels.checks import check_not_capturing
 from allo_kernels.compact import tensors
-from allo_kernels.launch import TL_DTYPES, launch, to_nearest
+from allo_kernels.launching import TL_DTYPES, launch, to_nearest
 from allo_kernels.positions import SPAN, Positions, blocks_of
 from allo_kernels.rounding_triton import stochastically
 

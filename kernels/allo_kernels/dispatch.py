@@ -5,30 +5,33 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 logger = logging.getLogger("allo_kernels")
+T = TypeVar("T")  # a function, or a module of functions
 OLDEST = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix units
 
 
-def choose(op: str, impl: str, definition: Callable, kernel: str, device: torch.device) -> Callable:
+def choose(op: str, impl: str, definition: T, kernel: str, device: torch.device) -> T:
     """The implementation of `op` that `impl` names: "torch" its `definition`, "triton" its kernel, "auto" the faster.
 
-    kernel: "module.function" in this package, imported only when it runs. `auto` is Triton on CUDA devices that can
-    run it, else PyTorch. Raises ValueError for any other name, and for "triton" where Triton cannot run.
+    kernel: "module.function" in this package, or "module" for all of it, imported only when it runs. `auto` is Triton
+    on CUDA devices that can run it, else PyTorch. Raises ValueError for any other name, and for "triton" where Triton
+    cannot run.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "auto":
         impl = _automatic(op, device)
-    elif impl == "triton" and (reason := _why_not(device)):
+    elif impl == "triton" and device.type != "meta" and (reason := _why_not(device)):  # on meta a launch is recorded
         raise ValueError(f"impl: 'triton' cannot run {op} here: {reason}")
     if impl == "torch":
         return definition
-    module, function = kernel.split(".")
-    return getattr(importlib.import_module(f"allo_kernels.{module}"), function)
+    module, _, function = kernel.partition(".")
+    found = importlib.import_module(f"allo_kernels.{module}")
+    return getattr(found, function) if function else found
 
 
 @functools.cache

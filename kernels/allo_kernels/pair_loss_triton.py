@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from allo_kernels.launch import launch
+from allo_kernels.launching import launch
 from allo_kernels.pair_loss import as_ratio
 
 _LONGEST, _WARPS = 2048, 8  # tokens looked at per turn

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from allo_kernels.launch import launch
+from allo_kernels.launching import launch, multiprocessors
 from allo_kernels.topk import INFINITY_BITS
 
-_PROGRAMS = 1024  # each keeps a histogram in registers and adds it to memory once
+_PROGRAMS = 4  # on a multiprocessor, all at once; each keeps a histogram in registers and adds it to memory once
 _SCORES = 4096  # per turn
 _INFINITY = tl.constexpr(INFINITY_BITS)
 
@@ -27,15 +27,15 @@ def _histogram_kernel(scores, counts, size, prefix, SHIFT: tl.constexpr, WIDTH: 
         nans += tl.sum((bits > _INFINITY).to(tl.int32))
         matches = inside & ((bits >> (SHIFT + WIDTH)) == prefix)
         found += tl.histogram((bits >> SHIFT) & (BINS - 1), BINS, mask=matches)
-    # Integers: their sum does not depend on the order of the atomics.
-    tl.atomic_add(counts + tl.arange(0, BINS), found.to(tl.int64), mask=found > 0)
-    tl.atomic_add(counts + BINS, nans.to(tl.int64), mask=nans > 0)
+    # Integers: their sum does not depend on the order of the atomics, and nothing is read before the kernel ends.
+    tl.atomic_add(counts + tl.arange(0, BINS), found.to(tl.int64), mask=found > 0, sem="relaxed")
+    tl.atomic_add(counts + BINS, nans.to(tl.int64), mask=nans > 0, sem="relaxed")
 
 
 def histogram(scores: Tensor, shift: int, width: int, prefix: int) -> Tensor:
     """How often each `width`-bit digit at `shift` follows the bits of `prefix`, then the NaNs: int64 [bins + 1]."""
     counts = torch.zeros((1 << width) + 1, dtype=torch.int64, device=scores.device)
-    programs = min(_PROGRAMS, triton.cdiv(scores.numel(), _SCORES))
+    programs = min(_PROGRAMS * multiprocessors(scores), triton.cdiv(scores.numel(), _SCORES))
     launch(
         _histogram_kernel,
         (programs,),

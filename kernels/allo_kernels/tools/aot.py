@@ -16,11 +16,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from allo_kernels import adamw_triton, compact_triton, pair_loss_triton, token_logps_triton, topk_triton
+from allo_kernels import adamw_triton, compact_triton, head_triton, pair_loss_triton, topk_triton
 from allo_kernels.dispatch import interpreting
-from allo_kernels.launch import Launch, recording
+from allo_kernels.head_torch import Head, Rows
+from allo_kernels.launching import Launch, recording
 from allo_kernels.positions import Positions, blocks_of
-from allo_kernels.token_logps import Head, Rows
 from allo_kernels.topk import DIGITS
 
 MODELS = {  # width, words; the last has sizes that nothing divides
@@ -49,6 +49,8 @@ class Compiled:
     spills: int  # instructions that move registers to or from local memory
     wgmma: bool  # the matrix instructions of sm_90 are in the PTX
     narrow_products: int  # multiplications of indices in 32 bits, which overflow in large tensors
+    instructions: int = 0  # where they were listed
+    loop: int = 0  # of them, those of the shortest loop with matrix instructions, over K
 
     @property
     def passed(self) -> bool:
@@ -59,8 +61,13 @@ class Compiled:
 _MATRIX_KERNELS = ("target_and_lse", "d_logits")
 
 
-def compile_all(models: Iterable[str] = MODELS, targets: Iterable[str] = TARGETS) -> Iterator[Compiled]:
-    """Yields after each kernel. Raises ValueError under TRITON_INTERPRET=1, where kernels are Python functions."""
+def compile_all(
+    models: Iterable[str] = MODELS, targets: Iterable[str] = TARGETS, listed: bool = False
+) -> Iterator[Compiled]:
+    """Yields after each kernel; listed: with its instructions, which take half a second to list.
+
+    Raises ValueError under TRITON_INTERPRET=1, where kernels are Python functions.
+    """
     if interpreting():
         raise ValueError("TRITON_INTERPRET=1: compiling needs a process without it")
     for target in targets:
@@ -69,17 +76,18 @@ def compile_all(models: Iterable[str] = MODELS, targets: Iterable[str] = TARGETS
                 with recording(TARGETS[target]) as launches:
                     launcher()
                 with _device_of(target):
-                    yield from (_compile(model, variant, target, launch) for launch in launches)
+                    yield from (_compile(model, variant, target, launch, listed) for launch in launches)
 
 
-def _compile(model: str, variant: str, target: str, launch: Launch) -> Compiled:
+def _compile(model: str, variant: str, target: str, launch: Launch, listed: bool) -> Compiled:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton 3.9 announces a default of 3.10
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
     usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
     stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
-    # Instructions take half a second to list; without memory of their own they have nowhere to spill to.
-    assembly = _cuobjdump(compiled.asm["cubin"], "-sass") if stack or local else ""
+    # Without memory of their own they have nowhere to spill to.
+    assembly = _cuobjdump(compiled.asm["cubin"], "-sass") if listed or stack or local else ""
+    instructions, loop = count(assembly)
     return Compiled(
         model=model,
         kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
@@ -91,7 +99,22 @@ def _compile(model: str, variant: str, target: str, launch: Launch) -> Compiled:
         spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
         wgmma="wgmma.mma_async" in compiled.asm["ptx"],
         narrow_products=len(re.findall(r"arith.muli [^:]*: tensor<[^>]*xi32>", compiled.asm["ttir"])),
+        instructions=instructions,
+        loop=loop,
     )
+
+
+def count(assembly: str) -> tuple[int, int]:
+    """Instructions, and those of the shortest loop with matrix instructions, 0 without one; NOPs are none."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?!\s|NOP)(.*?);", assembly, re.MULTILINE)
+    listed = [(int(address, 16), text) for address, text in found]
+    loops = []
+    for end, text in listed:
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) <= end:
+            body = [inside for address, inside in listed if int(branch[1], 16) <= address <= end]
+            loops += [len(body)] * any("MMA" in inside for inside in body)
+    return len(listed), min(loops, default=0)
 
 
 @functools.cache  # one kernel serves many models
@@ -133,10 +156,10 @@ def _launchers(width: int, vocabulary: int) -> Iterator[tuple[str, Callable[[], 
     for dtype, name in ((_BF16, "bf16"), (_FP16, "fp16"), (_FP32, "fp32")):
         weight, rows = _meta(vocabulary, width, dtype=dtype), _rows(width, dtype)
         for softcap, bias in ((None, None), (30.0, _meta(vocabulary, dtype=dtype))):
-            head = Head(softcap, 1.0, None, *token_logps_triton.kernels())
+            head = Head(softcap, 1.0, None, head_triton)
             variant = name + ("+cap+bias" if softcap else "")
-            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.target_and_lse(r, w, b, h)
-            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.d_logits(r, w, b, 16, h)
+            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.kernels.target_and_lse(r, w, b, h)
+            yield variant, lambda r=rows, w=weight, b=bias, h=head: h.kernels.d_logits(r, w, b, 16, h)
         yield from ((f"{name} {label}", launcher) for label, launcher in _compact(width, dtype))
         scores = _meta(vocabulary * width, dtype=dtype)
         for shift, bits in DIGITS:
@@ -167,7 +190,7 @@ def _compact(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[],
 
 
 def _rows(width: int, dtype: torch.dtype) -> Rows:
-    targets = _meta(_TOKENS, dtype=torch.int64)
+    targets = _meta(_TOKENS, dtype=torch.int32)
     return Rows(_meta(_TOKENS, width, dtype=dtype), targets, _meta(_TOKENS), _meta(_TOKENS))
 
 

@@ -71,7 +71,7 @@ def tile_cases(large: bool) -> Iterator[HeadCase]:
 
 
 def _token_logps_case(device: torch.device, case: HeadCase):
-    from allo_kernels.launch import blocks_of_device  # imports Triton, for which the caller has set its mode
+    from allo_kernels.launching import blocks_of_device  # imports Triton, for which the caller has set its mode
 
     hidden, weight, bias, targets, upstream = _inputs(device, case)
     positions = selected(device, (case.words * case.width,), "5%")

@@ -1,7 +1,8 @@
 """What every kernel shares: how it is launched or recorded, and where Triton's interpreter differs from a device."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class Launch:
     constants: dict
 
 
-_launches: list[Launch] | None = None
+_launches: deque[Launch] | None = None
 _capability: tuple[int, int] | None = None
 
 
@@ -39,11 +40,14 @@ def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **constants) -> 
 
 
 @contextlib.contextmanager
-def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Inside, launchers run on meta tensors as if on a device of this capability, and their launches are listed."""
+def recording(capability: tuple[int, int], keep: bool = True) -> Iterator[Sequence[Launch]]:
+    """Inside, launchers run on meta tensors as if on a device of this capability, and their launches are listed.
+
+    Without `keep` they are not, for who counts how long tensors live.
+    """
     global _launches
     assert _launches is None, "recording() inside recording()"
-    _launches = []
+    _launches = deque(maxlen=None if keep else 0)
     try:
         with blocks_of_device(capability):
             yield _launches
@@ -67,6 +71,11 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     if _capability is not None:
         return _capability
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's device; 1 where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 INTERPRETED = tl.constexpr(interpreting())  # when this is imported, as Triton's own decorators decide
