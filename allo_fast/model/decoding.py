@@ -10,7 +10,7 @@ more than that are tried and named.
 
 import inspect
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -167,7 +167,8 @@ def why_padded(model: PreTrainedModel) -> str | None:
     low, high = min(10, vocabulary // 3), min(1000, vocabulary)
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(low, high, (length,), generator=draw).tolist() for length in (3, 5, 9)]
-    sampler, responses = _Recording(model), [Response(prompt, None) for prompt in prompts]
+    sampler = _Recording(type(model).__name__, 0.0, 1.0, set())
+    responses = [Response(prompt, 4) for prompt in prompts]
     try:
         cached = model(input_ids=torch.tensor(prompts[:1], device=model.device), use_cache=True).past_key_values
         if not isinstance(cached, DynamicCache) or {type(layer) for layer in cached.layers} != {DynamicLayer}:
@@ -180,12 +181,11 @@ def why_padded(model: PreTrainedModel) -> str | None:
     return None if all(sampler.agrees(model, response) for response in responses) else "its rows depend on each other"
 
 
+@dataclass
 class _Recording(Sampler):
     """Remembers the logits of each response's tokens."""
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(type(model).__name__, 0.0, 1.0, frozenset(), 4)
-        object.__setattr__(self, "logits", {})
+    logits: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def extend(self, responses: list[Response], logits: Tensor) -> None:
         for response, line in zip(responses, logits.float(), strict=True):

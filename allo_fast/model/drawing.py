@@ -1,6 +1,5 @@
 """Which token comes next: the likeliest, or one drawn with a number that belongs to its response alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +13,12 @@ _CANDIDATES = 64  # likeliest tokens that are looked at first; in most places th
 
 @dataclass
 class Response:
-    """What follows a prompt so far. draws: a number in [0, 1) for each token that it may have; none where the
+    """What follows a prompt so far. room: tokens that it may have. draws: for each a number in [0, 1); none where the
     likeliest is taken."""
 
     prompt: list[int]
-    draws: np.ndarray | None
+    room: int
+    draws: np.ndarray | None = None
     tokens: list[int] = field(default_factory=list)
 
 
@@ -27,16 +27,15 @@ def draws_of(seed: int, number: int, sample: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, number, sample]).random(count)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
-    """temperature 0 takes the likeliest token. top_p: see `drawn`. A response ends at one of `stops`, which is its last
-    token, or at its max_new_tokens. name: of the model, for errors."""
+    """temperature 0 takes the likeliest token. top_p: see `drawn`. A response ends with one of `stops`, or where it has
+    no room left. name: of the model, for errors."""
 
     name: str
     temperature: float
     top_p: float
-    stops: frozenset[int]
-    max_new_tokens: int
+    stops: set[int]
 
     def extend(self, responses: list[Response], logits: Tensor) -> None:
         """Each response by a token; logits [B, V]. Raises UserError where a logit is NaN or positive infinity."""
@@ -51,10 +50,7 @@ class Sampler:
             response.tokens.append(token)
 
     def is_done(self, response: Response) -> bool:
-        return len(response.tokens) == self.max_new_tokens or response.tokens[-1:] and response.tokens[-1] in self.stops
-
-    def live(self, responses: Iterable[Response]) -> list[Response]:
-        return [response for response in responses if not self.is_done(response)]
+        return len(response.tokens) == response.room or not self.stops.isdisjoint(response.tokens[-1:])
 
 
 def drawn(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

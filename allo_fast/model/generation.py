@@ -40,22 +40,23 @@ def generate(
     that are computed at once; None: all. sharded: the ranks share the model, and go on until the last of them is done.
     Raises UserError where a logit is NaN or positive infinity.
     """
-    stops = frozenset({*end_tokens, *stop_tokens(model)})
-    sampler = Sampler(type(model).__name__, temperature, top_p, stops, max_new_tokens)
-    responses = [
-        [
-            Response(prompt, draws_of(seed, first + number, sample, max_new_tokens) if temperature else None)
-            for sample in range(num_return_sequences)
-        ]
-        for number, prompt in enumerate(prompts)
-    ]
+    stops = {*end_tokens, *stop_tokens(model)}
+    sampler = Sampler(type(model).__name__, temperature, top_p, stops)
+
+    def begun(number: int, prompt: list[int], sample: int) -> Response:
+        draws = draws_of(seed, first + number, sample, max_new_tokens) if temperature else None
+        return Response(prompt, max_new_tokens, draws)
+
+    samples = range(num_return_sequences)
+    responses = [[begun(number, prompt, sample) for sample in samples] for number, prompt in enumerate(prompts)]
     every = [response for same in responses for response in same]
+    rows = min(rows or len(every), len(every))
     if not sharded and _in_slots(model, max(map(len, prompts)) + max_new_tokens):
-        Decoder(model, sampler, min(rows or len(every), len(every))).run(every)
+        Decoder(model, sampler, rows).run(every)
     else:
         every.sort(key=lambda response: len(response.prompt))
-        for start in range(0, len(every), rows or len(every)):
-            _decode_padded(model, every[start : start + (rows or len(every))], sampler, min(end_tokens), sharded)
+        for start in range(0, len(every), rows):
+            _decode_padded(model, every[start : start + rows], sampler, min(end_tokens), sharded)
     return [[_text(tokenizer, response, stops) for response in same] for same in responses]
 
 
@@ -89,7 +90,7 @@ def _decode_padded(
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0)
 
     config = GenerationConfig(
-        max_new_tokens=sampler.max_new_tokens, eos_token_id=sorted(sampler.stops), pad_token_id=padding
+        max_new_tokens=responses[0].room, eos_token_id=sorted(sampler.stops), pad_token_id=padding
     )
     generation, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:
@@ -104,7 +105,7 @@ def _decode_padded(
         model.generation_config = generation
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, response: Response, stops: frozenset[int]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, response: Response, stops: set[int]) -> str:
     """Without the stop. Decoded behind its prompt: alone, some tokenizers drop the space that it begins with."""
     tokens = response.tokens[:-1] if response.tokens[-1] in stops else response.tokens
     return tokenizer.decode([*response.prompt, *tokens])[len(tokenizer.decode(response.prompt)) :]

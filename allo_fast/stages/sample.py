@@ -72,15 +72,18 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
                 [asked(row) for row in chunk],
                 prompts.end_tokens,
                 max_new_tokens=settings.max_new_tokens,
-                seed=unit.seed * 1_000_003 + start,
+                seed=unit.seed,
+                first=start,
                 num_return_sequences=settings.num_return_sequences,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                rows=settings.batch_size * settings.num_return_sequences,
                 sharded=frozen.sharded,
             )
             return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
 
-        rows = yield from by_chunks(unit, RESPONSES, problems, settings.batch_size, "problem", work)
+        size = frozen.at_once(settings.batch_size)
+        rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
     return rows
 
 
