@@ -5,12 +5,13 @@ Names are those of transformers' TrainingArguments and TRL's DPOConfig where one
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from allo_fast.section import LARGEST, Section
 
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
-_LARGEST = 2**31 - 1  # that a whole number may be
 
 
 class UserError(ValueError):
@@ -20,17 +21,6 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """What an error of a library says in one line, which a file may have made endless; its name where it is silent."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > _LARGEST:
-            raise ValueError(f"expected at most {_LARGEST}")
-        return value
 
 
 class ModelConfig(Section):
@@ -56,12 +46,23 @@ class DataConfig(Section):
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
 
+class ServerConfig(Section):
+    url: str | None = Field(None, pattern="^https?://")  # of an API like OpenAI's, as http://localhost:8000/v1
+    model: str | None = None  # what the server calls the base; null: model.name_or_path
+    api_key_env: str | None = None  # the environment variable that holds the key; null: none is sent
+    concurrency: int = Field(16, gt=0)  # requests at once, of each rank
+    timeout: float = Field(600, gt=0)  # seconds that an answer, of all responses to a problem, may take
+    retries: int = Field(6, ge=0)  # of a request, after 1, 2, 4, ... seconds
+
+
 class SampleConfig(Section):
     num_return_sequences: int = Field(10, gt=0)  # responses per problem
     temperature: float = Field(0.7, gt=0)  # of sampling
     top_p: float = Field(0.95, gt=0, le=1)  # probability that sampling draws from
     max_new_tokens: int = Field(1024, gt=0)  # of a response; with its prompt within the model's positions
-    batch_size: int = Field(8, gt=0)  # problems per generate call
+    batch_size: int = Field(8, gt=0)  # problems whose responses are computed at once; decides no text, to rounding
+    engine: Literal["local", "server"] = "local"  # what samples: this process, or `server`, which has the same model
+    server: ServerConfig = ServerConfig()
     stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # a response is cut at the first of these
 
 
@@ -186,7 +187,7 @@ class LearnConfig(SparseTrainConfig):
 
 class EvaluateConfig(Section):
     max_new_tokens: int = Field(512, gt=0)  # of a greedy answer
-    batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
+    batch_size: int = Field(16, gt=0)  # problems whose options, or answers, are computed at once
 
 
 class Config(Section):
@@ -194,7 +195,7 @@ class Config(Section):
     output_dir: str = "runs"  # on several nodes: a folder that all of them see
     deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
     ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
-    seeds: list[Annotated[int, Field(ge=0, le=_LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
+    seeds: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
     protocol: Literal["paper", "release"] = "paper"
     # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
@@ -232,6 +233,8 @@ class Config(Section):
             source.startswith("arithmetic:") for source in (self.data.train, self.data.test)
         ):
             raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
+        if self.sample.engine == "server" and (self.sft or not self.model.name_or_path or not self.sample.server.url):
+            raise ValueError("sample.engine: server needs sample.server.url, model.name_or_path as its model, no sft")
         if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):
             raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
         if self.deepspeed and self.model.device != "auto":

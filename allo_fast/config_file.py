@@ -10,7 +10,8 @@ from typing import get_args
 import yaml
 from pydantic import ValidationError
 
-from allo_fast.config import Config, Section, UserError, first_line
+from allo_fast.config import Config, UserError, first_line
+from allo_fast.section import Section
 
 _NODES = 10_000  # keys and values in a file, aliases counted as what they stand for
 _DEPTH = 50  # levels of nesting

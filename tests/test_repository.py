@@ -14,7 +14,7 @@ import allo_fast
 import allo_kernels
 
 ROOT = Path(__file__).parents[1]
-FLOORS = "signals config durable journal config_file ranks data model method training".split()
+FLOORS = "signals section config durable journal config_file ranks data model method training".split()
 FLOORS += "locating plan runs stages report arguments commands".split()
 SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
