@@ -113,7 +113,7 @@ def test_a_flat_distribution_is_drawn_from_as_a_whole():
     steep, flat = torch.zeros(1, 4000), torch.zeros(1, 4000)
     steep[0, 77] = 50
     tokens = drawn(torch.cat([steep, flat]), torch.tensor([0.999, 0.5]), 1.0, 0.9)
-    assert tokens[0] == 77 and len(set(drawn(flat.expand(999, -1), torch.rand(999), 1.0, 0.9).tolist())) > 900
+    assert tokens[0] == 77 and len(set(drawn(flat.expand(999, -1), torch.rand(999), 1.0, 0.9).tolist())) > 700
 
 
 def test_a_rounding_moves_a_draw_no_further_than_itself():
