@@ -86,7 +86,8 @@ class Decoder:
         self.live: list[Response] = []  # by their slots
         self.layers: list[_Layer] = []
         self.entering: deque[tuple[Response, int]] = deque()  # each with its prompt's row of `computed`
-        self.computed, self.logits = Cache(layers=[]), torch.empty(0)
+        self.computed: Cache | None = None
+        self.logits: Tensor | None = None  # [rows, V]
 
     @torch.no_grad()
     def run(self, responses: list[Response]) -> None:
@@ -108,7 +109,6 @@ class Decoder:
                 break
             self.entering.extend((response, len(group)) for response in waiting[0])
             group.append(waiting.popleft()[0].prompt)
-        self.computed = None  # of the last prompts, before the next are computed
         ids = torch.tensor(group, device=self.model.device)
         more = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
         output = self.model(input_ids=ids, use_cache=True, **more)
@@ -124,7 +124,10 @@ class Decoder:
         for layer, prompts in zip(self.layers, self.computed.layers, strict=True):
             layer.enter(prompts, rows, first)
         self.live += responses
-        self._extend(responses, self.logits[rows])
+        logits = self.logits[rows]
+        if not self.entering:
+            self.computed = self.logits = None
+        self._extend(responses, logits)
 
     def _step(self) -> None:
         lengths = [len(response.prompt) + len(response.tokens) - 1 for response in self.live]
