@@ -139,7 +139,7 @@ def continuous(model: PreTrainedModel, job: Job) -> list[list[int]]:
             for sample, room in enumerate(rooms):
                 names[manager.add_request(prompt, max_new_tokens=room)] = number, sample
         while names:
-            result = manager.get_result(timeout=60)
+            result = manager.get_result(timeout=3600)
             assert result and not result.error, f"continuous batching: {result.error if result else 'no result'}"
             number, sample = names.pop(result.request_id)
             lengths[number][sample] = len(result.generated_tokens)
