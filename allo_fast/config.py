@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from allo_fast.config_train import (
-    LARGEST,
     ForgetConfig,
     ImplicitConfig,
     LearnConfig,
     PretrainConfig,
     RewriterConfig,
-    Section,
     SftConfig,
     TrainConfig,
     WarmupConfig,
@@ -23,6 +21,7 @@ from allo_fast.config_train import PreferenceTrainConfig as PreferenceTrainConfi
 from allo_fast.config_train import SparseTrainConfig as SparseTrainConfig
 from allo_fast.errors import UserError as UserError  # for whoever reads a configuration
 from allo_fast.errors import first_line as first_line
+from allo_fast.section import LARGEST, Section
 
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
@@ -62,12 +61,23 @@ class DataConfig(Section):
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
 
+class ServerConfig(Section):
+    url: str | None = Field(None, pattern="^https?://")  # of an API like OpenAI's, as http://localhost:8000/v1
+    model: str | None = None  # what the server calls the base; null: model.name_or_path
+    api_key_env: str | None = None  # the environment variable that holds the key; null: none is sent
+    concurrency: int = Field(16, gt=0)  # requests at once, of each rank
+    timeout: float = Field(600, gt=0)  # seconds that an answer, of all responses to a problem, may take
+    retries: int = Field(6, ge=0)  # of a request, after 1, 2, 4, ... seconds
+
+
 class SampleConfig(Section):
     num_return_sequences: int = Field(10, gt=0)  # responses per problem
     temperature: float = Field(0.7, gt=0)  # of sampling
     top_p: float = Field(0.95, gt=0, le=1)  # probability that sampling draws from
     max_new_tokens: int = Field(1024, gt=0)  # of a response; with its prompt within the model's positions
-    batch_size: int = Field(8, gt=0)  # problems per generate call
+    batch_size: int = Field(8, gt=0)  # problems whose responses are computed at once; decides no text, to rounding
+    engine: Literal["local", "server"] = "local"  # what samples: this process, or `server`, which has the same model
+    server: ServerConfig = ServerConfig()
     stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # a response is cut at the first of these
 
 
@@ -107,7 +117,7 @@ class RewardsConfig(Section):
 
 class EvaluateConfig(Section):
     max_new_tokens: int = Field(512, gt=0)  # of a greedy answer
-    batch_size: int = Field(16, gt=0)  # problems per forward pass or generate call
+    batch_size: int = Field(16, gt=0)  # problems whose options, or answers, are computed at once
 
 
 class Config(Section):
@@ -156,6 +166,8 @@ class Config(Section):
             source.startswith("arithmetic:") for source in (self.data.train, self.data.test)
         ):
             raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
+        if self.sample.engine == "server" and (self.sft or not self.model.name_or_path or not self.sample.server.url):
+            raise ValueError("sample.engine: server needs sample.server.url, model.name_or_path as its model, no sft")
         if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):
             raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
         if self.deepspeed and self.model.device != "auto":

@@ -11,7 +11,8 @@ from typing import get_args
 import yaml
 from pydantic import ValidationError
 
-from allo_fast.config import Config, Section, UserError, first_line
+from allo_fast.config import Config, UserError, first_line
+from allo_fast.section import Section
 
 logger = logging.getLogger(__name__)
 

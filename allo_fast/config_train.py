@@ -1,21 +1,10 @@
 """The keys of the sections that train; config.py has the others."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
-LARGEST = 2**31 - 1  # that a whole number may be
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"expected at most {LARGEST}")
-        return value
+from allo_fast.section import Section
 
 
 class TrainConfig(Section):

@@ -16,7 +16,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def best_dtype(name: str) -> str:
-    """bfloat16 where the device of that name has matrix units for it, else float32; whether it is there is not asked."""
+    """bfloat16 where the device of that name has matrix units for it, else float32; of one that is not there, too."""
     if name in ("auto", "cuda") or name.startswith("cuda:"):
         if torch.cuda.is_available():
             return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | locate | accuracy | rewards | positions | rounding | zero | architectures | gpu`"""
+"""`python -m benchmarks step | sample | locate | accuracy | rewards | positions | data | rounding | zero | ...`"""
 
 import argparse
 import sys
@@ -19,6 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=5, help="steps measured")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_step)
+    command = commands.add_parser("sample", help="sampling in slots, against padded and continuous batching: tokens/s")
+    command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
+    command.add_argument("--dtype", default="float32")
+    command.add_argument("--problems", type=int, default=8)
+    command.add_argument("--samples", type=int, default=10, help="responses per problem")
+    command.add_argument("--new", type=int, default=128, help="tokens of the longest response")
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--out", type=Path, help="JSON file")
+    command.set_defaults(command=_sample)
     command = commands.add_parser("locate", help="what scores at the frozen base select, against the dense warm-up")
     command.add_argument("config", type=Path, help="of a run, whose stages up to the warm-up are run first")
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
@@ -81,6 +90,13 @@ def _step(given: argparse.Namespace) -> int:
     from benchmarks import step
 
     step.run(given.model, given.dtype, given.ratio, given.steps, given.out)
+    return 0
+
+
+def _sample(given: argparse.Namespace) -> int:
+    from benchmarks import sample
+
+    sample.run(given.model, given.dtype, given.problems, given.samples, given.new, given.repeats, given.out)
     return 0
 
 

@@ -99,7 +99,7 @@ def test_locating_depends_on_the_files_of_another_reference(tmp_path):
 
 
 def test_the_disk_of_a_run_is_what_it_keeps():
-    ratios = {"model": {"name_or_path": "m"}, "forget": {"ratio": 0.05}, "learn": {"ratio": 0.1}}
+    ratios = {"model": {"name_or_path": "m", "dtype": "bfloat16"}, "forget": {"ratio": 0.05}, "learn": {"ratio": 0.1}}
     data = {"train": "a", "test": "b"}
 
     def mib(**changes):

@@ -12,6 +12,7 @@ from allo_fast.config import Config, SftConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus, attention_mask, collate
+from allo_fast.model.decoding import BLOCK
 from allo_fast.model.generation import generate
 from allo_fast.plan.advice import advised
 from allo_fast.plan.costs import USABLE, dense_dpo_states, states, traffic
@@ -199,11 +200,13 @@ def test_a_reference_of_its_own_is_divided_among_the_devices():
     assert held["forget"] == 2 * shape.parameters // 8 and held["warmup"] == held["learn"] == 0
 
 
-def test_sampling_holds_what_generate_does():
+@pytest.mark.parametrize("padded", [False, True])
+def test_sampling_holds_what_generate_does(monkeypatch, padded):
     """Keys and values to the byte; the rest at most what is planned, and not half of it."""
+    monkeypatch.setattr("allo_fast.model.generation.why_padded", lambda model: "it is tried" if padded else None)
     tokenizer = character_tokenizer()
     model = tiny_llama(num_hidden_layers=6, hidden_size=64, intermediate_size=160, head_dim=16, vocab_size=4000)
-    shape, ids = shape_of(model.config, "float32"), torch.randint(3, 20, (4, 40))
+    shape, ids = replace(shape_of(model.config, "float32"), cache_bound=padded), torch.randint(3, 20, (4, 40))
     with _Live() as live, torch.no_grad():
         model.base_model(ids, use_cache=False)
     assert live.most == pytest.approx(ids.numel() * shape.forward_bytes, rel=0.1)
@@ -217,7 +220,8 @@ def test_sampling_holds_what_generate_does():
     with _Live() as live:
         generate(model, tokenizer, ids.tolist(), {2}, **asked)
     beside = sum(planned.values()) - planned["base"]
-    assert planned["KV cache"] == pytest.approx(20 * 70 * shape.cache_bytes, rel=0.1)
+    positions = 20 * 70 if padded else 20 * BLOCK + 4 * 40
+    assert planned["KV cache"] == pytest.approx(positions * shape.cache_bytes, rel=0.1)
     assert 0.5 * beside < live.most < beside
 
 

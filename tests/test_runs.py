@@ -33,6 +33,7 @@ from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.basis import differences
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.lock import alone_in
+from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
@@ -710,9 +711,9 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
     config, _ = copied
     asked, seeds = {}, []
 
-    def record(model, tokenizer, prompts, end_tokens, *, seed, **settings):
+    def record(model, tokenizer, prompts, end_tokens, *, seed, first, **settings):
         asked.setdefault(run.config.protocol, tokenizer.decode(prompts[0]))
-        seeds.append(seed)
+        seeds.extend((seed, first + number) for number in range(len(prompts)))
         return [["The answer is 1"] * 3 for _ in prompts]
 
     monkeypatch.setattr("allo_fast.stages.sample.generate", record)
@@ -722,7 +723,9 @@ def test_what_the_sampler_is_asked(copied, monkeypatch):
             shutil.rmtree((unit := Unit(run, "sample", key)).folder)
             list(unit.execute())
     assert asked["release"] == asked["paper"] + " ", "the release's own defect"
-    assert len(set(seeds)) == len(seeds) / 2 == 6, "a seed of its own for every chunk and run seed"
+    assert len(set(seeds)) == len(seeds) / 2 == 2 * len(read_jsonl(unit.folder / "problems.jsonl")), (
+        "a seed of its own for every problem and run seed"
+    )
 
 
 def test_rewards_from_a_file(copied, tmp_path, capsys):

@@ -89,6 +89,15 @@ class Prompts:
         prompt_ids = self._tokens(before)
         return prompt_ids, [self._after(before, prompt_ids, self._whole(prompt, turn, tools)) for turn in responses]
 
+    def request(self, prompt: str | Messages, tools: list[dict] | None = None, suffix: str = "") -> dict:
+        """As a server of OpenAI's API is asked for what follows: {messages}, with tools and the template's arguments;
+        or {prompt}, a text without what the tokenizer adds to it. Raises UnusableRow."""
+        messages = self._messages(prompt) if self.chat else None
+        if messages and messages[-1]["role"] != "assistant":
+            more = {"tools": tools, "chat_template_kwargs": self.template_kwargs}
+            return {"messages": messages, **{name: value for name, value in more.items() if value}}
+        return {"prompt": self._prompt_text(prompt, tools).removeprefix(self._added_bos()) + suffix}
+
     def render(self, messages: Messages, tools: list[dict] | None = None, opened: bool = False, **settings) -> str:
         """The conversation as the chat template writes it; opened: ready for the assistant. Raises UnusableRow."""
         settings = {**self.template_kwargs, **settings}
@@ -179,8 +188,11 @@ class Prompts:
     def _plain(self, prompt: str | Messages, tools: list[dict] | None) -> str:
         if tools or not isinstance(prompt, str):
             raise UnusableRow(f"{'tools' if tools else 'chat messages'} need a tokenizer with a chat template")
-        adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        return self._trimmed(prompt).removeprefix(self.tokenizer.bos_token if adds_bos else "")
+        return self._trimmed(prompt).removeprefix(self._added_bos())
+
+    def _added_bos(self) -> str:
+        """What the tokenizer writes before a text by itself."""
+        return self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
 
     def _response_text(self, turn: str) -> str:
         """Without what the template writes around it. Raises UnusableRow for a text that goes on behind its end."""

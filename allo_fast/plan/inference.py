@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from allo_fast.config import EvaluateConfig, SampleConfig
+from allo_fast.model.decoding import BLOCK, PROMPT_TOKENS
 from allo_fast.plan.costs import HEAD_BYTES, gathered_bytes
 from allo_fast.plan.phase import Job, Phase, loading
 from allo_fast.plan.rows import SAMPLED
@@ -11,7 +13,7 @@ from allo_fast.plan.training import scoring_tokens
 from allo_fast.training.reference import TOKENS
 from allo_fast.training.zero import Zero
 
-_LOGIT_BYTES = 32  # of an entry: float32, and what temperature and top-p make of it: sorted, its index, sums, masks
+_LOGIT_BYTES = 48  # of an entry: float32, by the temperature, and where all are as likely sorted, with index and sums
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,11 @@ class _Work:
 
 
 def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
-    """None where responses are given."""
+    """None where responses are given, or a server samples them."""
     settings = job.config.sample
-    if job.config.data.format not in SAMPLED:
+    if job.config.data.format not in SAMPLED or settings.engine == "server":
         return None
-    chunks = math.ceil(job.rows.problems / settings.batch_size)
-    work = _generating(job, settings.batch_size * settings.num_return_sequences, settings.max_new_tokens, chunks)
+    work = _generating(job, zero, settings, settings.num_return_sequences, job.rows.problems)
     return _frozen(job, "sample", zero, work, len(job.config.seeds))
 
 
@@ -37,8 +38,7 @@ def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
     """Of one model; a run evaluates the base, the given one where that is another, and what each seed aligns."""
     config, settings, rows = job.config, job.config.evaluate, job.rows
     if config.data.format in SAMPLED:
-        chunks = math.ceil(rows.tests / settings.batch_size)
-        work = _generating(job, settings.batch_size, settings.max_new_tokens, chunks)
+        work = _generating(job, zero, settings, 1, rows.tests)
     else:
         row = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens
         tokens = max(TOKENS, row)
@@ -68,28 +68,41 @@ def _scoring(job: Job, shape: Shape, tokens: int, batches: int) -> _Work:
     return _Work(memory, passes * 2.0 * shape.parameters * tokens / (job.device.mfu * job.device.peak_flops), passes)
 
 
-def _generating(job: Job, sequences: int, new: int, chunks: int) -> _Work:
-    """So many sequences at once, of `new` tokens behind the longest prompt."""
-    shape, prompt, device = job.shape, job.config.data.max_prompt_tokens, job.device
+def _generating(
+    job: Job, zero: Zero | None, settings: SampleConfig | EvaluateConfig, responses: int, problems: int
+) -> _Work:
+    """So many responses to each of `batch_size` problems at once, all as long as they may be."""
+    shape, prompt, new, device = job.shape, job.config.data.max_prompt_tokens, settings.max_new_tokens, job.device
+    whole, sequences = BYTES[job.config.model.dtype] * shape.parameters, settings.batch_size * responses
+    positions = prompt + new
+    if shape.cache_bound or _is_shared(job, zero, whole):  # padded, each with its prompt
+        together, entering, computed = sequences, 0, sequences
+    else:  # a prompt once for all of its own, some short ones together, kept until all have entered
+        together = entering = min(settings.batch_size, max(1, PROMPT_TOKENS // prompt))
+        positions, computed = math.ceil(positions / BLOCK) * BLOCK, settings.batch_size
     # A layer's keys grow by a copy of themselves.
-    cache = shape.cache_bytes * (prompt + new) * sequences * (2 * shape.layers + 1) // (2 * shape.layers)
+    cache = shape.cache_bytes * positions * sequences * (2 * shape.layers + 1) // (2 * shape.layers)
     memory = {
-        "KV cache": cache,
-        "activations": sequences * prompt * shape.forward_bytes,
+        "KV cache": cache + shape.cache_bytes * entering * prompt,
+        "activations": together * prompt * shape.forward_bytes,
         "logits": _LOGIT_BYTES * sequences * shape.vocabulary,
     }
-    read = BYTES[job.config.model.dtype] * shape.parameters + cache / 2  # by every token, in the mean
+    read = whole + cache / 2  # by every token, in the mean
     token_s = max(read / (device.mbu * device.memory_bytes_per_s), device.layer_s * shape.layers)
-    prompt_s = 2.0 * shape.parameters * sequences * prompt / (device.mfu * device.peak_flops)
-    rounds = math.ceil(chunks / job.gpus)
+    prompt_s = 2.0 * shape.parameters * computed * prompt / (device.mfu * device.peak_flops)
+    rounds = math.ceil(math.ceil(problems / settings.batch_size) / job.gpus)
     return _Work(memory, rounds * (prompt_s + new * token_s), rounds * (new + 1))
+
+
+def _is_shared(job: Job, zero: Zero | None, whole: int) -> bool:
+    """A model of so many bytes, as `stages.models.inference` decides."""
+    return zero is not None and job.gpus > 1 and whole > job.gpu_bytes / 2
 
 
 def _frozen(job: Job, stage: str, zero: Zero | None, work: _Work, times: int) -> Phase:
     shape, width = job.shape_in(stage), BYTES[job.config.model.dtype]
     whole = width * shape.parameters
-    # As `stages.models.inference` decides.
-    shared = zero is not None and job.gpus > 1 and whole > job.gpu_bytes / 2
+    shared = _is_shared(job, zero, whole)
     memory, seconds = {"base": whole, **work.memory}, work.seconds
     if shared:
         memory |= {"base": math.ceil(whole / job.gpus), "gathered weights": gathered_bytes(shape, None, width)}

@@ -6,7 +6,9 @@ from allo_fast.data.sources import split_slice
 
 Basis = dict[str, object]
 
-_DRIVING = ("save_steps", "save_minutes", "skip_nonfinite_steps")  # how a stage is driven, not what comes of it
+# How a stage is driven, not what comes of it; the last part of a key, or all of it.
+_DRIVING = {"save_steps", "save_minutes", "skip_nonfinite_steps", "sample.batch_size"}
+_DRIVING |= {f"sample.server.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries")}
 
 
 def flat(section: Mapping, prefix: str = "") -> Basis:
@@ -31,7 +33,7 @@ def differences(old: Basis, new: Basis) -> str:
 
 def deciding(entries: Basis) -> Basis:
     """Those that what comes of a stage depends on."""
-    return {key: value for key, value in entries.items() if key.rpartition(".")[2] not in _DRIVING}
+    return {key: value for key, value in entries.items() if _DRIVING.isdisjoint((key, key.rpartition(".")[2]))}
 
 
 def part_of(source: str) -> str:

@@ -24,6 +24,7 @@ from allo_fast.locating.windows import pieces_of, windows_of
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.model.server import api_key
 from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
@@ -68,6 +69,8 @@ def check(config: Config) -> Findings:
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
     _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
+    if config.sample.engine == "server":
+        findings.attempt(lambda: api_key(config.sample))
     if config.method == "allo":
         _check_rewards(findings, config, prompts if model else None, rows)
     others = other_models(config)

@@ -105,6 +105,7 @@ def evaluate(
             return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
 
         size = unit.config.evaluate.batch_size
+        size = size if scoring else frozen.at_once(size)
         rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work)
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
@@ -173,6 +174,7 @@ def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: 
         [problem["prompt_ids"] for problem in chunk],
         prompts.end_tokens,
         max_new_tokens=settings.max_new_tokens,
+        rows=settings.batch_size,
         sharded=frozen.sharded,
     )
     judged = []

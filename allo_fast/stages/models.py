@@ -27,6 +27,7 @@ from allo_fast.training.zero import training_sections
 from allo_kernels import memory
 
 DELTA = "delta.safetensors"
+BATCHES = 4  # of problems between two writes: a killed stage loses them, and towards their end fewer rows run
 
 
 def base_path(unit: Unit) -> str | Path:
@@ -144,6 +145,10 @@ class Inference:
     compute: Callable
     layout: Layout | None  # how to collate for log-probabilities
     sharded: bool
+
+    def at_once(self, batch_size: int) -> int:
+        """How many problems `generate` is given: several batches, so that others enter where responses end."""
+        return batch_size if self.sharded else BATCHES * batch_size
 
 
 @contextmanager

@@ -3,7 +3,8 @@
     y ~ p_base(. | problem), temperature 0.7, top_p 0.95, 10 each
     `allo-fast sample CONFIG`
 
-Departs from the release: a seed reaches the sampler, and responses are sampled after the prompt they are trained on.
+Departs from the release: run seed, problem and number decide each response, whatever runs beside it, and responses are
+sampled after the prompt they are trained on. `sample.engine: server` asks a server that has the base.
 Writes responses.jsonl (texts and token ids), problems.jsonl, and quarantine.jsonl (rows set aside, with the reason).
 """
 
@@ -19,9 +20,10 @@ from allo_fast.data.scoring import is_correct
 from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.model.server import Server
 from allo_fast.runs.rows import Rows, by_chunks
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.models import base_path, inference, prompts_of
+from allo_fast.stages.models import BATCHES, base_path, inference, prompts_of
 from allo_fast.stages.problems import PROBLEMS, first_row, unit_problems
 
 RESPONSES = "responses.jsonl"
@@ -35,7 +37,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
         ranks.on_main(lambda: _link(unit.folder / PROBLEMS, unit.folder / RESPONSES))
         responses = sum(len(row["responses"]) for row in rows)
     else:
-        rows = yield from _sample(unit, rows, prompts)
+        rows = yield from (_ask if unit.config.sample.engine == "server" else _sample)(unit, rows, prompts)
         counts = [(len(row["responses"]), len(row["unusable"])) for row in rows]
         responses, unusable = map(sum, zip(*counts, strict=True))
         if not responses:
@@ -55,13 +57,35 @@ def _link(problems: Path, responses: Path) -> None:
             shutil.copyfile(problems, partial)
 
 
+def _suffix(unit: Unit, prompts: Prompts) -> str:
+    """The release samples after one space more than it trains after."""
+    return " " if unit.config.protocol == "release" and not prompts.chat else ""
+
+
+def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
+    """As `_sample`, of a server. What it refuses or leaves empty is among a row's `unusable`."""
+    settings, suffix = unit.config.sample, _suffix(unit, prompts)
+    server = Server(settings, unit.config.model.name_or_path)
+
+    def work(chunk: list[dict], start: int) -> list[dict]:
+        requests = [prompts.request(row["prompt"], row["tools"], suffix) for row in chunk]
+        lengths = [len(row["prompt_ids"]) for row in chunk]
+        answers = server.respond(requests, lengths, unit.seed, start)
+        rows = [_judged(unit, row, answer.texts, prompts) for row, answer in zip(chunk, answers, strict=True)]
+        return [
+            {**row, "unusable": row["unusable"] + answer.reasons} for row, answer in zip(rows, answers, strict=True)
+        ]
+
+    size = max(settings.server.concurrency, BATCHES * settings.batch_size)
+    rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
+    return rows
+
+
 def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
-    settings = unit.config.sample
-    # The release samples after one space more than it trains after.
-    spaced = unit.config.protocol == "release" and not prompts.chat
+    settings, suffix = unit.config.sample, _suffix(unit, prompts)
 
     def asked(row: dict) -> list[int]:
-        return prompts.encode_prompt(row["prompt"], suffix=" ") if spaced else row["prompt_ids"]
+        return prompts.encode_prompt(row["prompt"], suffix=suffix) if suffix else row["prompt_ids"]
 
     with inference(unit, base_path(unit), scoring=True) as frozen:  # refused now, if it cannot be trained
 
@@ -72,15 +96,18 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
                 [asked(row) for row in chunk],
                 prompts.end_tokens,
                 max_new_tokens=settings.max_new_tokens,
-                seed=unit.seed * 1_000_003 + start,
+                seed=unit.seed,
+                first=start,
                 num_return_sequences=settings.num_return_sequences,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                rows=settings.batch_size * settings.num_return_sequences,
                 sharded=frozen.sharded,
             )
             return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
 
-        rows = yield from by_chunks(unit, RESPONSES, problems, settings.batch_size, "problem", work)
+        size = frozen.at_once(settings.batch_size)
+        rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
     return rows
 
 
