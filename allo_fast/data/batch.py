@@ -134,6 +134,7 @@ class Batch:
     packed: bool
     token_weights: Tensor | None = None  # fp32 [R, L]
     reference: Tensor | None = None  # fp32 [R, L]: log-probabilities by the reference model
+    gradient_rows: int | None = None  # how many of the N tokens the loss depends on, at most; None: on all
 
     @property
     def tokens(self) -> int:

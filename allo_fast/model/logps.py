@@ -62,7 +62,7 @@ class ResponseLogps(nn.Module):
             return self.examine()
         hidden = self.hidden(batch)
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.sources)
-        return batch.layout(self.head(states, batch.targets))
+        return batch.layout(self.head(states, batch.targets, batch.gradient_rows))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D]."""
@@ -99,6 +99,7 @@ class HeadPass(NamedTuple):
 class _Head(nn.Module):
     """The model's head for given targets: hidden [N, D], targets [N] -> log-probabilities [N] fp32.
 
+    gradient_rows: of how many its result gets a gradient that is not zero, at most; None: of all.
     A module of its own, holding the head's own parameters, so that ZeRO-3 gathers them around it.
     """
 
@@ -112,7 +113,7 @@ class _Head(nn.Module):
         self._parameters.update(source._parameters)
         self._read = (source,)  # in a tuple: not a child, whose parameters would count twice
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, gradient_rows: int | None = None) -> Tensor:
         (source,) = self._read
         entries = self.entries(source._parameters.get("weight"))
         weight, values, positions = entries or (source.weight, None, None)
@@ -122,6 +123,7 @@ class _Head(nn.Module):
             weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
         hidden = hidden.to(weight.dtype)  # models that add residuals up in float32 cast there too
         given = {"bias": bias, "values": values, "positions": positions, **self.settings}
+        given |= {"target_rows": len(targets), "gradient_rows": gradient_rows or len(targets)}
         if self.on_logps is None:
             return token_logps(hidden, weight, targets, **given)
         logps, lse = token_logps(hidden, weight, targets, with_lse=True, **given)
@@ -132,7 +134,15 @@ class _Head(nn.Module):
         (source,) = self._read
         weight, bias = source._parameters["weight"].detach(), source._parameters.get("bias")
         return head_row_gradient(
-            given.hidden, weight, given.targets, given.lse, upstream, rows, bias=bias, **self.settings
+            given.hidden,
+            weight,
+            given.targets,
+            given.lse,
+            upstream,
+            rows,
+            bias=bias,
+            gradient_rows=len(upstream),
+            **self.settings,
         )
 
 

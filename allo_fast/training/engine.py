@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,10 +206,13 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         losses: dict[MicroBatch, Tensor] = {}  # of this rank
         for place, (micro, weight, batch) in enumerate(batches):
+            counted = self.examples.count(micro, self.objective.counts)
             batch = batch.to(self.policy.model.device)
+            if self.objective.counts == "weights":
+                batch = replace(batch, gradient_rows=counted)
             logps, reference = self._compute(batch)
             loss, metrics = self.objective(logps, reference, batch)
-            share = weight * self.examples.count(micro, self.objective.counts) / count
+            share = weight * counted / count
             self.backend.backward(loss * share, last=place == len(batches) - 1)
             losses[micro] = loss.detach()
             for name, value in {"loss": loss.detach(), **metrics}.items():
