@@ -139,6 +139,7 @@ def _measure_shape(shape: str, job: Job, settings: Settings, useful: int, folder
         for key in lineup if repeat % 2 == 0 else lineup[::-1]:
             if key in errors:
                 continue
+            print(f"{shape}, {', '.join(key)}, repeat {repeat + 1}", file=sys.stderr, flush=True)
             outcome = _launch(replace(job, contender=key[0], dtype=key[1]), folder)
             if isinstance(outcome, str):
                 errors[key] = outcome
@@ -167,10 +168,14 @@ def _launch(job: Job, folder: Path, quiet: bool = True) -> Outcome | str:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
     )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raised = [line for line in lines if ERROR.match(line)]  # a launcher's own report comes after it
-        return f"failed with {done.returncode}: {(raised or lines)[0 if raised else -1]}"
+        return f"failed with {done.returncode}: {reason(done.stderr)}"
     return Outcome(**json.loads(result.read_text()))
+
+
+def reason(stderr: str) -> str:
+    """The line that says why; behind what a rank raised stands its launcher's own report."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
+    return next(filter(ERROR.match, lines), lines[-1])
 
 
 def _checked(rows: list[Row]) -> list[Row]:

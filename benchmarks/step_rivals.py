@@ -9,15 +9,12 @@ Checkpointing of activations, also a default of TRL, is on only where the conten
 
 import logging
 import tempfile
-from collections.abc import Callable
-from functools import partial
 
-import peft
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 from torch import nn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from allo_kernels import memory
@@ -34,6 +31,7 @@ from benchmarks.step_measure import (
     resident_bytes,
 )
 
+DENSE = ("trl", "trl-checkpointed")
 LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
@@ -52,32 +50,20 @@ class LiveBytes(TrainerCallback):
         self.last = memory.live_bytes()
 
 
-def lora(model: nn.Module, trained: int, targets: str | None) -> peft.PeftConfig:
-    return peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+def adapter(name: str, model: nn.Module, trained: int):
+    """PEFT's configuration; of a sparse adapter with `trained` weights, as nearly as it has such a number."""
+    import peft
 
-
-def shira(model: nn.Module, trained: int) -> peft.PeftConfig:
-    """`trained` weights, as nearly as r (in + out) in each layer allows."""
-    sides = sum(sum(layer.weight.shape) for layer in linear_layers(model))
-    return peft.ShiraConfig(r=max(1, round(trained / sides)), target_modules=LINEAR, task_type="CAUSAL_LM")
-
-
-def supertuning(model: nn.Module, trained: int) -> peft.PeftConfig:
-    weights = sum(layer.weight.numel() for layer in linear_layers(model))
-    return peft.SupertuningConfig(sparsity=1 - trained / weights, target_modules=LINEAR, task_type="CAUSAL_LM")
-
-
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
     head = model.get_output_embeddings()
-    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-
-
-ADAPTERS: dict[str, Callable[[nn.Module, int], peft.PeftConfig]] = {
-    "trl-lora": partial(lora, targets=None),  # PEFT's default: of a Llama the queries and values
-    "trl-lora-all": partial(lora, targets=LINEAR),
-    "peft-shira": shira,
-    "peft-supertuning": supertuning,
-}
+    shapes = [layer.weight.shape for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    if name == "peft-shira":  # r (in + out) weights of each layer
+        rank = max(1, round(trained / sum(sum(shape) for shape in shapes)))
+        return peft.ShiraConfig(r=rank, target_modules=LINEAR, task_type="CAUSAL_LM")
+    if name == "peft-supertuning":
+        sparsity = 1 - trained / sum(shape.numel() for shape in shapes)
+        return peft.SupertuningConfig(sparsity=sparsity, target_modules=LINEAR, task_type="CAUSAL_LM")
+    targets = LINEAR if name == "trl-lora-all" else None  # PEFT's default: of a Llama the queries and values
+    return peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def measure(job: Job) -> Outcome:
@@ -115,7 +101,7 @@ def _trainer(job: Job, folder: str, rows: list[dict], steps: int | None, callbac
     schedule = {"num_train_epochs": 1, "per_device_train_batch_size": job.micro_pairs}
     schedule |= {"gradient_accumulation_steps": job.step_pairs // job.micro_pairs}
     if steps:
-        rate = RATES["some" if job.contender in ADAPTERS else "dense"]
+        rate = RATES["dense" if job.contender in DENSE else "some"]
         schedule = {"max_steps": steps, "per_device_train_batch_size": len(rows), "logging_steps": 1}
         schedule |= {"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_steps": 0}
     settings = DPOConfig(
@@ -142,13 +128,13 @@ def _trainer(job: Job, folder: str, rows: list[dict], steps: int | None, callbac
     )
 
 
-def _adapter(job: Job) -> peft.PeftConfig | None:
-    """What SparsePolicy trains of the model is how many weights a sparse adapter trains, too."""
-    if job.contender not in ADAPTERS:
+def _adapter(job: Job):
+    """None where all weights train; as many train in a sparse adapter as a SparsePolicy has selected."""
+    if job.contender in DENSE:
         return None
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(job.model))
-    return ADAPTERS[job.contender](model, int(job.ratio * sum(weight.numel() for weight in model.parameters())))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
+    return adapter(job.contender, model, int(job.ratio * sum(weight.numel() for weight in model.parameters())))
 
 
 if __name__ == "__main__":
