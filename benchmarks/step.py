@@ -84,10 +84,10 @@ def run(settings: Settings, out: Path | None = None) -> list[Row]:
             measured = _measure_shape(name, job, settings, useful_tokens(pairs), Path(folder))
             print(f"{name}: {len(pairs)} pairs, {about[name]}", table(measured), sep="\n", flush=True)
             rows += measured
-    print(useful_tokens.__doc__.partition("\n")[0], "(useful tokens)")
-    if out:
-        stated = {**asdict(settings), "train": settings.train and str(settings.train), "lengths": about}
-        out.write_text(json.dumps({**machine(), **stated, "rows": [*map(asdict, rows)]}, indent=1))
+            if out:  # after each shape: an epoch of them all may take an hour
+                stated = {**machine(), **asdict(settings), "lengths": about, "rows": [*map(asdict, rows)]}
+                out.write_text(json.dumps(stated, indent=1, default=str))
+    print(f"Useful tokens: {useful_tokens.__doc__.partition(chr(10))[0]}")
     return rows
 
 

@@ -8,7 +8,7 @@ which is TRL's; weights are selected by chance, which takes as long as any selec
 import logging
 import tempfile
 from collections import deque
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,11 +29,11 @@ from allo_kernels import memory
 from benchmarks.step_measure import (
     CHECK_STEPS,
     RATES,
+    Clock,
     Job,
     Outcome,
     Positions,
     check_falls,
-    clocked,
     installed,
     main,
     resident_bytes,
@@ -56,15 +56,12 @@ def measure(job: Job) -> Outcome | None:
         trainer.backend.close()
         del trainer
         policy, rows = make_policy(job), job.rows("pairs")
-        counted = Positions([policy.model])
-
-        def epoch() -> None:
-            trainer = make_trainer(policy, job, rows, folder / "epoch")
+        trainer, counted = make_trainer(policy, job, rows, folder / "epoch"), Positions([policy.model])
+        (clock := Clock()).start(policy.model.device)
+        with profiled(Path(job.profile)) if job.profile else nullcontext():
             deque(trainer.run(), maxlen=0)
-            trainer.backend.close()
-
-        times = clocked(partial(profiled, epoch, Path(job.profile)) if job.profile else epoch, policy.model.device)
-        everyone = ranks.gather((times, counted.training, counted.reference))
+        everyone = ranks.gather((clock.read(), counted.training, counted.reference))
+        trainer.backend.close()
     outcome = Outcome(
         pairs=len(rows),
         seconds=max(times["seconds"] for times, *_ in everyone),

@@ -56,15 +56,16 @@ class Part:
     milliseconds: float
 
 
-def profiled(work: Callable[[], object], trace: Path) -> None:
-    """Writes a trace for chrome://tracing or Perfetto to `trace`, and prints the table."""
+@contextmanager
+def profiled(trace: Path) -> Iterator[None]:
+    """Of what runs inside, writes a trace for chrome://tracing or Perfetto to `trace`, and prints the table."""
     with ExitStack() as ranges:
         for name, (_, *functions) in RANGES.items():
             for function in functions:
                 ranges.enter_context(_range(name, function))
         ranges.enter_context(_decoder_range())
         with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(_label(REST)):
-            work()
+            yield
     profiler.export_chrome_trace(str(trace))
     print(table(parts(profiler.events())), flush=True)
 

@@ -21,11 +21,11 @@ from allo_kernels import memory
 from benchmarks.step_measure import (
     CHECK_STEPS,
     RATES,
+    Clock,
     Job,
     Outcome,
     Positions,
     check_falls,
-    clocked,
     installed,
     main,
     resident_bytes,
@@ -48,6 +48,16 @@ class LiveBytes(TrainerCallback):
 
     def on_optimizer_step(self, *_, **__):
         self.last = memory.live_bytes()
+
+
+class Started(TrainerCallback):
+    """Starts a clock when the trainer begins its first step."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_train_begin(self, arguments, *_, **__):
+        self.clock.start(arguments.device)
 
 
 def adapter(name: str, model: nn.Module, trained: int):
@@ -75,9 +85,11 @@ def measure(job: Job) -> Outcome:
         history = [row for row in trainer.state.log_history if "loss" in row]
         check_falls(losses := [row["loss"] for row in history])
         del trainer
-        trainer = _trainer(job, folder, rows := job.rows("pairs"), None, [])
+        clock = Clock()
+        trainer = _trainer(job, folder, rows := job.rows("pairs"), None, [Started(clock)])
         positions = Positions(model for model in (trainer.model, trainer.ref_model) if model)
-        times = clocked(trainer.train, trainer.accelerator.device)
+        trainer.train()
+        times = clock.read()
         parameters = list(trainer.model.parameters())
         return Outcome(
             pairs=len(rows),

@@ -93,7 +93,7 @@ def test_trl_trains_on_the_same_tokens(model, tmp_path):
     ours, dense = (step_ours.measure(job(model, tmp_path, name)) for name in ("sparse", "dense"))
     theirs = step_rivals.measure(job(model, tmp_path, "trl-checkpointed", micro_pairs=8, step_pairs=8))
     assert theirs.logps == pytest.approx(ours.logps, rel=1e-5) == dense.logps
-    assert theirs.losses[-1] < theirs.losses[0] - 0.003 and theirs.losses == pytest.approx(dense.losses, abs=2e-3)
+    assert theirs.losses[-1] < theirs.losses[0] - 0.001 and theirs.losses == pytest.approx(dense.losses, abs=2e-3)
     assert theirs.positions == theirs.reference_positions == padded(job(model, tmp_path, "").rows("pairs"), 8)
     assert theirs.trained == theirs.parameters == dense.trained == ours.parameters
     assert theirs.state_bytes == pytest.approx(20 * theirs.parameters, rel=0.05), "with the reference's weights"
@@ -156,7 +156,7 @@ def test_every_range_of_the_profile_is_seen(model, tmp_path, capsys):
         patch.setattr(step_profile, "table", lambda found: parts.extend(found) or plain(found))
         outcome = step_ours.measure(measured)
     assert {part.range for part in parts} == {*step_profile.RANGES, step_profile.DECODER, step_profile.REST}
-    assert sum(part.milliseconds for part in parts) == pytest.approx(1e3 * outcome.seconds, rel=0.9)
+    assert 0 < sum(part.milliseconds for part in parts) < 1e3 * outcome.seconds
     products = [part for part in parts if part.kind == "matrix products"]
     assert {part.range for part in products} >= {"decoder", "head", "backward"}
     assert not [part for part in products if part.side == step_profile.ENGINE]
