@@ -4,9 +4,9 @@ Ranges are laid around a few functions while the work runs under torch's profile
 range that it runs in, by its own time (without what it calls), so that the shares add up to the whole epoch, reference
 pass and all. Of the engine are: making batches and masks, the loss, gathering compact gradients, clipping and the
 optimizer, the reference's kept log-probabilities, the log, and everything that runs in no range. Of the model are the
-decoder and the head, forward and backward, by kinds of operators; `between operators` is Python and autograd there.
-The head's chunks and their sums count as the model's, gathering its selected entries from them as the engine's. Times
-are of the host: on a GPU the trace has the device's.
+decoder and the head, forward (the reference's apart) and backward, by kinds of operators; `between operators` is Python
+and autograd there. The head's chunks and their sums count as the model's, gathering its selected entries from them as
+the engine's. Times are of the host: on a GPU the trace has the device's.
 """
 
 from collections import Counter
@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MODEL, ENGINE = "model", "engine"
@@ -40,7 +41,7 @@ RANGES = {  # what runs in a function, and that is not in a range within it; "mo
     "head": (MODEL, "allo_fast.model.logps:_Head.forward"),
     "backward": (MODEL, "allo_fast.training.backend:LocalBackend.backward"),
 }
-DECODER, REST = "decoder", "rest of the loop"
+DECODER, REST, REFERENCE = "decoder", "rest of the loop", "reference's "
 KINDS = {  # of operators, by what their names contain
     "matrix products": ("mm", "linear", "matmul"),
     "attention": ("scaled_dot_product", "flash_attention", "softmax"),
@@ -88,7 +89,8 @@ def parts(events) -> list[Part]:
     while waiting:
         event, name = waiting.pop()
         name = event.name.removeprefix(_label("")) if event.name.startswith(_label("")) else name
-        side = MODEL if name == DECODER else RANGES.get(name, (ENGINE,))[0]
+        plain = name.removeprefix(REFERENCE)
+        side = MODEL if plain == DECODER else RANGES.get(plain, (ENGINE,))[0]
         sums[side, name, _kind(event.name) if side == MODEL else ""] += event.self_cpu_time_total
         waiting += [(child, name) for child in event.cpu_children]
     return [Part(*key, microseconds / 1e3) for key, microseconds in sums.items()]
@@ -117,9 +119,12 @@ def _range(name: str, function: str) -> Iterator[None]:
 
 
 def _within(name: str, function: Callable) -> Callable:
+    forward = name in (DECODER, "head")
+
     @wraps(function)
     def ranged(*arguments, **options):
-        with record_function(_label(name)):
+        reference = REFERENCE if forward and not torch.is_grad_enabled() else ""
+        with record_function(_label(reference + name)):
             return function(*arguments, **options)
 
     return ranged
