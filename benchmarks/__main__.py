@@ -2,21 +2,34 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 SOURCES = ["rewriter", "confidence", "prompted", "implicit"]
 SCORES = ["linear", "snr", "grad_sum", "fisher", "magnitude", "random"]
 LOCATED = ["linear", "snr", "delta", "random", "last"]
+OURS = ["sparse", "sparse-checkpointed", "sparse-rows", "sparse-2-ranks", "dense"]
+THEIRS = ["trl", "trl-checkpointed", "trl-lora", "trl-lora-all", "peft-shira", "peft-supertuning"]
+SHAPES = ["chat", "choice", "groups"]
+DTYPES = ["float32", "bfloat16", "bfloat16-model"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    command = commands.add_parser("step", help="one DPO step, dense against sparse: time, peak memory, state bytes")
+    command = commands.add_parser("step", help="an epoch of DPO against TRL and PEFT: speed, memory, useful tokens")
     command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
-    command.add_argument("--dtype", default="bfloat16", help="of the frozen base")
+    command.add_argument("--dtypes", nargs="+", default=DTYPES[:2], choices=DTYPES, help="-model: rivals' weights, too")
+    command.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES, help="of the pairs")
+    command.add_argument("--train", type=Path, help="a run's pairs.jsonl instead")
+    command.add_argument("--contenders", nargs="+", default=OURS + THEIRS, choices=OURS + THEIRS)
     command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that train")
-    command.add_argument("--steps", type=int, default=5, help="steps measured")
+    command.add_argument("--pairs", type=int, default=16, help="of an epoch")
+    command.add_argument("--step-pairs", type=int, default=8, help="of an optimizer step")
+    command.add_argument("--micro-pairs", type=int, default=8, help="of a forward pass")
+    command.add_argument("--repeats", type=int, default=3, help="of which medians are shown")
+    command.add_argument("--ours", nargs="*", default=[], metavar="key=value", help="of our train section")
+    command.add_argument("--profile", type=Path, help="folder for traces: ours alone, and where its time goes")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_step)
     command = commands.add_parser("sample", help="sampling in slots, against padded and continuous batching: tokens/s")
@@ -87,10 +100,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _step(given: argparse.Namespace) -> int:
+    import yaml
+
     from benchmarks import step
 
-    step.run(given.model, given.dtype, given.ratio, given.steps, given.out)
-    return 0
+    values = {**vars(given), "ours": {key: yaml.safe_load(value) for key, value in map(_split, given.ours)}}
+    settings = step.Settings(**{field.name: values[field.name] for field in fields(step.Settings)})
+    if given.profile:
+        step.profile(settings, given.profile)
+        return 0
+    return int(any(row.failed for row in step.run(settings, given.out)))
+
+
+def _split(pair: str) -> tuple[str, str]:
+    key, _, value = pair.partition("=")
+    return key, value
 
 
 def _sample(given: argparse.Namespace) -> int:

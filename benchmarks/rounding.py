@@ -28,7 +28,7 @@ from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.training.engine import Trainer
-from benchmarks.step import pairs, random_llama
+from benchmarks.inputs import few_pairs, random_llama
 
 CASES = {"float32": ("float32", None), "nearest": ("bfloat16", None), "stochastic": ("bfloat16", 0)}
 HEAD = ("learning_rate", "rounding", "final_loss", "difference", "loss_in_float32", "moved", "seconds")
@@ -83,7 +83,7 @@ def _measure(path: str, rounding: str, rate: float, ratio: float, steps: int, ex
         learning_rate=rate, gradient_accumulation_steps=1, num_train_epochs=steps, save_steps=steps + 1
     )
     with tempfile.TemporaryDirectory() as folder:
-        metrics = list(Trainer(policy, pairs(model.config.vocab_size), Dpo(0.1), settings, Path(folder)).run())
+        metrics = list(Trainer(policy, few_pairs(model.config.vocab_size), Dpo(0.1), settings, Path(folder)).run())
     losses = [step.loss for step in metrics]
     last = slice(-max(1, steps // 4), None)
     return Row(
@@ -102,7 +102,7 @@ def _measure(path: str, rounding: str, rate: float, ratio: float, steps: int, ex
 def _loss_in_float32(path: str, policy: SparsePolicy) -> float:
     """Of the policy's weights, as they lie in its base, against the model at `path`."""
     model = load_model(path, ModelConfig(dtype="bfloat16")).float()
-    logps, corpus = ResponseLogps(model), pairs(model.config.vocab_size)
+    logps, corpus = ResponseLogps(model), few_pairs(model.config.vocab_size)
     batch = collate(corpus, corpus.examples, logps.layout).to(model.device)
     reference, weights = logps(batch), named_weights(model)
     for name, weight in policy.full_weights():

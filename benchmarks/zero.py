@@ -29,7 +29,7 @@ from allo_fast.training.engine import Trainer
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.zero import Zero
 from allo_kernels import memory
-from benchmarks.step import pairs
+from benchmarks.inputs import few_pairs
 
 MODEL = LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
 LARGE = {f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")}
@@ -96,7 +96,7 @@ def measure(zero: Zero, ratio: float | None, shape: Shape, dtype: str, model: Ll
     config = ModelConfig(dtype=dtype, gradient_checkpointing=model.training)
     before = memory.live_bytes() - sum(weight.nbytes for weight in model.parameters())
     trainer = Trainer(
-        _policy(model, ratio, zero), pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
+        _policy(model, ratio, zero), few_pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
     )
     running, found = trainer.run(), []
     next(running)  # it has no learning rate
