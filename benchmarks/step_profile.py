@@ -2,11 +2,11 @@
 
 Ranges are laid around a few functions while the work runs under torch's profiler. An operator belongs to the innermost
 range that it runs in, by its own time (without what it calls), so that the shares add up to the whole epoch, reference
-pass and all. Of the engine are: making batches and masks, the loss, gathering compact gradients, clipping and the
-optimizer, the reference's kept log-probabilities, the log, and everything that runs in no range. Of the model are the
-decoder and the head, forward (the reference's apart) and backward, by kinds of operators; `between operators` is Python
-and autograd there. The head's chunks and their sums count as the model's, gathering its selected entries from them as
-the engine's. Times are of the host: on a GPU the trace has the device's.
+pass and all. Of the engine are: making batches (here before the step, not beside it) and how they are packed, the loss,
+gathering compact gradients, clipping and the optimizer, the reference's kept log-probabilities, the log, and everything
+that runs in no range. Of the model are the decoder and the head, forward (the reference's apart) and backward, by kinds
+of operators; `between operators` is Python and autograd there. The head's chunks and their sums count as the model's,
+gathering its selected entries from them as the engine's. Times are of the host: on a GPU the trace has the device's.
 """
 
 from collections import Counter
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -24,19 +25,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 MODEL, ENGINE = "model", "engine"
 RANGES = {  # what runs in a function, and that is not in a range within it; "module:name" or "module:class.name"
     "make batches": (ENGINE, "allo_fast.training.examples:Examples.collate", "allo_fast.data.batch:Batch.to"),
-    "masks": (ENGINE, "allo_fast.model.logps:attention_mask"),
+    "packing": (ENGINE, "allo_fast.model.attention:inputs", "allo_fast.model.attention:Packing.pieces"),
     "loss": (ENGINE, "allo_fast.method.objectives:Dpo.__call__"),
     "gather gradients": (
         ENGINE,
         "allo_fast.method.policy:SparsePolicy._take",
-        "allo_kernels.token_logps:gather_torch",
+        "allo_fast.method.sampled:pattern",
+        "allo_kernels.head_torch:gather",
     ),
     "clip, update": (ENGINE, "allo_fast.training.backend:LocalBackend.step"),
     "read, log": (ENGINE, "allo_fast.training.engine:Trainer._read", "allo_fast.journal:Journal.append"),
     "keep the reference": (
         ENGINE,
-        "allo_fast.training.examples:Reference.save",
-        "allo_fast.training.examples:Reference.__getitem__",
+        "allo_fast.training.reference:Reference.save",
+        "allo_fast.training.reference:Reference.item",
     ),
     "head": (MODEL, "allo_fast.model.logps:_Head.forward"),
     "backward": (MODEL, "allo_fast.training.backend:LocalBackend.backward"),
@@ -65,6 +67,7 @@ def profiled(trace: Path) -> Iterator[None]:
             for function in functions:
                 ranges.enter_context(_range(name, function))
         ranges.enter_context(_decoder_range())
+        ranges.enter_context(patch("allo_fast.training.examples.ThreadPoolExecutor", _AtOnce))
         with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(_label(REST)):
             yield
     profiler.export_chrome_trace(str(trace))
@@ -105,6 +108,23 @@ def _kind(operator: str) -> str:
 
 def _label(name: str) -> str:
     return f"allo: {name}"
+
+
+class _AtOnce:
+    """Instead of a thread, whose work a profile of this one does not show."""
+
+    def __init__(self, threads: int):
+        pass
+
+    def __enter__(self) -> "_AtOnce":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def submit(self, work: Callable, *given) -> SimpleNamespace:
+        found = work(*given)
+        return SimpleNamespace(result=lambda: found)
 
 
 @contextmanager

@@ -25,16 +25,20 @@ def pays(weight: Tensor, at: Positions) -> bool:
 
 def sampled_product(left: Tensor, right: Tensor, at: Positions) -> Tensor:
     """(left.T @ right) at some entries -> fp32 [K]; left: fp32 [N, O], right: fp32 [N, I], at: in [O, I], flat."""
-    shape = left.shape[1], right.shape[1]
-    flat = at.unpack()
-    rows = torch.arange(shape[0] + 1) * shape[1]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that it is in beta
-        entries = torch.sparse_csr_tensor(torch.searchsorted(flat, rows), flat % shape[1], torch.zeros(len(at)), shape)
+    entries = pattern(at, left.shape[1], right.shape[1])
     for begin in range(0, len(left), _ROWS):
         part = slice(begin, begin + _ROWS)
         torch.sparse.sampled_addmm(entries, left[part].T, right[part], out=entries)
     return entries.values()
+
+
+def pattern(at: Positions, rows: int, columns: int) -> Tensor:
+    """Zeros at these entries of a matrix, in CSR."""
+    flat = at.unpack()
+    begins = torch.searchsorted(flat, torch.arange(rows + 1) * columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that it is in beta
+        return torch.sparse_csr_tensor(begins, flat % columns, torch.zeros(len(at)), (rows, columns))
 
 
 class SampledLinear(torch.autograd.Function):
