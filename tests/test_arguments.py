@@ -194,9 +194,7 @@ def test_while_a_graph_is_captured(name, impl, monkeypatch):
         after = [tensor for value in given.values() for tensor in tensors(value)]
         assert all(map(torch.equal, before, after)), "a half-done update would be worse than none"
     for logps in backward:
-        with pytest.raises(
-            RuntimeError, match="backward of token_logps, without gradient_rows, waits for the host"
-        ):
+        with pytest.raises(RuntimeError, match="backward of token_logps, without gradient_rows, waits for the host"):
             logps.sum().backward()
 
 
