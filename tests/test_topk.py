@@ -52,7 +52,7 @@ def test_a_program_takes_many_turns(monkeypatch):
     from allo_kernels import topk_triton  # imports Triton
 
     monkeypatch.setattr(topk_triton, "_SCORES", 64)
-    scores = torch.randn(700)  # eleven turns of four programs
+    scores = torch.randn(700)  # eleven turns of eight programs
     assert topk_threshold([scores], 70, impl="triton") == topk_threshold([scores], 70)
 
 

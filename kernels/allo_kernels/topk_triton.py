@@ -8,8 +8,8 @@ from torch import Tensor
 from allo_kernels.launching import launch, multiprocessors
 from allo_kernels.topk import INFINITY_BITS
 
-_PROGRAMS = 4  # on a multiprocessor, all at once; each keeps a histogram in registers and adds it to memory once
-_SCORES = 4096  # per turn
+_PROGRAMS = 8  # on a multiprocessor, all at once; each keeps a histogram in registers and adds it to memory once
+_SCORES = 2048  # per turn
 _INFINITY = tl.constexpr(INFINITY_BITS)
 
 
@@ -43,6 +43,6 @@ def histogram(scores: Tensor, shift: int, width: int, prefix: int) -> Tensor:
         SHIFT=shift,
         WIDTH=width,
         SCORES=_SCORES,
-        num_warps=8,
+        num_warps=4,
     )
     return counts
