@@ -33,6 +33,18 @@ def test_step_runs_and_counts(tmp_path, capsys):
     assert "state_bytes_per_parameter" in capsys.readouterr().out
 
 
+def test_sample_counts_the_same_tokens_for_all(tmp_path, capsys, monkeypatch):
+    words = ["--problems", "3", "--samples", "2", "--new", "6", "--repeats", "1", "--generate-batch"]
+    assert main(["sample", *words, "--out", str(tmp_path / "sample.json")]) == 0
+    rows = json.loads((tmp_path / "sample.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["padded", "allo-fast", "transformers generate_batch"]
+    assert len({row["tokens"] for row in rows}) == 1 and rows[0]["times_padded"] == 1
+    assert "times_padded" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.sample.Sampler.extend", lambda *_: [row.tokens.append(5) for row in _[1]])
+    with pytest.raises(AssertionError, match="greedy texts"):
+        main(["sample", *words])
+
+
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
     sizes = Sizes(2, 70_000, (8, 16, 300), 5000, 2, torch.bfloat16, 1)
