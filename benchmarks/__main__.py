@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--samples", type=int, default=10, help="responses per problem")
     command.add_argument("--new", type=int, default=128, help="tokens of the longest response")
     command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--generate-batch", action="store_true", help="transformers' too, which takes long on a CPU")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_sample)
     command = commands.add_parser("locate", help="what scores at the frozen base select, against the dense warm-up")
@@ -120,7 +121,8 @@ def _split(pair: str) -> tuple[str, str]:
 def _sample(given: argparse.Namespace) -> int:
     from benchmarks import sample
 
-    sample.run(given.model, given.dtype, given.problems, given.samples, given.new, given.repeats, given.out)
+    sizes = (given.problems, given.samples, given.new, given.repeats)
+    sample.run(given.model, given.dtype, *sizes, given.generate_batch, given.out)
     return 0
 
 

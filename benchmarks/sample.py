@@ -51,13 +51,17 @@ class Job:
         return sum(map(sum, self.rooms))
 
 
-def run(path: str | None, dtype: str, problems: int, samples: int, new: int, repeats: int, out: Path | None) -> list:
-    """Prints a table, and writes JSON when `out` is given. Raises AssertionError where greedy texts differ."""
+def run(
+    path: str | None, dtype: str, problems: int, samples: int, new: int, repeats: int, slow: bool, out: Path | None
+) -> list[Row]:
+    """Prints a table, and writes JSON when `out` is given. slow: continuous batching, too. Raises AssertionError where
+    greedy texts differ."""
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(path or random_llama(Path(folder)), ModelConfig(dtype=dtype)).eval()
     job = Job(_prompts(model, path, problems), _rooms(problems, samples, new))
     check_greedy(model, job)
-    contenders = {"padded": padded, "allo-fast": in_slots, "transformers generate_batch": continuous}
+    contenders = {"padded": padded, "allo-fast": in_slots}
+    contenders |= {"transformers generate_batch": continuous} if slow else {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats):
         for name in list(contenders)[:: 1 if repeat % 2 == 0 else -1]:

@@ -30,6 +30,18 @@ HEADS = (HeadShape("even", 8, 16, 300), HeadShape("capped", 8, 16, 301, softcap=
 SIZES = Sizes(2, 70_000, HEADS, 5000, 2, torch.bfloat16, 1)
 
 
+def test_sample_counts_the_same_tokens_for_all(tmp_path, capsys, monkeypatch):
+    words = ["--problems", "3", "--samples", "2", "--new", "6", "--repeats", "1", "--generate-batch"]
+    assert main(["sample", *words, "--out", str(tmp_path / "sample.json")]) == 0
+    rows = json.loads((tmp_path / "sample.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["padded", "allo-fast", "transformers generate_batch"]
+    assert len({row["tokens"] for row in rows}) == 1 and rows[0]["times_padded"] == 1
+    assert "times_padded" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.sample.Sampler.extend", lambda *_: [row.tokens.append(5) for row in _[1]])
+    with pytest.raises(AssertionError, match="greedy texts"):
+        main(["sample", *words])
+
+
 def test_gpu_smoke(tmp_path, capsys):
     """What a GPU machine runs, in miniature, on whatever is here."""
     broken = replace(CASES[0], build=lambda device, *_: (lambda impl: {"x": torch.tensor(float(impl == "torch"))}, {}))

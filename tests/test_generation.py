@@ -35,6 +35,7 @@ def model_of(dtype=torch.float64):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 15, None])
 def test_texts_do_not_depend_on_how_many_are_computed_at_once(rows):
+    assert why_padded(model_of()) is None
     texts = sampled(model_of())
     lengths = [len(text) for same in texts for text in same]
     assert len(set(lengths)) > 4 and min(lengths) < 5 < 20 <= max(lengths), "some end early, some are cut"
@@ -87,12 +88,13 @@ def test_each_prompt_is_computed_once_and_who_ends_makes_room():
 def test_slots_grow():
     """Beyond the positions that they have at first, also where a neighbour is far ahead."""
     model = tiny_llama(vocab_size=len(TOKENIZER), num_hidden_layers=1, max_position_embeddings=512).double()
-    alone, beside = ([Response([5] * 100, 60)], [Response([5] * 100, 60), Response([6], 150), Response([7] * 3, 2)])
+    alone, beside = ([Response([5] * 100, 40)], [Response([5] * 100, 40), Response([6] * 120, 30), Response([7], 2)])
     for responses in (alone, beside):
         decoder = Decoder(model, Sampler("tiny", 0.0, 1.0, set()), 2)
         decoder.run(responses)
         assert decoder.layers[0].keys.shape[2] == 2 * BLOCK
-    assert alone[0].tokens == beside[0].tokens
+    row = torch.tensor([alone[0].prompt + alone[0].tokens])
+    assert model(row).logits[0, 99:-1].argmax(-1).tolist() == alone[0].tokens == beside[0].tokens
 
 
 def test_drawing_is_transformers_own_distribution():

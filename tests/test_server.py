@@ -113,7 +113,11 @@ def test_seeds_follow_from_run_problem_and_sample():
     whole = texts(refuses_n)
     assert texts(refuses_n, first=2, requests=CHAT[2:]) == whole[2:], "a killed run asks for the rest as the whole did"
     seeds = {text.split()[-1] for same in whole for text in same}
-    assert len(seeds) == 12 and not seeds & {text.split()[-1] for same in texts(refuses_n, seed=1) for text in same}
+    assert (
+        len(seeds) == 12
+        and all(int(seed) < 1 << 31 for seed in seeds)
+        and not seeds & {text.split()[-1] for same in texts(refuses_n, seed=1) for text in same}
+    )
     assert {text.split()[-1] for same in texts(echo) for text in same} < seeds, "with n, the first response's"
 
 
@@ -205,7 +209,7 @@ def test_a_server_says_how_long_to_wait(monkeypatch):
 def test_what_does_not_pass_is_not_tried_again(status, remedy):
     with serving(lambda *_: (status, {"error": "because"})) as (url, asked):
         with pytest.raises(UserError, match=f"{url}: status {status}: .*because.*{remedy}"):
-            respond(asking(url), CHAT[:1])
+            respond(asking(url, concurrency=1))
         assert len(asked) == 1
 
 
@@ -229,6 +233,11 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
             respond(asking(url), CHAT[1:2])
     with serving(lambda *_: (200, chosen([""] * 3))) as (url, _), pytest.raises(UserError, match="gave an empty text"):
         respond(asking(url))
+
+
+def test_more_responses_than_asked_for():
+    with serving(lambda *_: (200, chosen("abcde"))) as (url, _):
+        assert [answer.texts for answer in respond(asking(url))] == [["a", "b", "c"]] * 4
 
 
 def test_requests_run_side_by_side():

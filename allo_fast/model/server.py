@@ -203,6 +203,7 @@ def _parallel(work: Callable[[int], Answer], count: int, threads: int) -> list[A
             try:
                 done.put((number, work(number), None))
             except BaseException as error:  # raised where the results are collected
+                ended.set()
                 done.put((number, None, error))
 
     for _ in range(min(threads, count)):
