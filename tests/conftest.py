@@ -86,6 +86,12 @@ def shared(name: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def everything_is_said():
+    """Benchmarks that ran in this process before silence the engine."""
+    logging.getLogger("allo_fast").setLevel(logging.NOTSET)
+
+
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**TINY | changes)).eval()

@@ -249,7 +249,7 @@ def test_locating_by_another_model_holds_two(tmp_path):
 
 def test_the_whole_job_fits_one_device_of_40_gb():
     """Llama-3-8B, every stage of ALLO with the shipped settings; one of 24 GB needs others, which are named."""
-    config = load_config(CONFIGS / "llama3_8b.yaml", ["deepspeed=null"])
+    config = load_config(CONFIGS / "llama3_8b.yaml", ["deepspeed=null"], auto="bfloat16")
     shape, none = shape_of(EIGHT, "bfloat16"), dict.fromkeys(("dense", "sparse"))
     assert advised(job_on(config, shape, 40e9), none).fits
     small = advised(job_on(config, shape, 24e9), none)

@@ -14,7 +14,7 @@ JSONS = sorted(CONFIGS.glob("*.json"))
 
 
 def config(**model) -> Config:
-    return Config(name="x", model={"name_or_path": "m", **model}, data={"train": "a", "test": "b"})
+    return Config(name="x", model={"name_or_path": "m", "dtype": "bfloat16"} | model, data={"train": "a", "test": "b"})
 
 
 def read(tmp_path, held: object, **model) -> Zero:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def reset_peak(device: torch.device) -> None:
@@ -36,7 +37,8 @@ def peak_bytes(device: torch.device) -> int:
 def live_bytes() -> int:
     """Of all tensors that exist in this process, on any device, each storage once."""
     gc.collect()
-    tensors = [held for held in gc.get_objects() if isinstance(held, torch.Tensor) and held.device.type != "meta"]
+    found = [held for held in gc.get_objects() if isinstance(held, torch.Tensor)]
+    tensors = [held for held in found if held.device.type != "meta" and not isinstance(held, FakeTensor)]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (held.untyped_storage() for held in tensors)}
     return sum(storages.values())
 
