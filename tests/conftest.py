@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 import shutil
 import signal
