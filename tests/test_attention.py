@@ -98,13 +98,24 @@ def test_pieces_are_the_definition(monkeypatch, call):
         spans = spans_of(seed)
         length = spans[-1].end
         seen = torch.zeros(length, length, dtype=torch.bool)
-        pieces = packing_of(spans).pieces(64)
+        pieces, order = packing_of(spans).pieces(64)
+        positions = torch.cat([attention._numbers(piece, torch.device("cpu")) for piece in pieces])
+        assert (positions if order is None else positions[order]).tolist() == list(range(length))
         for piece in pieces:
-            keys = torch.cat([torch.arange(length)[each] for each in piece.keys])
-            queries = torch.arange(length)[piece.queries]
-            mask = torch.ones(len(queries), len(keys), dtype=torch.bool).tril() if piece.mask is None else piece.mask
-            seen[queries[:, None], keys] = mask
-        assert [piece.queries.start for piece in pieces[1:]] == [piece.queries.stop for piece in pieces[:-1]]
+            if isinstance(piece, attention.Stretch):
+                keys = torch.cat([torch.arange(length)[each] for each in piece.keys])
+                queries = torch.arange(length)[piece.queries]
+                mask = (
+                    torch.ones(len(queries), len(keys), dtype=torch.bool).tril() if piece.mask is None else piece.mask
+                )
+                seen[queries[:, None], keys] = mask
+                continue
+            filled = torch.ones(piece.positions.numel(), dtype=torch.bool).index_fill(0, piece.places, False)
+            for row, mask, extra in zip(
+                piece.positions, piece.mask[:, 0], filled.view(piece.positions.shape), strict=True
+            ):
+                assert mask.any(1).all() and not mask[~extra][:, extra].any(), "nothing sees what fills up"
+                seen[row[~extra][:, None], row[~extra]] = mask[~extra][:, ~extra]
         assert torch.equal(seen, allowed(spans, length)), spans
 
 

@@ -2,7 +2,7 @@
 
 On a GPU by FlexAttention, whose block mask is made from where problems and responses begin. On a CPU piece by piece,
 each one call of scaled_dot_product_attention: a prompt with its first response, causal; every further response against
-the prompt and itself; or several small problems at once, masked.
+the prompt and itself; or small problems of about the same length, stacked and masked.
 
 `PACKED` is an attention implementation of transformers: sdpa, but for what comes with a `Packing`.
 """
@@ -29,7 +29,7 @@ _CALL = 1_500_000  # entries of q k^T, times heads and their size, that take as 
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """Consecutive queries, and the ranges of keys that they see: all by `mask` [queries, keys], or causally."""
 
     queries: slice
@@ -37,46 +37,68 @@ class Piece:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Problems side by side: positions [n, t], filled up with the first; mask [n, 1, t, t]; places, in n * t, of each
+    that is none of those that fill up."""
+
+    positions: Tensor
+    mask: Tensor
+    places: Tensor
+
+
 class Packing:
     """How the tokens of one packed batch see each other."""
 
     def __init__(self, batch: Batch):
         self.spans, self.segments = batch.spans, batch.segment_ids[0]
-        self._pieces: dict[int, list[Piece]] = {}
+        self._pieces: dict[int, tuple[list[Stretch | Stack], Tensor | None]] = {}
 
-    def pieces(self, size: int) -> list[Piece]:
-        """size: of all query heads together, which says when calls are worth their time."""
+    def pieces(self, size: int) -> tuple[list[Stretch | Stack], Tensor | None]:
+        """And where in their results, one after another, each position is; None: in order.
+
+        size: of all query heads together, which says when calls are worth their time.
+        """
         if size not in self._pieces:
-            end = self.spans[-1].end
-            padding = [Span(end, len(self.segments) - end, ())] if end < len(self.segments) else []
-            blocks = _blocks([*self.spans, *padding], _CALL // size)
-            self._pieces[size] = [piece for block in blocks for piece in self._cut(block, _CALL // size)]
+            self._pieces[size] = self._cut(_CALL // size)
         return self._pieces[size]
 
-    def _cut(self, block: list[Span], call: int) -> Iterator[Piece]:
-        begin, end = block[0].begin, block[-1].end
-        if len(block) == 1 and (len(block[0].responses) < 2 or _area_of_calls(block[0], call) < (end - begin) ** 2):
-            yield from self._calls(block[0])
-        else:
-            yield Piece(slice(begin, end), (slice(begin, end),), self._mask(block))
+    def _cut(self, call: int) -> tuple[list[Stretch | Stack], Tensor | None]:
+        end = self.spans[-1].end
+        padding = [Span(end, len(self.segments) - end, ())] if end < len(self.segments) else []
+        pieces: list[Stretch | Stack] = []
+        small: list[Span] = []
+        for span in [*self.spans, *padding]:
+            area = (span.end - span.begin) ** 2
+            if area > call and (len(span.responses) < 2 or _area_of_calls(span, call) < area):
+                pieces += self._stretches(span)
+            else:
+                small.append(span)
+        pieces += [self._stack(spans) for spans in _stacks(small, call)]
+        if not small:
+            return pieces, None
+        positions = [_numbers(piece, self.segments.device) for piece in pieces]
+        return pieces, torch.cat(positions).argsort()
 
-    def _calls(self, span: Span) -> Iterator[Piece]:
+    def _stretches(self, span: Span) -> Iterator[Stretch]:
         prompt = slice(span.begin, span.begin + span.prompt)
         begin = prompt.stop + (span.responses[0] if span.responses else 0)
-        yield Piece(slice(span.begin, begin), (slice(span.begin, begin),))
+        yield Stretch(slice(span.begin, begin), (slice(span.begin, begin),))
         for length in filter(None, span.responses[1:]):
             own = slice(begin, begin + length)
             mask = torch.ones(length, span.prompt + length, dtype=torch.bool, device=self.segments.device)
-            yield Piece(own, (prompt, own), mask.tril(span.prompt))
+            yield Stretch(own, (prompt, own), mask.tril(span.prompt))
             begin += length
 
-    def _mask(self, block: list[Span]) -> Tensor:
-        begin, end = block[0].begin, block[-1].end
-        lengths = torch.tensor([span.end - span.begin for span in block])
-        problems = torch.arange(len(block)).repeat_interleave(lengths).to(self.segments.device)
-        segments = self.segments[begin:end]
-        same = problems[:, None] == problems
-        return (same & ((segments == 0) | (segments[:, None] == segments))).tril()
+    def _stack(self, spans: list[Span]) -> Stack:
+        device = self.segments.device
+        begins, ends = (torch.tensor([getattr(span, name) for span in spans]) for name in ("begin", "end"))
+        columns = torch.arange(int((ends - begins).max()))
+        inside = columns < (ends - begins)[:, None]
+        positions = torch.where(inside, begins[:, None] + columns, begins[:, None]).to(device)
+        segments = torch.where(inside.to(device), self.segments[positions], -2)
+        query, key = segments[:, None, :, None], segments[:, None, None]
+        return Stack(positions, ((key == 0) | (key == query)).tril(), inside.view(-1).nonzero().squeeze(1).to(device))
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -112,13 +134,24 @@ def packed_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.is_cuda:
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = []
-    for piece in packing.pieces(query.shape[1] * query.shape[3]):
+    pieces, order = packing.pieces(query.shape[1] * query.shape[3])
+    parts = [_attend(piece, module, query, key, value, kwargs) for piece in pieces]
+    states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return states if order is None else states.index_select(1, order), None
+
+
+def _attend(
+    piece: Stretch | Stack, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: dict
+) -> Tensor:
+    """[1, positions of the piece, heads, size]."""
+    if isinstance(piece, Stretch):
         keys, values = (_taken(tensor, piece.keys) for tensor in (key, value))
-        given = kwargs | {"is_causal": piece.mask is None}
         mask = None if piece.mask is None else piece.mask[None, None]
-        parts.append(sdpa_attention_forward(module, query[:, :, piece.queries], keys, values, mask, **given)[0])
-    return torch.cat(parts, dim=1), None
+        given = given | {"is_causal": mask is None}
+        return sdpa_attention_forward(module, query[:, :, piece.queries], keys, values, mask, **given)[0]
+    query, key, value = (tensor[0][:, piece.positions].transpose(0, 1) for tensor in (query, key, value))
+    states, _ = sdpa_attention_forward(module, query, key, value, piece.mask, **given | {"is_causal": False})
+    return states.flatten(0, 1).index_select(0, piece.places)[None]
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)
@@ -153,16 +186,23 @@ def _taken(tensor: Tensor, ranges: Sequence[slice]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _blocks(spans: Sequence[Span], call: int) -> Iterator[list[Span]]:
-    """Spans that are masked together: those whose entries beside the diagonal cost less than a call of its own."""
-    block = [spans[0]]
-    for span in spans[1:]:
-        if 2 * (block[-1].end - block[0].begin) * (span.end - span.begin) < call:
-            block.append(span)
-        else:
-            yield block
-            block = [span]
-    yield block
+def _stacks(spans: Sequence[Span], call: int) -> Iterator[list[Span]]:
+    """Of about the same length: what filling up adds to a problem is less than a call of its own."""
+    stack: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.begin - span.end):
+        if stack and (stack[0].end - stack[0].begin) ** 2 > (span.end - span.begin) ** 2 + call:
+            yield stack
+            stack = []
+        stack.append(span)
+    if stack:
+        yield stack
+
+
+def _numbers(piece: Stretch | Stack, device: torch.device) -> Tensor:
+    """The positions that its result has, one after another."""
+    if isinstance(piece, Stretch):
+        return torch.arange(piece.queries.start, piece.queries.stop, device=device)
+    return piece.positions.flatten()[piece.places]
 
 
 def _area_of_calls(span: Span, call: int) -> int:
