@@ -139,8 +139,8 @@ def _measure_shape(shape: str, job: Job, settings: Settings, useful: int, folder
         for key in lineup if repeat % 2 == 0 else lineup[::-1]:
             if key in errors:
                 continue
-            print(f"{shape}, {', '.join(key)}, repeat {repeat + 1}", file=sys.stderr, flush=True)
             outcome = _launch(replace(job, contender=key[0], dtype=key[1]), folder)
+            print(f"{shape}, {', '.join(key)}, repeat {repeat + 1}: {outcome}", file=sys.stderr, flush=True)
             if isinstance(outcome, str):
                 errors[key] = outcome
             else:
