@@ -12,6 +12,7 @@ from tests.drills import process
 from tests.drills.process import Done
 from tests.drills.run import (
     ASIDE,
+    CACHE,
     CHECKPOINTS,
     MANIFEST,
     NOT_COMPARED,
@@ -77,10 +78,10 @@ def _timeless(value: object) -> object:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Of every file of a run, what was moved aside left out."""
+    """Of every file of a run, what was moved aside and what can be computed again left out."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in NOT_COMPARED)
     names = {str(path.relative_to(run)): path for path in files}
-    return {name: content(path) for name, path in sorted(names.items()) if not name.startswith(ASIDE)}
+    return {name: content(path) for name, path in sorted(names.items()) if not name.startswith((ASIDE, CACHE))}
 
 
 def difference(found: dict[str, str], expected: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from tests.drills.damage import Damage, constant, emptied, flipped, lines, repla
 from tests.drills.drill import drill, table
 from tests.drills.lab import Lab, Verdict
 from tests.drills.process import Done
-from tests.drills.run import CONFIG, LEARN, REFERENCE, RERUN, RUN, SAMPLE, STARTED, WARMUP, checkpoints, stop_after
+from tests.drills.run import CONFIG, LEARN, RERUN, RUN, SAMPLE, STARTED, WARMUP, checkpoints, reference_of, stop_after
 
 RESUMED = "A killed run, damaged; same command"
 
@@ -112,10 +112,16 @@ def file_of(lab: Lab, name: str, how: Damage, unit: str = WARMUP, command: str =
     return lab.resumes(command, CONFIG)
 
 
+def reference(lab: Lab, how: Damage) -> Verdict:
+    path = reference_of(lab.run)
+    lab.damage(path, how(path.read_bytes()))
+    return lab.resumes("warmup", CONFIG)
+
+
 table(
     RESUMED,
     "killed-warmup",
-    lambda lab, how: file_of(lab, REFERENCE, how),
+    reference,
     {
         "reference_logps: flipped byte": {"value": flipped(0.9), "header": flipped(0.02)},
         "reference_logps: truncated or empty": {"truncated": truncated(), "empty": emptied},
@@ -123,14 +129,12 @@ table(
 )
 
 
-def gone(lab: Lab, name: str) -> Verdict:
-    path = lab.run / WARMUP / name
+@drill(RESUMED, "reference_logps deleted", "killed-warmup")
+def reference_gone(lab: Lab) -> Verdict:
+    path = reference_of(lab.run)
     lab.damaged.add(path)
     path.unlink()
     return lab.resumes("warmup", CONFIG)
-
-
-table(RESUMED, "killed-warmup", gone, {"reference_logps deleted": REFERENCE})
 
 
 def but_for_the_log(lab: Lab, done: Done) -> str:

@@ -17,7 +17,7 @@ RUN = Path("runs/drill")
 MANIFEST, STARTED, SAVED_CONFIG = "MANIFEST.json", "STARTED.json", "config.yaml"
 CHECKPOINTS = "checkpoint*.safetensors"  # of a unit that is not complete
 PARTIAL_ROWS = "[!m]*.jsonl"  # of such a unit, rows that perhaps are not all there yet; not its metrics.jsonl
-REFERENCE = "scratch/reference-00000.safetensors"  # log-probabilities, of such a unit that trains
+CACHE = "cache"  # folder of a run of what can be computed again
 ASIDE = "old-"  # how folders begin into which --rerun moves units
 PRETRAIN = "00-pretrain/base"
 SAMPLE, PAIRS, WARMUP, LOCATE = "02-sample/seed-0", "03-pairs/seed-0", "04-warmup/seed-0", "05-locate/seed-0"
@@ -65,6 +65,11 @@ pretrain:
   {problems: 64, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
    per_device_train_batch_size: 8, save_steps: 2}
 """
+
+
+def reference_of(run: Path) -> Path:
+    """The file of log-probabilities that was written last."""
+    return max(run.glob(f"{CACHE}/*/reference-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def write_job(folder: Path) -> None:

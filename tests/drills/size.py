@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.drills.drill import drill
 from tests.drills.jobs import pair
 from tests.drills.lab import Lab, Verdict
-from tests.drills.run import CONFIG, REFERENCE, WARMUP, stop_after
+from tests.drills.run import CONFIG, reference_of, stop_after
 
 SIZE = "Size"
 ROWS = 1_000_000
@@ -40,14 +40,13 @@ def header_bytes(path: Path) -> int:
 @drill(SIZE, "1.6 million micro-batches of reference log-probabilities", "killed-warmup")
 def many_micro_batches(lab: Lab) -> Verdict:
     """Extrapolated: the header of a cache of four times as many micro-batches."""
-    name = f"{WARMUP}/{REFERENCE}"
-    few = header_bytes(lab.run / name)
+    few = header_bytes(reference_of(lab.run))
     settings = ["warmup.per_device_train_batch_size=1", "warmup.gradient_accumulation_steps=4", "name=many"]
     for stage, before in (("sample", None), ("pairs", None), ("warmup", stop_after("warmup", 2, noun="step"))):
         done = lab.allo(stage, CONFIG, *settings, before=before)
         if done.code not in (0, -signal.SIGKILL):
             return Verdict("unclear", done.line)
-    each = (header_bytes(lab.run.with_name("many") / name) - few) / 18  # 36 micro-batches instead of 18
+    each = (header_bytes(reference_of(lab.run.with_name("many"))) - few) / 18  # 36 micro-batches instead of 18
     needed = each * MICRO_BATCHES
     said = f"its header would have {needed / 1e6:.0f} MB, {LONGEST_HEADER / 1e6:.0f} are read"
     return Verdict("unclear" if needed > LONGEST_HEADER else "good", said)
