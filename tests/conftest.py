@@ -49,14 +49,14 @@ data:
 pretrain:
   {{problems: 32, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
    per_device_train_batch_size: 8, save_steps: 1}}
-sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 2}}
+sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 1}}
 pairs: {{gold: missing}}
 locate: {{score: delta}}
 warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
-rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 2, save_steps: 1}}}}
+rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 1, save_steps: 1}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}
 learn: {{learning_rate: 1e-3, gradient_accumulation_steps: 1, ratio: 0.1, save_steps: 1}}
-evaluate: {{max_new_tokens: 12, batch_size: 4}}
+evaluate: {{max_new_tokens: 12, batch_size: 1}}
 """
 
 # A rotary embedding that changes with the longest row beyond `max_position_embeddings`.

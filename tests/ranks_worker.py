@@ -693,11 +693,11 @@ def _deltas(folder: Path, stages: Iterable[int], seed: int | None) -> None:
     trained.write_back()
     trained.save_delta(first)
     ranks.barrier()
-    model, counted = load_model(folder / "base", ModelConfig(), sharded=True), ranks.Traffic()
+    model, counted = load_model(folder / "base", ModelConfig(dtype="bfloat16"), sharded=True), ranks.Traffic()
     Delta.load(first).set_into(model)
     assert not counted.bytes
     assert_same_weights(whole_weights(model), trained.full_weights())
-    Delta.load(first).merge_into(again := load_model(folder / "base", ModelConfig(), sharded=True))
+    Delta.load(first).merge_into(again := load_model(folder / "base", ModelConfig(dtype="bfloat16"), sharded=True))
     assert fingerprint(again) == fingerprint(model)
     alone = SparsePolicy(deepcopy(base), random_selection(base, 0.3, seed=2), Delta.load(first), rounding_seed=seed)
     for stage in stages:

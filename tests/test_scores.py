@@ -126,5 +126,5 @@ def test_scores_are_made_no_more_often_than_they_are_needed(in_small_pieces):
             (7, 14),
             (14, 20),
         }
-    digits, ties, choice = 3, 1, 1
+    digits, ties, choice = 4, 1, 1  # of 8 bits each
     assert len(looks[0.0]) / 3 == digits + ties + choice and len(looks[0.2]) == 2 * len(looks[0.0])

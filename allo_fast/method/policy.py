@@ -221,8 +221,7 @@ class SparsePolicy:
             return nn.functional.linear(hidden, weight, module.bias)
         if torch.is_autocast_enabled(hidden.device.type):  # a custom Function's backward would not know
             return nn.functional.linear(hidden, self._read(weight), module.bias)
-        if (name := self._names.get(id(weight))) is None:
-            refuse_weight()
+        name = self._names.get(id(weight)) or refuse_weight()
         self._value_parameters.check_written(name)
         return function.apply(hidden, self.values[name], weight.detach(), module.bias, entries)
 

@@ -92,9 +92,9 @@ class Packing:
 
     def _stack(self, spans: list[Span]) -> Stack:
         device = self.segments.device
-        begins, ends = (torch.tensor([getattr(span, name) for span in spans]) for name in ("begin", "end"))
-        columns = torch.arange(int((ends - begins).max()))
-        inside = columns < (ends - begins)[:, None]
+        begins, lengths = torch.tensor([(span.begin, span.end - span.begin) for span in spans]).T
+        columns = torch.arange(max(span.end - span.begin for span in spans))
+        inside = columns < lengths[:, None]
         positions = torch.where(inside, begins[:, None] + columns, begins[:, None]).to(device)
         segments = torch.where(inside.to(device), self.segments[positions], -2)
         query, key = segments[:, None, :, None], segments[:, None, None]
