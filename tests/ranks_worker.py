@@ -725,7 +725,7 @@ def _deltas(folder: Path, stages: Iterable[int], seed: int | None) -> None:
 def _starting_from(delta: Path, folder: Path, stage: int, seed: int | None) -> Trainer:
     """As a stage of a unit of this seed does."""
     zero, selection = Zero(stage), random_selection(tiny_llama(**ODD).bfloat16(), 0.3, seed=2)
-    config = SimpleNamespace(model=ModelConfig(rounding="stochastic" if seed else "nearest"))
+    config = SimpleNamespace(model=ModelConfig(dtype="bfloat16", rounding="stochastic" if seed else "nearest"))
     unit = SimpleNamespace(config=config, zero=zero, seed=seed)
     policy = models.selected_policy(unit, folder / "base", selection, Delta.load(delta))
     (place := folder / str(stage)).mkdir(exist_ok=True)
