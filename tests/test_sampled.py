@@ -24,10 +24,12 @@ def test_a_sampled_product_is_the_whole_one_s_entries(rows):
 
 
 def test_where_entries_alone_are_less_work():
-    few, many = Positions.pack(torch.arange(0, 100, 10), 100), Positions.pack(torch.arange(0, 100, 2), 100)
-    assert pays(torch.zeros(10, 10), few) and not pays(torch.zeros(10, 10), many)
-    assert not pays(torch.zeros(10, 10, dtype=torch.bfloat16), few) and not pays(torch.zeros(100), few)
-    assert not pays(torch.zeros(10, 10, device="meta"), few)
+    size = 256 * 256
+    few, many = (Positions.pack(torch.arange(0, size, step), size) for step in (10, 2))
+    assert pays(torch.zeros(256, 256), few) and not pays(torch.zeros(256, 256), many)
+    assert not pays(torch.zeros(256, 256, dtype=torch.bfloat16), few) and not pays(torch.zeros(size), few)
+    assert not pays(torch.zeros(256, 256, device="meta"), few)
+    assert not pays(torch.zeros(10, 10), Positions.pack(torch.tensor([3]), 100))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,8 +38,7 @@ def test_the_policy_s_gradients_are_those_of_whole_products(monkeypatch, bias):
     apply = SampledLinear.apply
     monkeypatch.setattr(SampledLinear, "apply", lambda *given: calls.append(1) or apply(*given))
     for sampled in (True, False):
-        if not sampled:
-            monkeypatch.setattr(policies, "pays", lambda weight, at: False)
+        monkeypatch.setattr(policies, "pays", lambda weight, at, chosen=sampled: chosen)
         model, corpus = tiny_llama(attention_bias=bias), pair_corpus()
         policy = SparsePolicy(model, random_selection(model, 0.1))
         for _ in range(2):  # the second adds to the first
@@ -49,7 +50,8 @@ def test_the_policy_s_gradients_are_those_of_whole_products(monkeypatch, bias):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_the_whole_product_is_taken():
+def test_under_autocast_the_whole_product_is_taken(monkeypatch):
+    monkeypatch.setattr(policies, "pays", lambda weight, at: True)
     model, corpus = tiny_llama(), pair_corpus()
     policy = SparsePolicy(model, random_selection(model, 0.1))
     with torch.autocast("cpu", torch.bfloat16):

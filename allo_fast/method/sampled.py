@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from allo_kernels import Positions
 
 _DENSEST = 0.15  # of a weight's entries; beyond, the whole product takes no longer
+_SMALLEST = 1 << 16  # entries; of a smaller weight the whole product takes no longer than the calls
 _ROWS = 128  # of activations at a time, which stay in the processor's cache
 
 
 def pays(weight: Tensor, at: Positions) -> bool:
     """Whether entries alone are less work than the whole gradient."""
-    few = len(at) <= _DENSEST * weight.numel()
+    few = len(at) <= _DENSEST * weight.numel() and weight.numel() >= _SMALLEST
     return few and weight.ndim == 2 and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
