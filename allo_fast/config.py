@@ -179,6 +179,8 @@ class Config(Section):
             raise ValueError("locate.after takes the place of locate.score: set one of them")
         if self.protocol == "release" and self.located_by not in ("delta", "after"):
             raise ValueError(f"locate.score: protocol: release has delta alone, got {self.locate.score}")
+        if self.protocol == "release" and self.learn.max_tokens_per_batch:
+            raise ValueError("learn.max_tokens_per_batch: protocol: release counts key tokens by the micro-batch")
         for key in ("last", "rows", "scope"):
             if self.protocol == "release" and getattr(self.locate, key) not in (False, "global"):
                 raise ValueError(f"locate.{key}: protocol: release ranks single weights, all together, by the highest")

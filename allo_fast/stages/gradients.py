@@ -27,7 +27,7 @@ from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import room_beside, windows
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import cache_of, responses_done
+from allo_fast.stages.driving import responses_done
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
 from allo_fast.training.examples import Examples
 from allo_fast.training.reference import Opened, kept, reference_logps
@@ -136,8 +136,8 @@ def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> C
 
 
 def _other_reference(unit: Unit, examples: Examples, opened: AbstractContextManager[Opened]) -> Generator:
-    asked, of = examples.responses(range(len(examples))), f"{unit.folder.name} {unit.mark}"
-    return reference_logps(*kept(cache_of(unit), of), examples.corpus, asked, opened, examples.budget)
+    asked = examples.responses(range(len(examples)))
+    return reference_logps(*kept(unit.folder / SCRATCH, unit.mark), examples.corpus, asked, opened, examples.budget)
 
 
 def located(

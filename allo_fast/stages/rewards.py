@@ -47,7 +47,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 
 
 def _confidence(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
-    """By the very log-probabilities that forgetting compares with."""
+    """By the log-probabilities that forgetting compares with, where it compares with the same model."""
     corpus = Corpus.on_disk(unit.folder)
     for row in responses:
         corpus.add(row["prompt_ids"], [row["response_ids"]])

@@ -116,15 +116,17 @@ class Trainer:
         """
         if not self.objective.needs_reference or self.online:
             return
-        model, layout = self.policy.model, self.policy.logps.layout
+        model, layout, cache = self.policy.model, self.policy.logps.layout, self.cache
         own = nullcontext(Opened(self.backend.response_logps, layout, model.device))
-        if self.open_reference:
-            opened, of = self.open_reference(), f"{self.folder.name} {self.mark}"
+        assert not self.backend.updated, "it is the reference no more"
+        if self.open_reference:  # of use to nobody else
+            opened, of = self.open_reference(), f"{self.mark} {layout} {model.device.type}"
+            cache = self.folder / SCRATCH
         else:
             opened, of = own, described(model, layout, getattr(self.policy, "autocast", None))
         asked = self.examples.responses(range(len(self.examples)))
         self.examples.reference = yield from reference_logps(
-            *kept(self.cache, of), self.examples.corpus, asked, opened, self.examples.budget
+            *kept(cache, of), self.examples.corpus, asked, opened, self.examples.budget
         )
 
     def run(self) -> Iterator[StepMetrics]:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate
-from allo_fast.durable import make_folder, mark_of, open_tensors, own, save_tensors
-from allo_fast.model.weights import fingerprint
+from allo_fast.durable import make_folder, mark_of, open_tensors, own, save_tensors, versions
+from allo_fast.model.weights import as_bytes, fingerprint
 from allo_fast.training.steps import cut
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,15 @@ def kept(cache: Path, of: str) -> tuple[Path, str]:
 
 def described(model: PreTrainedModel, layout: Layout, autocast: torch.dtype | None = None) -> str:
     """What decides the log-probabilities that a model gives, beside the tokens; every rank calls it together."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    weights = dict(model.named_parameters())
+    saved = {name: as_bytes(value) for name, value in model.state_dict().items() if name not in weights}
+    digest = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode())
+    for name, value in sorted(saved.items()):
+        digest.update(name.encode())
+        digest.update(value)
     attention = model.config.get_text_config()._attn_implementation
-    return f"{fingerprint(model)} {autocast} {attention} {layout} {model.device.type}"
+    return f"{fingerprint(model)} {digest.hexdigest()} {autocast} {attention} {layout} {model.device.type} {versions()}"
 
 
 class Opened(NamedTuple):
@@ -78,6 +85,7 @@ class Reference(Lazy[list[float]]):
     def read(self) -> None:
         """Finds what the files have."""
         self._parts.clear()
+        self._places[:] = -1
         self._whole = ranks.on_main(self._look)
         order = np.argsort(self._digests, kind="stable")
         ordered = self._digests[order]
@@ -133,6 +141,7 @@ def reference_logps(
     reference.read()
     missing = reference.missing()
     if not len(missing):
+        yield len(responses), len(responses)
         return reference
     done = len(responses) - len(missing)
     with opened as model:
