@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import pair_corpus
+from conftest import pair_corpus, tiny_llama
 
 from allo_fast.config import Config, TrainConfig, UserError
 from allo_fast.data import arrays
@@ -21,7 +21,7 @@ from allo_fast.durable import Damaged
 from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, split_once, write_jsonl
 from allo_fast.stages import forget, pairs, problems, responses
 from allo_fast.training.examples import Examples
-from allo_fast.training.reference import Opened, reference_logps
+from allo_fast.training.reference import Opened, described, reference_logps
 from allo_fast.training.steps import plan_chunks
 
 ROWS = [{"text": "a\u2028b\u0085c\nd\re"}, {"text": "e" * 5000}, {"text": ""}, {"text": "\U0001f600"}]
@@ -221,6 +221,27 @@ def test_reference_log_probabilities_are_computed_once(tmp_path, monkeypatch, ca
     caplog.clear()
     assert logps(mark="b")[1] == len(asked)
     assert "of another model or another way of computing" in caplog.text
+
+
+def test_what_decides_log_probabilities_is_in_the_mark(tmp_path):
+    """More than weights: settings that change what is computed with them, buffers, dtype and layout."""
+    model = tiny_llama()
+    marks = [
+        described(model, Layout()),
+        described(model, Layout(packed=True)),
+        described(model, Layout(), torch.bfloat16),
+    ]
+    model.register_buffer("correction", torch.zeros(2))
+    marks.append(described(model, Layout()))
+    model.config.rms_norm_eps *= 2
+    marks.append(described(model, Layout()))
+    assert len(set(marks)) == len(marks)
+    model.config._name_or_path = "elsewhere"
+    assert described(model, Layout()) == marks[-1]
+    (tmp_path / "cache").write_text("in the way")
+    asked, opened = np.arange(1), nullcontext(Opened(lambda batch: batch.valid.float(), Layout(), torch.device("cpu")))
+    with pytest.raises(UserError, match="cache/a: cannot be written"):
+        list(reference_logps(tmp_path / "cache" / "a", "a", pair_corpus(), asked, opened))
 
 
 def turn_a_bit(path):

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from allo_fast import ranks
+from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate
-from allo_fast.durable import make_folder, mark_of, open_tensors, own, save_tensors, versions
+from allo_fast.durable import make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
 from allo_fast.model.weights import as_bytes, fingerprint
 from allo_fast.training.steps import cut
 
@@ -105,7 +106,10 @@ class Reference(Lazy[list[float]]):
 
     def save(self, computed: list["_Computed"]) -> None:
         """Into a file of its own; rank 0 calls."""
-        make_folder(self.folder)
+        try:
+            make_folder(self.folder)
+        except OSError as error:  # of which the other ranks would not hear
+            raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
         names = (self.folder / PARTS.replace("*", f"{number:05d}") for number in count())
         path = next(path for path in names if path not in self._whole)
         responses = np.concatenate([part.responses for part in computed])
