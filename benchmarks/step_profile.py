@@ -30,7 +30,8 @@ RANGES = {  # what runs in a function, and that is not in a range within it; "mo
     "gather gradients": (
         ENGINE,
         "allo_fast.method.policy:SparsePolicy._take",
-        "allo_fast.method.sampled:pattern",
+        "allo_fast.method.sampled:Pattern.matrix",
+        "allo_fast.method.sampled:add_rows",
         "allo_kernels.head_torch:gather",
     ),
     "clip, update": (ENGINE, "allo_fast.training.backend:LocalBackend.step"),

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import Corpus, Layout, collate
-from allo_fast.method import policy
 from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.model import loading
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 
@@ -276,7 +276,7 @@ def test_states_in_float32_meet_a_head_in_bfloat16(config):
 
 
 def test_an_auxiliary_loss_that_is_not_trained_is_said_once(caplog):
-    policy._say_once.cache_clear()
+    loading._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             DensePolicy(build("Mixtral", **TINY, num_local_experts=4))

@@ -21,7 +21,7 @@ def total_norm(gradients: Sequence[Tensor], *, across_ranks: bool = False) -> Te
     Squares are summed in fp64, so that neither their order nor the number of ranks shows in the result.
     """
     parts = [part for gradient in gradients for part in gradient.reshape(-1).split(_PART)]
-    total = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]).sum()
+    total = torch.stack([torch.linalg.vector_norm(part.double()).square() for part in parts]).sum()
     return (ranks.add_up(total) if across_ranks else total).sqrt().float()
 
 
@@ -33,7 +33,8 @@ def clip_scale(norm: Tensor, max_grad_norm: float) -> Tensor:
 def exceeds(values: Iterable[Tensor], largest: float) -> Tensor:
     """Whether one of this rank's share of `values` is NaN, or larger than `largest`: bool, 0-d, on their device."""
     parts = [part for _, part in map(ranks.share, values) if part.numel()]  # without what ZeRO-3 fills shares up with
-    return ~(torch.stack(torch._foreach_norm(parts, torch.inf)).max() <= largest) if parts else torch.tensor(False)
+    bounds = [bound for part in parts for bound in part.aminmax()]
+    return ~(torch.stack(bounds).abs().max() <= largest) if bounds else torch.tensor(False)
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -7,10 +7,9 @@ gradient is gathered at the selected positions, so that a dense gradient lives o
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,15 +25,14 @@ from allo_fast.method.delta import Delta, begin
 from allo_fast.method.group import Group
 from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.rows import RowLinear, whole_rows
-from allo_fast.method.sampled import SampledLinear, is_plain_linear, pays
+from allo_fast.method.sampled import Pattern, SampledEmbedding, SampledLinear, is_plain_linear, pays, plain_class
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
+from allo_fast.model.loading import say_what_is_not_trained
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import as_bytes, fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
 from allo_kernels.rounding import check_rounding_seed
-
-logger = logging.getLogger(__name__)
 
 
 class SparsePolicy:
@@ -77,6 +75,7 @@ class SparsePolicy:
                 start.carry_into(value.detach(), name, self.positions[name])
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
+        self._patterns: dict[str, Pattern] = {}  # of weights that only these get a gradient of
         self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
@@ -139,7 +138,7 @@ class SparsePolicy:
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
         kinds = {
             "base": named_weights(self.model).values(),
-            "positions": [group.positions for group in self.groups],
+            "positions": [group.positions for group in self.groups] + [*self._patterns.values()],
             "originals": [group.originals for group in self.groups],
             "values": self.values.values(),
             "gradients": gradients + [*self.dense_gradients.values()],
@@ -198,32 +197,35 @@ class SparsePolicy:
 
     def _install(self, module: nn.Module) -> None:
         names = [name for name, weight in module._parameters.items() if id(weight) in self._names]
-        linear = self._without_dense_gradient(module)
-        forward = {"forward": lambda module, hidden: self._linear(module, hidden, *linear)} if linear else {}
+        few = self._without_dense_gradient(module)
+        forward = {"forward": lambda module, inputs: self._forward(module, inputs, *few)} if few else {}
         install_reads(module, names, self._read, forward)
 
     def _without_dense_gradient(self, module: nn.Module) -> tuple[type[torch.autograd.Function], object] | None:
-        """What computes a linear layer whose weight never gets a dense gradient, and what of it trains; or None."""
+        """What computes a layer whose weight never gets a dense gradient, and what of it trains; or None."""
         weight = module._parameters.get("weight")
         name = self._names.get(id(weight))
-        if name not in self.values or self.dense_gradients or not is_plain_linear(module):
+        if name not in self.values or self.dense_gradients:
             return None
-        at = self.positions[name]
-        if (rows := whole_rows(at, module.in_features)) is not None:
+        at, linear = self.positions[name], is_plain_linear(module)
+        if linear and (rows := whole_rows(at, module.in_features)) is not None:
             return RowLinear, rows
-        return (SampledLinear, at) if pays(weight, at) else None
+        if not pays(module, weight, at):
+            return None
+        entries = self._patterns.setdefault(name, Pattern.of(at, weight.shape))
+        return SampledLinear if linear else SampledEmbedding, entries
 
-    def _linear(
-        self, module: nn.Linear, hidden: Tensor, function: type[torch.autograd.Function], entries: object
+    def _forward(
+        self, module: nn.Module, inputs: Tensor, function: type[torch.autograd.Function], entries: object
     ) -> Tensor:
+        # A custom Function's backward would not know of autocast.
+        if self._in_reference or not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.device.type):
+            return plain_class(module).forward(module, inputs)
         weight = module._parameters["weight"]
-        if self._in_reference or not torch.is_grad_enabled():
-            return nn.functional.linear(hidden, weight, module.bias)
-        if torch.is_autocast_enabled(hidden.device.type):  # a custom Function's backward would not know
-            return nn.functional.linear(hidden, self._read(weight), module.bias)
         name = self._names.get(id(weight)) or refuse_weight()
         self._value_parameters.check_written(name)
-        return function.apply(hidden, self.values[name], weight.detach(), module.bias, entries)
+        setting = module.bias if isinstance(module, nn.Linear) else module.padding_idx
+        return function.apply(inputs, self.values[name], weight.detach(), setting, entries, partial(self._sum, name))
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():
@@ -242,11 +244,15 @@ class SparsePolicy:
             self.dense_gradients[name] += gradient
         if name not in self.values:
             return None
-        at, value = self.positions[name], self.values[name]
-        if not self.adds_gradients or value.grad is None:
+        at, gradients = self.positions[name], self._sum(name)
+        if gradients is None:
             return gathered(at, gradient)
-        gather(gradient.contiguous(), at, out=value.grad, accumulate=True)
+        gather(gradient.contiguous(), at, out=gradients, accumulate=True)
         return None
+
+    def _sum(self, name: str) -> Tensor | None:
+        """Where a gradient of a weight's values may be added; None where it must be returned to autograd."""
+        return self.values[name].grad if self.adds_gradients else None
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""
@@ -284,17 +290,3 @@ class DensePolicy:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         kinds = {"base": map(held_here, weights), "gradients": gradients}
         return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
-
-
-def say_what_is_not_trained(model: PreTrainedModel) -> None:
-    """Warns, once a process, where the model's configuration has a loss that balances experts: objectives have none."""
-    settings = model.config.get_text_config().to_dict()
-    nested = [value for value in settings.values() if isinstance(value, dict)]
-    items = [(str(name), value) for section in (settings, *nested) for name, value in section.items()]
-    if any(isinstance(value, float) and value and ("aux_loss" in name or "moe_loss" in name) for name, value in items):
-        _say_once(f"{type(model).__name__}: its router's auxiliary loss is not trained")
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    logger.warning(sentence)

@@ -74,7 +74,7 @@ class RowLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, _) -> Tensor:
         ctx.save_for_backward(hidden, weight, rows)
         return F.linear(hidden, weight, bias)
 
@@ -86,4 +86,4 @@ class RowLinear(torch.autograd.Function):
         flat = upstream.flatten(0, -2)
         d_values = (flat.index_select(1, rows).T @ hidden.flatten(0, -2)).float().view(-1)
         d_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
-        return d_hidden, d_values, None, d_bias, None
+        return d_hidden, d_values, None, d_bias, None, None

@@ -1,5 +1,6 @@
 """Loading models: any AutoModelForCausalLM, from a local folder or the hub."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,6 +29,8 @@ from allo_fast.model.checkpoint import (
 )
 from allo_fast.model.saving import check_new, save_model
 from allo_fast.model.weights import check_finite
+
+logger = logging.getLogger(__name__)
 
 # Beside the weights, what a model is made of: notes, logs and another trainer's states do not count.
 _SMALL = ("config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
@@ -188,3 +191,17 @@ def llama_config(settings: PretrainConfig) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def say_what_is_not_trained(model: PreTrainedModel) -> None:
+    """Warns, once a process, where the model's configuration has a loss that balances experts: objectives have none."""
+    settings = model.config.get_text_config().to_dict()
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    items = [(str(name), value) for section in (settings, *nested) for name, value in section.items()]
+    if any(isinstance(value, float) and value and ("aux_loss" in name or "moe_loss" in name) for name, value in items):
+        _say_once(f"{type(model).__name__}: its router's auxiliary loss is not trained")
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    logger.warning(sentence)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from allo_fast.method.alias import Alias, install_reads
 from allo_fast.method.delta import Delta, begin
-from allo_fast.method.policy import SparsePolicy, say_what_is_not_trained
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
+from allo_fast.model.loading import say_what_is_not_trained
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import divide, held_here, named_weights, size_of, whole
 from allo_kernels import Positions, gather, scatter_

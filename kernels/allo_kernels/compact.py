@@ -103,7 +103,7 @@ def check_entries(name: str, tensor: Tensor, positions: Positions) -> None:
 def gather_torch(dense, positions, out, accumulate=False, first_block: int = 0) -> Tensor:
     """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
     for entries, index in positions.chunks(first_block, first_block + blocks_of(dense.numel())):
-        picked = torch.take(dense, index)
+        picked = dense.view(-1).index_select(0, index)
         out[entries] = out[entries].float() + picked if accumulate else picked.to(out.dtype)
     return out
 
