@@ -1,18 +1,18 @@
 """Where the time of our step goes: the model's arithmetic, and what the engine adds to it.
 
-Ranges are laid around a few functions while the work runs under torch's profiler. An operator belongs to the innermost
-range that it runs in, by its own time (without what it calls), so that the shares add up to the whole epoch, reference
-pass and all. Of the engine are: making batches (here before the step, not beside it) and how they are packed, the loss,
-gathering compact gradients, clipping and the optimizer, the reference's kept log-probabilities, the log, and everything
-that runs in no range. Of the model are the decoder and the head, forward (the reference's apart) and backward, by kinds
-of operators; `between operators` is Python and autograd there. The head's chunks and their sums count as the model's,
-gathering its selected entries from them as the engine's. Times are of the host: on a GPU the trace has the device's.
+Ranges are laid around a few functions. A clock that runs in the innermost one gives each its own time, so that the
+shares add up to the whole epoch, reference pass and all. Of the engine are: making batches (here before the step, not
+beside it) and how they are packed, the loss, gathering compact gradients, clipping and the optimizer, the reference's
+kept log-probabilities, the log, and everything that runs in no range. Of the model are the decoder and the head,
+forward (the reference's apart) and backward. The head's chunks and their sums count as the model's, gathering its
+selected entries from them as the engine's. Times are of the host. Another epoch runs under torch's profiler, which
+makes every call slower: its trace has operators within the same ranges, and a GPU's kernels.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 MODEL, ENGINE = "model", "engine"
 RANGES = {  # what runs in a function, and that is not in a range within it; "module:name" or "module:class.name"
@@ -30,7 +30,6 @@ RANGES = {  # what runs in a function, and that is not in a range within it; "mo
     "gather gradients": (
         ENGINE,
         "allo_fast.method.policy:SparsePolicy._take",
-        "allo_fast.method.sampled:Pattern.matrix",
         "allo_fast.method.sampled:add_rows",
         "allo_kernels.head_torch:gather",
     ),
@@ -45,74 +44,77 @@ RANGES = {  # what runs in a function, and that is not in a range within it; "mo
     "backward": (MODEL, "allo_fast.training.backend:LocalBackend.backward"),
 }
 DECODER, REST, REFERENCE = "decoder", "rest of the loop", "reference's "
-KINDS = {  # of operators, by what their names contain
-    "matrix products": ("mm", "linear", "matmul"),
-    "attention": ("scaled_dot_product", "flash_attention", "softmax"),
-    "copies": ("copy", "clone", "contiguous", "cat", "_to_", "fill", "zero"),
-}
+
+Enter = Callable[[str], AbstractContextManager]  # a range by its name
 
 
-@dataclass(frozen=True)
-class Part:
-    side: str
-    range: str
-    kind: str  # of the model's: of operators
-    milliseconds: float
+class Clock:
+    """seconds: of each range, those that passed in it and in no range within it."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self._inside, self._since = REST, time.perf_counter()
+
+    @contextmanager
+    def enter(self, name: str) -> Iterator[None]:
+        outside = self._inside
+        self._pass_to(name)
+        try:
+            yield
+        finally:
+            self._pass_to(outside)
+
+    def _pass_to(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self._inside] += now - self._since
+        self._inside, self._since = name, now
 
 
 @contextmanager
-def profiled(trace: Path) -> Iterator[None]:
-    """Of what runs inside, writes a trace for chrome://tracing or Perfetto to `trace`, and prints the table."""
-    with ExitStack() as ranges:
+def shares() -> Iterator[None]:
+    """Prints the table of what runs inside."""
+    clock = Clock()
+    with _ranges(clock.enter), clock.enter(REST):
+        yield
+    print(table(clock.seconds), flush=True)
+
+
+@contextmanager
+def trace(path: Path) -> Iterator[None]:
+    """Of what runs inside, writes one for chrome://tracing or Perfetto."""
+    with _ranges(lambda name: record_function(f"allo: {name}")), profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
+
+
+def table(seconds: dict[str, float]) -> str:
+    """Of all ranges, the longest first, and the engine's share."""
+    whole = sum(seconds.values())
+    lines = [f"{'side':<8}{'range':<22}{'ms':>10}{'share':>8}"]
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        lines.append(f"{side(name):<8}{name:<22}{1e3 * spent:>10.1f}{spent / whole:>8.2%}")
+    engine = sum(spent for name, spent in seconds.items() if side(name) == ENGINE)
+    return "\n".join([*lines, f"the engine's share: {engine / whole:.2%} of {whole:.2f} s"])
+
+
+def side(name: str) -> str:
+    plain = name.removeprefix(REFERENCE)
+    return MODEL if plain == DECODER else RANGES.get(plain, (ENGINE,))[0]
+
+
+@contextmanager
+def _ranges(enter: Enter) -> Iterator[None]:
+    with ExitStack() as stack:
         for name, (_, *functions) in RANGES.items():
             for function in functions:
-                ranges.enter_context(_range(name, function))
-        ranges.enter_context(_decoder_range())
-        ranges.enter_context(patch("allo_fast.training.examples.ThreadPoolExecutor", _AtOnce))
-        with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(_label(REST)):
-            yield
-    profiler.export_chrome_trace(str(trace))
-    print(table(parts(profiler.events())), flush=True)
-
-
-def table(found: list[Part]) -> str:
-    """Of all parts, the largest first, each side's sum, and the engine's share."""
-    whole = sum(part.milliseconds for part in found)
-    lines = [f"{'side':<8}{'range':<22}{'operators':<22}{'ms':>10}{'share':>8}"]
-    for part in sorted(found, key=lambda part: -part.milliseconds):
-        share = part.milliseconds / whole
-        lines.append(f"{part.side:<8}{part.range:<22}{part.kind:<22}{part.milliseconds:>10.1f}{share:>8.2%}")
-    engine = sum(part.milliseconds for part in found if part.side == ENGINE)
-    return "\n".join([*lines, f"the engine's share: {engine / whole:.2%} of {whole / 1e3:.2f} s"])
-
-
-def parts(events) -> list[Part]:
-    """events: a profiler's, of which every one is the child of what called it."""
-    sums: Counter[tuple[str, str, str]] = Counter()
-    waiting = [(event, REST) for event in events if event.cpu_parent is None]
-    while waiting:
-        event, name = waiting.pop()
-        name = event.name.removeprefix(_label("")) if event.name.startswith(_label("")) else name
-        plain = name.removeprefix(REFERENCE)
-        side = MODEL if plain == DECODER else RANGES.get(plain, (ENGINE,))[0]
-        sums[side, name, _kind(event.name) if side == MODEL else ""] += event.self_cpu_time_total
-        waiting += [(child, name) for child in event.cpu_children]
-    return [Part(*key, microseconds / 1e3) for key, microseconds in sums.items()]
-
-
-def _kind(operator: str) -> str:
-    if not operator.startswith("aten::"):
-        return "between operators"
-    kinds = (kind for kind, names in KINDS.items() if any(name in operator for name in names))
-    return next(kinds, "other operators")
-
-
-def _label(name: str) -> str:
-    return f"allo: {name}"
+                stack.enter_context(_range(name, function, enter))
+        stack.enter_context(_decoder_range(enter))
+        stack.enter_context(patch("allo_fast.training.examples.ThreadPoolExecutor", _AtOnce))
+        yield
 
 
 class _AtOnce:
-    """Instead of a thread, whose work a profile of this one does not show."""
+    """Instead of a thread, whose work would be in no range."""
 
     def __init__(self, threads: int):
         pass
@@ -129,30 +131,30 @@ class _AtOnce:
 
 
 @contextmanager
-def _range(name: str, function: str) -> Iterator[None]:
+def _range(name: str, function: str, enter: Enter) -> Iterator[None]:
     module, _, path = function.partition(":")
     owner = import_module(module)
     *classes, attribute = path.split(".")
     for step in classes:
         owner = getattr(owner, step)
-    with patch.object(owner, attribute, _within(name, getattr(owner, attribute))):
+    with patch.object(owner, attribute, _within(name, getattr(owner, attribute), enter)):
         yield
 
 
-def _within(name: str, function: Callable) -> Callable:
+def _within(name: str, function: Callable, enter: Enter) -> Callable:
     forward = name in (DECODER, "head")
 
     @wraps(function)
     def ranged(*arguments, **options):
         reference = REFERENCE if forward and not torch.is_grad_enabled() else ""
-        with record_function(_label(reference + name)):
+        with enter(reference + name):
             return function(*arguments, **options)
 
     return ranged
 
 
 @contextmanager
-def _decoder_range() -> Iterator[None]:
+def _decoder_range(enter: Enter) -> Iterator[None]:
     """Around whatever module the log-probabilities come from."""
     from allo_fast.model.logps import ResponseLogps
 
@@ -160,7 +162,7 @@ def _decoder_range() -> Iterator[None]:
 
     def ranged(self, batch):
         (decoder,) = self._decoder
-        with patch.object(decoder, "forward", _within(DECODER, decoder.forward)):
+        with patch.object(decoder, "forward", _within(DECODER, decoder.forward, enter)):
             return plain(self, batch)
 
     with patch.object(ResponseLogps, "_in_one_pass", ranged):

@@ -248,3 +248,15 @@ def test_nothing_is_computed_for_weights_of_which_nothing_is_selected(monkeypatc
     batch = collate(pair_corpus(), pair_corpus().examples[:4], Layout(packed=True))
     linear = 2 * batch.tokens * weights  # a product for each layer's inputs, none for its weights
     assert five - one < 1.5 * 4 * linear < 2 * 4 * linear
+
+
+def test_its_fingerprint_is_that_of_its_weights(monkeypatch):
+    model = tiny_llama()
+    policy = SparsePolicy(model, random_selection(model, 0.1))
+    with monkeypatch.context() as patch:
+        patch.setattr("allo_fast.method.policy.fingerprint", None)
+        assert policy.fingerprint() == fingerprint(model), "of weights that nothing changed it is known"
+    with torch.no_grad():
+        next(iter(policy.values.values())).add_(1)
+    policy.write_back()
+    assert policy.fingerprint() == fingerprint(model) != policy.base

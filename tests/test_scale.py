@@ -18,6 +18,7 @@ from allo_fast.data.arrays import Chained, Chunks, Ragged, Tuples
 from allo_fast.data.batch import Corpus, Layout, collate
 from allo_fast.data.encoding import Limits, corpus_of_pairs
 from allo_fast.durable import Damaged
+from allo_fast.model.weights import fingerprint
 from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, split_once, write_jsonl
 from allo_fast.stages import forget, pairs, problems, responses
 from allo_fast.training.examples import Examples
@@ -227,17 +228,17 @@ def test_what_decides_log_probabilities_is_in_the_mark(tmp_path):
     """More than weights: settings that change what is computed with them, buffers, dtype and layout."""
     model = tiny_llama()
     marks = [
-        described(model, Layout()),
-        described(model, Layout(packed=True)),
-        described(model, Layout(), torch.bfloat16),
+        described(model, fingerprint(model), Layout()),
+        described(model, fingerprint(model), Layout(packed=True)),
+        described(model, fingerprint(model), Layout(), torch.bfloat16),
     ]
     model.register_buffer("correction", torch.zeros(2))
-    marks.append(described(model, Layout()))
+    marks.append(described(model, fingerprint(model), Layout()))
     model.config.rms_norm_eps *= 2
-    marks.append(described(model, Layout()))
+    marks.append(described(model, fingerprint(model), Layout()))
     assert len(set(marks)) == len(marks)
     model.config._name_or_path = "elsewhere"
-    assert described(model, Layout()) == marks[-1]
+    assert described(model, fingerprint(model), Layout()) == marks[-1]
     (tmp_path / "cache").write_text("in the way")
     asked, opened = np.arange(1), nullcontext(Opened(lambda batch: batch.valid.float(), Layout(), torch.device("cpu")))
     with pytest.raises(UserError, match="cache/a: cannot be written"):

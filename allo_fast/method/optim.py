@@ -12,7 +12,7 @@ from allo_fast.config import UserError
 from allo_fast.method.policy import SparsePolicy
 from allo_kernels import masked_adamw_
 
-_PART = 1 << 22  # entries that are fp64 at once
+_PART = 1 << 20  # entries that are fp64 at once
 
 
 def total_norm(gradients: Sequence[Tensor], *, across_ranks: bool = False) -> Tensor:

@@ -48,6 +48,8 @@ class SparsePolicy:
     `start` the policy begins from the very weights that the earlier stage left. float32 weights take the values.
     """
 
+    autocast = None  # it computes in the dtype of its weights
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -117,8 +119,8 @@ class SparsePolicy:
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
         for name, value in self.values.items():
-            weight, at = self.weights[name].detach(), self.positions[name]
-            scatter_(weight, at, value.detach(), rounding_seed=self.rounding_seed)
+            weight = self.weights[name].detach()
+            scatter_(weight, self.positions[name], value.detach(), rounding_seed=self.rounding_seed)
         self._value_parameters.mark_written()
 
     @cached_property
@@ -152,6 +154,10 @@ class SparsePolicy:
             parts = zip(group.data, group.positions.split(), group.originals.split(group.positions.counts), strict=True)
             count += sum(int((gather(weight, at) != before).sum()) for weight, at, before in parts)
         return count
+
+    def fingerprint(self) -> str:
+        """Of its weights as they are; all are read only where they are not those that it began with."""
+        return fingerprint(self.model) if self.changed() else self.base
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight of the policy, whole, one at a time; every rank iterates together."""
@@ -212,8 +218,8 @@ class SparsePolicy:
             return RowLinear, rows
         if not pays(module, weight, at):
             return None
-        entries = self._patterns.setdefault(name, Pattern.of(at, weight.shape))
-        return SampledLinear if linear else SampledEmbedding, entries
+        self._patterns[name] = Pattern.of(at, weight.shape)
+        return SampledLinear if linear else SampledEmbedding, self._patterns[name]
 
     def _forward(
         self, module: nn.Module, inputs: Tensor, function: type[torch.autograd.Function], entries: object
@@ -281,6 +287,9 @@ class DensePolicy:
         with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
             return self.logps(batch)
 
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, one at a time; every rank iterates together."""
         return whole_weights(self.model)
@@ -288,5 +297,4 @@ class DensePolicy:
     def state_bytes(self) -> dict[str, int]:
         weights = list(self.model.parameters())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        kinds = {"base": map(held_here, weights), "gradients": gradients}
-        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
+        return {"base": sum(held_here(w).nbytes for w in weights), "gradients": sum(g.nbytes for g in gradients)}

@@ -24,6 +24,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Corpus
 from allo_fast.data.sources import UnusableRow, parse_json
+from allo_fast.model.weights import fingerprint
 from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import cache_of, responses_done
@@ -52,7 +53,7 @@ def _confidence(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     for row in responses:
         corpus.add(row["prompt_ids"], [row["response_ids"]])
     with inference(unit, unit.config.rewards.model or base_path(unit), scoring=True) as frozen:
-        place = kept(cache_of(unit), described(frozen.model, frozen.layout))
+        place = kept(cache_of(unit), described(frozen.model, fingerprint(frozen.model), frozen.layout))
         opened = nullcontext(Opened(frozen.compute, frozen.layout, frozen.model.device))
         logps = yield from responses_done(reference_logps(*place, corpus, np.arange(len(responses)), opened))
     rewards = (torch.tensor(logps[number]).exp().tolist() for number in range(len(responses)))

@@ -28,14 +28,14 @@ class LocalBackend:
         self.policy, self.max_grad_norm = policy, config.max_grad_norm
         if isinstance(policy, SparsePolicy):
             self.parameters = policy.values
+            self._trained = [group.values for group in policy.groups]
             self.optimizer = SparseAdamW(policy, **adamw_settings(config), hf_eps=protocol == "release")
             policy.adds_gradients = True  # nothing else waits for them here
         else:
             self.parameters = dict(policy.model.named_parameters())
-            self.optimizer = ClippedAdamW(
-                self.parameters.values(), max_grad_norm=config.max_grad_norm, **adamw_settings(config)
-            )
-            self.optimizer.start_state(self.parameters.values())
+            self._trained = list(self.parameters.values())
+            self.optimizer = ClippedAdamW(self._trained, max_grad_norm=config.max_grad_norm, **adamw_settings(config))
+            self.optimizer.start_state(self._trained)
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False  # has any step moved the policy away from where it started?
         self.largest = largest(policy.model)
@@ -72,7 +72,7 @@ class LocalBackend:
             self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=False)
-        self.exceeds = exceeds(self.parameters.values(), self.largest)
+        self.exceeds = exceeds(self._trained, self.largest)
 
     def _sparse_step(self, accepts: Callable[[Tensor], bool]) -> None:
         dense = list(self.policy.dense_gradients.values())

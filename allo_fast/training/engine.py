@@ -123,7 +123,7 @@ class Trainer:
             opened, of = self.open_reference(), f"{self.mark} {layout} {model.device.type}"
             cache = self.folder / SCRATCH
         else:
-            opened, of = own, described(model, layout, getattr(self.policy, "autocast", None))
+            opened, of = own, described(model, self.policy.fingerprint(), layout, self.policy.autocast)
         asked = self.examples.responses(range(len(self.examples)))
         self.examples.reference = yield from reference_logps(
             *kept(cache, of), self.examples.corpus, asked, opened, self.examples.budget

@@ -24,7 +24,7 @@ from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate
 from allo_fast.durable import make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
-from allo_fast.model.weights import as_bytes, fingerprint
+from allo_fast.model.weights import as_bytes
 from allo_fast.training.steps import cut
 
 logger = logging.getLogger(__name__)
@@ -41,17 +41,18 @@ def kept(cache: Path, of: str) -> tuple[Path, str]:
     return cache / f"reference-{mark[:16]}", mark
 
 
-def described(model: PreTrainedModel, layout: Layout, autocast: torch.dtype | None = None) -> str:
-    """What decides the log-probabilities that a model gives, beside the tokens; every rank calls it together."""
+def described(model: PreTrainedModel, weights: str, layout: Layout, autocast: torch.dtype | None = None) -> str:
+    """What decides the log-probabilities that a model gives, beside the tokens. weights: its fingerprint."""
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    weights = dict(model.named_parameters())
-    saved = {name: as_bytes(value) for name, value in model.state_dict().items() if name not in weights}
+    trained = dict(model.named_parameters())
+    saved = {name: as_bytes(value) for name, value in model.state_dict().items() if name not in trained}
     digest = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode())
     for name, value in sorted(saved.items()):
         digest.update(name.encode())
         digest.update(value)
     attention = model.config.get_text_config()._attn_implementation
-    return f"{fingerprint(model)} {digest.hexdigest()} {autocast} {attention} {layout} {model.device.type} {versions()}"
+    decided = (digest.hexdigest(), autocast, attention, layout, model.device.type, versions())
+    return " ".join(map(str, (weights, *decided)))
 
 
 class Opened(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -123,10 +124,13 @@ class Positions:
     def chunks(self, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
         """Of the blocks `first`..`last - 1`: which entries, and their int64 positions counted from block `first`."""
         check_not_capturing("decoding positions in PyTorch")
-        for block in range(first, last, _CHUNK):
-            starts = self.starts[block : min(block + _CHUNK, last) + 1]
-            entries = slice(int(starts[0]), int(starts[-1]))
+        starts = self.starts[first : last + 1].tolist()
+        for block in range(0, last - first, _CHUNK):
+            edges = starts[block : block + _CHUNK + 1]
+            entries = slice(edges[0], edges[-1])
             index = self.low[entries].to(torch.int64)
-            bases = range((block - first) * SPAN, (block - first + len(starts) - 1) * SPAN, SPAN)
-            torch._foreach_add_(index.split(starts.diff().tolist()), list(bases))
+            bases = range(block * SPAN, (block + len(edges) - 1) * SPAN, SPAN)
+            if bases[-1]:  # a small tensor's one block begins at 0
+                sizes = [end - begin for begin, end in pairwise(edges)]
+                torch._foreach_add_(index.split(sizes), list(bases))
             yield entries, index
