@@ -1,7 +1,8 @@
 """Our Trainer, as one process (or rank) of `python -m benchmarks step`.
 
-`sparse` trains single weights, `sparse-rows` whole rows, `sparse-checkpointed` recomputes activations, `sparse-2-ranks`
-divides the micro-batches between two processes, `dense` trains all weights in float32. The loss is DPO's on all tokens,
+`sparse` trains single weights, `sparse-rows` whole rows, `sparse-2-ranks` divides the micro-batches between two
+processes, `dense` trains all weights in float32. `-checkpointed` recomputes activations; `-1024` has micro-batches of
+at most 1,024 tokens, by `max_tokens_per_batch`, where the others have TRL's pairs. The loss is DPO's on all tokens,
 which is TRL's; weights are selected by chance, which takes as long as any selection.
 """
 
@@ -41,6 +42,7 @@ from benchmarks.step_measure import (
 )
 
 Policy = DensePolicy | SparsePolicy
+BUDGET = 1024  # tokens
 
 
 def measure(job: Job) -> Outcome | None:
@@ -96,6 +98,7 @@ def make_trainer(policy: Policy, job: Job, rows: list[dict], folder: Path, steps
         "per_device_train_batch_size": max(1, micro_pairs // world),
         "gradient_accumulation_steps": step_pairs // max(1, micro_pairs // world),
         "save_steps": 10**9,
+        **({"max_tokens_per_batch": BUDGET} if f"-{BUDGET}" in job.contender else {}),
         **({} if steps else job.settings),
     }
     zero = Zero(0) if world > 1 else None
@@ -103,7 +106,7 @@ def make_trainer(policy: Policy, job: Job, rows: list[dict], folder: Path, steps
 
 
 def make_policy(job: Job) -> Policy:
-    config = ModelConfig(dtype=job.dtype, gradient_checkpointing=job.contender == "sparse-checkpointed")
+    config = ModelConfig(dtype=job.dtype, gradient_checkpointing=job.contender.endswith("-checkpointed"))
     model = load_model(job.model, config)
     if job.contender == "dense":  # as the warm-up trains: float32 weights, matrix products in the base's dtype
         return DensePolicy(model.float(), None if job.dtype == "float32" else getattr(torch, job.dtype))

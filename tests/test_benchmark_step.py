@@ -86,6 +86,19 @@ def test_step_runs_and_counts(model, tmp_path, capsys, monkeypatch):
     assert "make rivals" in (said := capsys.readouterr().out) and "x TRL" in said
 
 
+def test_contenders_by_their_names(model, tmp_path):
+    rows = inputs.draw_rows(inputs.SHAPES["choice"], 8, VOCABULARY)
+    for name, checkpointed, budget in (
+        ("sparse", False, None),
+        ("sparse-1024", False, 1024),
+        ("sparse-1024-checkpointed", True, 1024),
+    ):
+        named = job(model, tmp_path, name)
+        policy = step_ours.make_policy(named)
+        trainer = step_ours.make_trainer(policy, named, rows, tmp_path / name)
+        assert (policy.model.is_gradient_checkpointing, trainer.config.max_tokens_per_batch) == (checkpointed, budget)
+
+
 def test_trl_trains_on_the_same_tokens(model, tmp_path):
     pytest.importorskip("trl", reason="the rival is TRL")
     from benchmarks import step_rivals
