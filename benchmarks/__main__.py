@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCES = ["rewriter", "confidence", "prompted", "implicit"]
 SCORES = ["linear", "snr", "grad_sum", "fisher", "magnitude", "random"]
 LOCATED = ["linear", "snr", "delta", "random", "last"]
-OURS = ["sparse", "sparse-checkpointed", "sparse-1024", "sparse-1024-checkpointed", "sparse-rows", "sparse-2-ranks"]
+OURS = ["sparse", "sparse-checkpointed", "sparse-768", "sparse-768-checkpointed", "sparse-rows", "sparse-2-ranks"]
 OURS += ["dense"]
 THEIRS = ["trl", "trl-checkpointed", "trl-lora", "trl-lora-all", "peft-shira", "peft-supertuning"]
 SHAPES = ["chat", "choice", "groups"]

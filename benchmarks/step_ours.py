@@ -1,8 +1,8 @@
 """Our Trainer, as one process (or rank) of `python -m benchmarks step`.
 
 `sparse` trains single weights, `sparse-rows` whole rows, `sparse-2-ranks` divides the micro-batches between two
-processes, `dense` trains all weights in float32. `-checkpointed` recomputes activations; `-1024` has micro-batches of
-at most 1,024 tokens, by `max_tokens_per_batch`, where the others have TRL's pairs. The loss is DPO's on all tokens,
+processes, `dense` trains all weights in float32. `-checkpointed` recomputes activations; `-768` has micro-batches of
+at most 768 tokens, by `max_tokens_per_batch`, where the others have TRL's pairs. The loss is DPO's on all tokens,
 which is TRL's; weights are selected by chance, which takes as long as any selection.
 """
 
@@ -42,7 +42,7 @@ from benchmarks.step_measure import (
 )
 
 Policy = DensePolicy | SparsePolicy
-BUDGET = 1024  # tokens
+BUDGET = 768  # tokens
 
 
 def measure(job: Job) -> Outcome | None:
@@ -59,6 +59,8 @@ def measure(job: Job) -> Outcome | None:
         del trainer
         policy, rows = make_policy(job), job.rows("pairs")
         trainer, counted = make_trainer(policy, job, rows, folder / "epoch"), Positions([policy.model])
+        if len(trainer.examples) < len(rows):
+            raise RuntimeError(f"{len(rows) - len(trainer.examples)} of {len(rows)} pairs are longer than the budget")
         (clock := Clock()).start(policy.model.device)
         with step_profile.shares() if job.profile else nullcontext():
             deque(trainer.run(), maxlen=0)

@@ -90,13 +90,22 @@ def test_contenders_by_their_names(model, tmp_path):
     rows = inputs.draw_rows(inputs.SHAPES["choice"], 8, VOCABULARY)
     for name, checkpointed, budget in (
         ("sparse", False, None),
-        ("sparse-1024", False, 1024),
-        ("sparse-1024-checkpointed", True, 1024),
+        ("sparse-768", False, 768),
+        ("sparse-768-checkpointed", True, 768),
     ):
         named = job(model, tmp_path, name)
         policy = step_ours.make_policy(named)
         trainer = step_ours.make_trainer(policy, named, rows, tmp_path / name)
         assert (policy.model.is_gradient_checkpointing, trainer.config.max_tokens_per_batch) == (checkpointed, budget)
+
+
+def test_pairs_that_are_set_aside_are_an_error(model, tmp_path):
+    named = job(model, tmp_path, "sparse")
+    lengths = [
+        sum(map(len, (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))) for row in named.rows("pairs")
+    ]
+    with pytest.raises(RuntimeError, match=r"[1-7] of 8 pairs are longer than the budget"):
+        step_ours.measure(replace(named, settings={"max_tokens_per_batch": max(lengths) - 3}))
 
 
 def test_trl_trains_on_the_same_tokens(model, tmp_path):
