@@ -19,9 +19,10 @@ from allo_fast.plan.costs import USABLE, dense_dpo_states, states, traffic
 from allo_fast.plan.job import Plan, chosen, disk_bytes, phases_of
 from allo_fast.plan.phase import DEVICES, Job
 from allo_fast.plan.rows import Rows, count_rows, unknown_rows
-from allo_fast.plan.shapes import Shape, _cached_entries, _keeps_less, _Live, shape_of, weights_of
+from allo_fast.plan.shapes import Shape, _cached_entries, _keeps_less, shape_of, weights_of
 from allo_fast.plan.table import table
 from allo_fast.training.zero import Zero
+from allo_kernels import memory
 
 NONE = dict.fromkeys(("dense", "sparse"))
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -207,7 +208,7 @@ def test_sampling_holds_what_generate_does(monkeypatch, padded):
     tokenizer = character_tokenizer()
     model = tiny_llama(num_hidden_layers=6, hidden_size=64, intermediate_size=160, head_dim=16, vocab_size=4000)
     shape, ids = replace(shape_of(model.config, "float32"), cache_bound=padded), torch.randint(3, 20, (4, 40))
-    with _Live() as live, torch.no_grad():
+    with memory.Live() as live, torch.no_grad():
         model.base_model(ids, use_cache=False)
     assert live.most == pytest.approx(ids.numel() * shape.forward_bytes, rel=0.1)
     cached = model(ids, use_cache=True).past_key_values.layers
@@ -217,7 +218,7 @@ def test_sampling_holds_what_generate_does(monkeypatch, padded):
     config = Config(name="x", model={"name_or_path": "m", "dtype": "float32"}, data=data, sample=sample)
     planned = by_stage(plan_of(config, shape, None, 80, 1))["sample"].memory
     asked = {"max_new_tokens": 30, "num_return_sequences": 5, "temperature": 1.0, "top_p": 0.95}
-    with _Live() as live:
+    with memory.Live() as live:
         generate(model, tokenizer, ids.tolist(), {2}, **asked)
     beside = sum(planned.values()) - planned["base"]
     positions = 20 * 70 if padded else 20 * BLOCK + 4 * 40

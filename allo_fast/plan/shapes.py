@@ -4,18 +4,16 @@ Both come from the model's own code, run on the meta device.
 """
 
 import copy
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from allo_fast.config import Config, UserError, first_line
 from allo_fast.model.loading import check_there, llama_config
+from allo_kernels import memory
 
 BYTES = {"float32": 4, "bfloat16": 2}
 _PROBE_TOKENS = 61  # a length that is no other dimension of a model
@@ -195,36 +193,6 @@ def _saved_bytes(config: PretrainedConfig, dtype: str, layers: int) -> int:
 def _forward_bytes(config: PretrainedConfig, dtype: str) -> int:
     """Bytes per token that a forward pass holds at once, at most; layers come one after another."""
     model = _with_layers(config, dtype, 1)
-    with torch.no_grad(), _Live() as live:
+    with torch.no_grad(), memory.Live(lambda tensor: not _is_scores(tensor)) as live:
         _probe(model)
     return live.most // _PROBE_TOKENS
-
-
-class _Live(TorchDispatchMode):
-    """Inside, counts the bytes of the tensors that operations make, until they are gone. most: at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and not _is_scores(tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in before and id(storage) not in self._storages:  # a view makes nothing
-                    self._add(storage)
-        return made
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def gone(_: weakref.ref) -> None:
-            self.now -= size
-            del self._storages[key]
-
-        self._storages[key] = weakref.ref(storage, gone)

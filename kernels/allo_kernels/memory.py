@@ -1,15 +1,20 @@
-"""Peak memory of a stretch of work: of the process on a CPU, of the device on a GPU."""
+"""Memory of a stretch of work: what the process or the GPU held at most, what its tensors hold."""
 
 import ctypes
 import gc
 import os
 import resource
 import sys
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def reset_peak(device: torch.device) -> None:
@@ -37,7 +42,7 @@ def peak_bytes(device: torch.device) -> int:
 def live_bytes() -> int:
     """Of all tensors that exist in this process, on any device, each storage once."""
     gc.collect()
-    found = [held for held in gc.get_objects() if isinstance(held, torch.Tensor)]
+    found = [held for held in gc.get_objects() if isinstance(held, Tensor)]
     tensors = [held for held in found if held.device.type != "meta" and not isinstance(held, FakeTensor)]
     storages = {storage.data_ptr(): storage.nbytes() for storage in (held.untyped_storage() for held in tensors)}
     return sum(storages.values())
@@ -48,3 +53,37 @@ def device_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+class Live(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that operations make, until they are gone. most: at one time.
+
+    counts: which tensors.
+    """
+
+    def __init__(self, counts: Callable[[Tensor], bool] = lambda _: True):
+        super().__init__()
+        self.counts = counts
+        self.now = self.most = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and self.counts(tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in before and id(storage) not in self._storages:  # a view makes nothing
+                    self._add(storage)
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, gone)

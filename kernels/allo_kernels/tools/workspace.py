@@ -1,14 +1,11 @@
 """What token_logps takes beside its inputs, results included, counted on tensors that have no memory."""
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from allo_kernels import memory
 from allo_kernels.head import token_logps
 from allo_kernels.launching import recording
 from allo_kernels.positions import Positions, blocks_of
@@ -52,37 +49,7 @@ def workspace(rows: int, width: int, words: int, head: str, gradient_rows: int) 
         selected = {"values": torch.empty(entries, device=_META, requires_grad=True), "positions": positions}
     leaves = [leaf for leaf in (hidden, weight, selected.get("values")) if leaf is not None and leaf.requires_grad]
     known = {"target_rows": rows, "gradient_rows": gradient_rows}
-    with recording((9, 0), keep=False), _Live() as live:
+    with recording((9, 0), keep=False), memory.Live() as live:
         logps = token_logps(hidden, weight, targets, impl="triton", **known, **selected)
         torch.autograd.grad(logps, leaves, torch.empty_like(logps))
     return live.most
-
-
-class _Live(TorchDispatchMode):
-    """Inside, counts the bytes of the tensors that operations make, until they are gone. most: at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in before and id(storage) not in self._storages:  # a view makes nothing
-                    self._add(storage)
-        return made
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def gone(_: weakref.ref) -> None:
-            self.now -= size
-            del self._storages[key]
-
-        self._storages[key] = weakref.ref(storage, gone)
