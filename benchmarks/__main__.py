@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | sample | locate | accuracy | rewards | positions | data | rounding | zero | ...`"""
+"""`python -m benchmarks step | scaling | sample | locate | accuracy | rewards | positions | data | zero | ...`"""
 
 import argparse
 import sys
@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--profile", type=Path, help="folder for traces: ours alone, and where its time goes")
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_step)
+    command = commands.add_parser("scaling", help="a step's cost by model size, ratio, lengths, responses")
+    command.add_argument("--out", type=Path, help="folder for scaling.json and scaling.svg")
+    command.set_defaults(command=_scaling)
     command = commands.add_parser("sample", help="sampling in slots, against padded and continuous batching: tokens/s")
     command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
     command.add_argument("--dtype", default="float32")
@@ -117,6 +120,13 @@ def _step(given: argparse.Namespace) -> int:
 def _split(pair: str) -> tuple[str, str]:
     key, _, value = pair.partition("=")
     return key, value
+
+
+def _scaling(given: argparse.Namespace) -> int:
+    from benchmarks import scaling
+
+    scaling.run(given.out)
+    return 0
 
 
 def _sample(given: argparse.Namespace) -> int:
