@@ -224,7 +224,7 @@ def test_reference_log_probabilities_are_computed_once(tmp_path, monkeypatch, ca
     assert "of another model or another way of computing" in caplog.text
 
 
-def test_what_decides_log_probabilities_is_in_the_mark(tmp_path):
+def test_what_decides_log_probabilities_is_in_the_mark(tmp_path, monkeypatch):
     """More than weights: settings that change what is computed with them, buffers, dtype and layout."""
     model = tiny_llama()
     marks = [
@@ -237,6 +237,9 @@ def test_what_decides_log_probabilities_is_in_the_mark(tmp_path):
     model.config.rms_norm_eps *= 2
     marks.append(described(model, fingerprint(model), Layout()))
     assert len(set(marks)) == len(marks)
+    with monkeypatch.context() as patch:
+        patch.setattr("allo_fast.training.reference.as_bytes", None)
+        described(tiny_llama(tie_word_embeddings=True), "", Layout())  # its head is no buffer
     model.config._name_or_path = "elsewhere"
     assert described(model, fingerprint(model), Layout()) == marks[-1]
     (tmp_path / "cache").write_text("in the way")

@@ -44,8 +44,8 @@ def kept(cache: Path, of: str) -> tuple[Path, str]:
 def described(model: PreTrainedModel, weights: str, layout: Layout, autocast: torch.dtype | None = None) -> str:
     """What decides the log-probabilities that a model gives, beside the tokens. weights: its fingerprint."""
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    trained = dict(model.named_parameters())
-    saved = {name: as_bytes(value) for name, value in model.state_dict().items() if name not in trained}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones under every name
+    saved = {name: as_bytes(value) for name, value in model.state_dict().items() if name not in parameters}
     digest = hashlib.sha256(repr(sorted(settings.items(), key=str)).encode())
     for name, value in sorted(saved.items()):
         digest.update(name.encode())
