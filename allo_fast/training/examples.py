@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Examples:
-    """A corpus cut into optimizer steps and micro-batches, the same on every rank and for any number of them.
+    """A corpus cut into optimizer steps and micro-batches, the same on every rank; without a budget for any number.
 
     Examples are known by their numbers, in the order of the first epoch. token_weights: per response, one number per
     token. reference: per response the log-probabilities by a reference model, once somebody sets them. Examples longer
