@@ -72,7 +72,7 @@ class Trainer:
     mark: of what these are; those of something else are not gone on from.
     token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
     depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
-    ranks divide the micro-batches of each step, which is the same, to rounding, for any number of them. Raises UserError
+    ranks divide the micro-batches of each step, the same to rounding for any number of them. Raises UserError
     where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
     compare with, while the reference's log-probabilities are computed. cache: where these are kept, by content; None:
     in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead.
