@@ -79,6 +79,12 @@ def test_backward_notices_that_the_weights_changed(write):
             loss.backward()
 
 
+def test_nothing_of_the_reference_has_a_gradient():
+    policy = SparsePolicy(tiny_llama(), random_selection(tiny_llama(), 0.1))
+    with policy.reference(), torch.enable_grad():
+        assert not policy.response_logps(batch_for(policy)).requires_grad
+
+
 def test_the_reference_may_run_between_forward_and_backward():
     gradients = []
     for between in (False, True):

@@ -8,6 +8,7 @@ from torch import nn
 from allo_fast.data.batch import collate
 from allo_fast.method import policy as policies
 from allo_fast.method.policy import SparsePolicy
+from allo_fast.method.rows import RowLinear
 from allo_fast.method.sampled import (
     Pattern,
     SampledEmbedding,
@@ -95,13 +96,27 @@ def test_under_autocast_the_whole_product_is_taken(monkeypatch):
     assert all(value.grad.isfinite().all() for value in policy.values.values())
 
 
-def test_patterns_are_among_the_bytes_of_positions(monkeypatch):
-    model = tiny_llama()
+@pytest.mark.parametrize("function", [SampledLinear, RowLinear])
+def test_a_vector_is_one_row(function):
+    weight, told = torch.randn(9, 7), (PATTERN, lambda: None) if function is SampledLinear else (torch.arange(9),)
+    values = torch.zeros(len(FLAT) if function is SampledLinear else 63, requires_grad=True)
+    function.apply(torch.ones(7), values, weight, None, *told).sum().backward()
+    assert torch.equal(values.grad, torch.ones_like(values))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_patterns_are_among_the_bytes_of_positions(monkeypatch, tied):
+    """One for every layer that computes with its own; the head's log-probabilities know another way."""
+    model = tiny_llama(tie_word_embeddings=tied)
     selection = random_selection(model, 0.1)
-    plain = SparsePolicy(tiny_llama(), selection).state_bytes()["positions"]
+    plain = SparsePolicy(tiny_llama(tie_word_embeddings=tied), selection).state_bytes()["positions"]
     monkeypatch.setattr(policies, "pays", lambda module, *_: is_plain(module))
     policy = SparsePolicy(model, selection)
-    rows = {name: weight.shape[0] + 1 for name, weight in policy.weights.items() if weight.ndim == 2}
+    rows = {
+        name: weight.shape[0] + 1
+        for name, weight in policy.weights.items()
+        if weight.ndim == 2 and name != "lm_head.weight"
+    }
     entries = sum(len(policy.positions[name]) for name in rows)
     assert policy.state_bytes()["positions"] == plain + 4 * (entries + sum(rows.values()))
 

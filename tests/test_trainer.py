@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_selection, tiny_llama
+from conftest import pair_corpus, random_selection, tiny_llama
 from torch import nn
 from trainer_worker import LR, logged, make_trainer, sparse_trainer, vector
 from transformers import AutoModelForCausalLM
@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from allo_fast import SparseAdamW, SparsePolicy
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.model.weights import named_weights
+from allo_fast.data.batch import collate
+from allo_fast.method.selection import Selection
+from allo_fast.model.weights import fingerprint, named_weights
 
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
@@ -134,6 +136,20 @@ def test_an_optimizer_that_does_not_write_is_refused(tmp_path):
         model.state_dict()
     policy.write_back()
     model.state_dict()
+
+
+def test_an_optimizer_that_does_not_write_into_the_head_is_refused():
+    """Whose weight log-probabilities read past the module."""
+    model, corpus = tiny_llama(), pair_corpus()
+    scores = {name: torch.zeros(weight.shape) for name, weight in named_weights(model).items()}
+    scores["lm_head.weight"] += torch.rand(scores["lm_head.weight"].shape)
+    policy = SparsePolicy(model, Selection.from_scores(scores, 0.01, base=fingerprint(model)))
+    assert [name for name, value in policy.values.items() if len(value)] == ["lm_head.weight"]
+    batch, optimizer = collate(corpus, corpus.examples), torch.optim.AdamW(policy.values.values(), lr=1e-2)
+    policy.response_logps(batch).sum().backward()
+    optimizer.step()
+    with pytest.raises(UserError, match="the values of lm_head.weight were changed"):
+        policy.response_logps(batch)
 
 
 def test_values_that_deepspeed_replaced_are_refused():

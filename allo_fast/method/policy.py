@@ -207,8 +207,8 @@ class SparsePolicy:
         forward = {"forward": lambda module, inputs: self._forward(module, inputs, *few)} if few else {}
         install_reads(module, names, self._read, forward)
 
-    def _without_dense_gradient(self, module: nn.Module) -> tuple[type[torch.autograd.Function], object] | None:
-        """What computes a layer whose weight never gets a dense gradient, and what of it trains; or None."""
+    def _without_dense_gradient(self, module: nn.Module) -> tuple | None:
+        """What computes a layer whose weight never gets a dense gradient, and what it is told of it; or None."""
         weight = module._parameters.get("weight")
         name = self._names.get(id(weight))
         if name not in self.values or self.dense_gradients:
@@ -216,14 +216,12 @@ class SparsePolicy:
         at, linear = self.positions[name], is_plain_linear(module)
         if linear and (rows := whole_rows(at, module.in_features)) is not None:
             return RowLinear, rows
-        if not pays(module, weight, at):
-            return None
+        if module is self.model.get_output_embeddings() or not pays(module, weight, at):
+            return None  # log-probabilities do not call the head, which has its own way
         self._patterns[name] = Pattern.of(at, weight.shape)
-        return SampledLinear if linear else SampledEmbedding, self._patterns[name]
+        return SampledLinear if linear else SampledEmbedding, self._patterns[name], partial(self._sum, name)
 
-    def _forward(
-        self, module: nn.Module, inputs: Tensor, function: type[torch.autograd.Function], entries: object
-    ) -> Tensor:
+    def _forward(self, module: nn.Module, inputs: Tensor, function: type[torch.autograd.Function], *told) -> Tensor:
         # A custom Function's backward would not know of autocast.
         if self._in_reference or not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.device.type):
             return plain_class(module).forward(module, inputs)
@@ -231,7 +229,7 @@ class SparsePolicy:
         name = self._names.get(id(weight)) or refuse_weight()
         self._value_parameters.check_written(name)
         setting = module.bias if isinstance(module, nn.Linear) else module.padding_idx
-        return function.apply(inputs, self.values[name], weight.detach(), setting, entries, partial(self._sum, name))
+        return function.apply(inputs, self.values[name], weight.detach(), setting, *told)
 
     def _read(self, weight: nn.Parameter) -> Tensor:
         if self._in_reference or not torch.is_grad_enabled():
@@ -262,9 +260,10 @@ class SparsePolicy:
 
     def _head_entries(self, weight: nn.Parameter) -> tuple[Tensor, Tensor, Positions] | None:
         """Of the head's weight, whose dense gradient [V, D] is then never made; None where nothing of it trains."""
-        name = self._names.get(id(weight))
-        if name not in self.values or self.dense_gradients or not torch.is_grad_enabled():
+        name, frozen = self._names.get(id(weight)), self._in_reference or not torch.is_grad_enabled()
+        if name not in self.values or self.dense_gradients or frozen:
             return None
+        self._value_parameters.check_written(name)
         return weight, self.values[name], self.positions[name]
 
 

@@ -74,7 +74,7 @@ class RowLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, _) -> Tensor:
+    def forward(ctx, hidden: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, rows)
         return F.linear(hidden, weight, bias)
 
@@ -83,7 +83,7 @@ class RowLinear(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         hidden, weight, rows = ctx.saved_tensors
         d_hidden = upstream @ weight if ctx.needs_input_grad[0] else None
-        flat = upstream.flatten(0, -2)
-        d_values = (flat.index_select(1, rows).T @ hidden.flatten(0, -2)).float().view(-1)
+        flat = upstream.reshape(-1, len(weight))
+        d_values = (flat.index_select(1, rows).T @ hidden.reshape(-1, weight.shape[1])).float().view(-1)
         d_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
-        return d_hidden, d_values, None, d_bias, None, None
+        return d_hidden, d_values, None, d_bias, None

@@ -20,6 +20,10 @@ _DENSEST = 0.15  # of a weight's entries; beyond, the whole product takes no lon
 _SMALLEST = 1 << 16  # entries; of a smaller weight the whole product takes no longer than the calls
 _ROWS = 128  # of activations at a time, which stay in the processor's cache
 
+with warnings.catch_warnings():  # torch says once a process that these are in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -41,9 +45,7 @@ class Pattern:
 
     def matrix(self, values: Tensor) -> Tensor:
         """With these values [K] at its entries, which stay the caller's."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that it is in beta
-            return torch.sparse_csr_tensor(self.begins, self.columns, values, self.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(self.begins, self.columns, values, self.shape, check_invariants=False)
 
 
 def pays(module: nn.Module, weight: Tensor, at: Positions) -> bool:
@@ -98,8 +100,8 @@ class SampledLinear(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         hidden, weight = ctx.saved_tensors
         d_hidden = upstream @ weight if ctx.needs_input_grad[0] else None
-        flat = upstream.flatten(0, -2)
-        d_values = _added(add_product, flat, hidden.flatten(0, -2), ctx.pattern, total=ctx.total)
+        flat = upstream.reshape(-1, len(weight))
+        d_values = _added(add_product, flat, hidden.reshape(-1, weight.shape[1]), ctx.pattern, total=ctx.total)
         d_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
         return d_hidden, d_values, None, d_bias, None, None
 
