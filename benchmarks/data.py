@@ -155,7 +155,7 @@ def _pair_corpus(run: Run) -> Corpus:
 
 def _learn(run: Run) -> None:
     examples = Examples(_pair_corpus(run), run.config.learn)
-    examples.collate((0,), Layout())
+    examples.collate((0,))
 
 
 def _reference(run: Run) -> None:
@@ -178,14 +178,12 @@ def _rewards(run: Run) -> None:
 def _forget(run: Run) -> None:
     rows = read_jsonl(_unit(run, "rewards").folder / "rewards.jsonl")
     corpus, weights = forget.weighted_corpus(rows, 0.5, _unit(run, "forget").folder)
-    Examples(corpus, run.config.forget, token_weights=weights).collate((0,), Layout())
+    Examples(corpus, run.config.forget, token_weights=weights).collate((0,))
 
 
 def _sft(run: Run) -> None:
     rows = read_jsonl(_unit(run, "sample").folder / "problems.jsonl")
-    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate(
-        (0,), Layout()
-    )
+    Examples(sft.corpus_of_right_responses(rows, None, 0, _unit(run, "sft").folder), run.config.learn).collate((0,))
 
 
 def _exhaust(work: Iterator) -> None:

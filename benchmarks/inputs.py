@@ -94,7 +94,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> Path:
 def useful_tokens(rows: Iterable[dict]) -> int:
     """Each distinct prompt once, and its distinct responses once each but for the last token, which predicts nothing.
 
-    No causal model can learn from these rows with fewer.
+    What responses begin with in common counts for each of them.
     """
     prompts, responses = set(), set()
     for row in rows:

@@ -3,7 +3,7 @@
 Every contender runs in a process of its own, so that peak memory is its own; rivals in the environment that `make
 rivals` makes. Repeats go through the contenders forwards and backwards in turn. Each process first shows that its loss
 falls, which is its warm-up, and then an epoch is timed with its reference pass: ours over all pairs before the first
-step, TRL's in every step. The first losses' log-probabilities must agree with every other contender's.
+step, TRL's in every step. The log-probabilities before a first update must be those of the first row.
 """
 
 import json
@@ -179,13 +179,15 @@ def reason(stderr: str) -> str:
 
 
 def _checked(rows: list[Row]) -> list[Row]:
-    """A contender whose log-probabilities are not those of the first one that ran trained something else: an error."""
-    first = next((row.outcomes[0].logps for row in rows if row.outcomes), [])
+    """A row whose log-probabilities are not those of the first one that ran trained something else: an error."""
+    first = next((row for row in rows if row.outcomes), None)
     checked = []
     for row in rows:
-        logps = row.outcomes[0].logps if row.outcomes else first
-        if any(abs(a - b) > TOLERANCE[row.dtype] * abs(b) for a, b in zip(logps, first, strict=True)):
-            row = replace(row, outcomes=[], error=f"its log-probabilities are {logps}, the first contender's {first}")
+        if row.outcomes:
+            logps, others = row.outcomes[0].logps, first.outcomes[0].logps
+            near = max(TOLERANCE[row.dtype], TOLERANCE[first.dtype])
+            if not all(abs(a - b) <= near * abs(b) for a, b in zip(logps, others, strict=True)):
+                row = replace(row, outcomes=[], error=f"its log-probabilities are {logps}, the first row's {others}")
         checked.append(row)
     return checked
 

@@ -158,7 +158,11 @@ def test_the_table_and_what_trained_something_else():
     other = replace(rows[1], outcomes=[outcome(logps=[-9.0, -8.1])])
     checked = step._checked([rows[0], other])
     assert [row.failed for row in checked] == [False, True]
-    assert "[-9.0, -8.1], the first contender's [-9.0, -8.0]" in step.table(checked)
+    assert "[-9.0, -8.1], the first row's [-9.0, -8.0]" in step.table(checked)
+    lost = replace(other, outcomes=[outcome(logps=[-9.0, float("nan")])])
+    assert step._checked([rows[0], lost])[1].error
+    rough = replace(other, dtype="bfloat16", outcomes=[outcome(logps=[-9.0, -8.2])])
+    assert not step._checked([rough, rows[0]])[1].error, "of two dtypes the rougher one says how near is near"
 
 
 def test_why_a_process_failed():

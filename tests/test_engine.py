@@ -20,7 +20,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.training.engine import Trainer, TrainingError
-from allo_fast.training.steps import plan_chunks, plan_steps
+from allo_fast.training.steps import plan_steps, shuffled
 
 SETTINGS = {
     "learning_rate": 1e-2,
@@ -55,15 +55,15 @@ def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
     sparse, ours = weights_after(trainer(tmp_path / "sparse", ratio=1.0, objective=Dpo(0.5)))
     model, reference, corpus = tiny_llama(), tiny_llama(), pair_corpus()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    micros = plan_chunks(corpus, 2, seed=0)
-    steps = [[micros[m] for m in step] for epoch in plan_steps(len(micros), 2, epochs=2, seed=0) for step in epoch]
+    examples = shuffled(corpus, seed=0)
+    problems = corpus.responses.prompts[examples[:, 0]]
+    steps = [examples[step].tolist() for epoch in plan_steps(problems, 4, epochs=2, seed=0) for step in epoch]
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda t: t if t < 1 else 0.5 * (1 + math.cos(math.pi * (t - 1) / (len(steps) - 1))),  # warm-up 1, cosine
     )
     losses = []
-    for step in steps:
-        pairs = [pair for micro in step for pair in micro]
+    for pairs in steps:
         total = 0.0
         for chosen, rejected in pairs:
             margin = 0.0
@@ -361,9 +361,8 @@ def test_the_first_loss_is_that_of_no_preference(tmp_path):
     metrics = next(trainer(tmp_path, objective=Dpo(0.5, 0.5)).run())
     assert metrics.loss == torch.tensor(2.0).log().item() and metrics.metrics["rewards/margins"] == 0
     assert metrics.metrics["key_tokens"] == 1.0, "nothing is lowest before the first update"
-    assert metrics.tokens == sum(
-        collate(pair_corpus(), micro).tokens for micro in plan_chunks(pair_corpus(), 2, seed=0)[:2]
-    )
+    pairs = [*map(tuple, shuffled(pair_corpus(), seed=0)[:4].tolist())]
+    assert metrics.tokens == sum(collate(pair_corpus(), micro).tokens for micro in (pairs[:2], pairs[2:]))
 
 
 def test_the_reference_is_the_policy_before_training_bit_for_bit(tmp_path):

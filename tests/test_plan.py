@@ -18,7 +18,7 @@ from allo_fast.plan.advice import advised
 from allo_fast.plan.costs import USABLE, dense_dpo_states, states, traffic
 from allo_fast.plan.job import Plan, chosen, disk_bytes, phases_of
 from allo_fast.plan.phase import DEVICES, Job
-from allo_fast.plan.rows import Rows, count_rows, unknown_rows
+from allo_fast.plan.rows import Rows, count_rows, example_tokens, micro_batches, unknown_rows
 from allo_fast.plan.shapes import Shape, _cached_entries, _keeps_less, shape_of, weights_of
 from allo_fast.plan.table import table
 from allo_fast.training.zero import Zero
@@ -328,3 +328,11 @@ def test_shipped_jobs_fit_the_machines_they_name(path, capsys):
         plan = json.loads(capsys.readouterr().out)
         assert plan["fits"] and plan["peak_bytes"] <= USABLE * plan["gpu_bytes"] and plan["seconds"] > 0
     assert AutoConfig.from_pretrained(CONFIGS / "models" / f"{load_config(path).name}.json").num_hidden_layers
+
+
+def test_examples_are_not_cut_to_fill_a_micro_batch():
+    config = settings()
+    assert sum(example_tokens(config, "learn")) == 1536
+    for budget, expected in ((None, 8), (2048, 32), (3071, 32), (3072, 16), (10_000, 6)):
+        train = config.learn.model_copy(update={"max_tokens_per_batch": budget})
+        assert train.examples_per_step == 32 and micro_batches(config, "learn", train) == expected

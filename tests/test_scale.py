@@ -23,7 +23,7 @@ from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, split_once
 from allo_fast.stages import forget, pairs, problems, responses
 from allo_fast.training.examples import Examples
 from allo_fast.training.reference import Opened, described, reference_logps
-from allo_fast.training.steps import plan_chunks
+from allo_fast.training.steps import shuffled
 
 ROWS = [{"text": "a\u2028b\u0085c\nd\re"}, {"text": "e" * 5000}, {"text": ""}, {"text": "\U0001f600"}]
 
@@ -143,7 +143,7 @@ def test_the_order_of_micro_batches_is_that_of_lists():
     order = list(by_prompt)
     random.Random(5).shuffle(order)
     examples = [example for prompt in order for example in by_prompt[prompt]]
-    assert plan_chunks(corpus, 4, seed=5) == [examples[i : i + 4] for i in range(0, 61, 4)]
+    assert [tuple(row) for row in shuffled(corpus, seed=5).tolist()] == examples
 
 
 def test_a_corpus_on_the_disk_is_the_one_in_memory(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_corpus_on_the_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     assert all(same[name](getattr(a, name), value) for name, value in vars(b).items())
     assert there.names_of([(4, 5), (0, 1), (4, 5)]) == ["train.jsonl:2", "train.jsonl:0"]
     assert Examples(there, TrainConfig(learning_rate=1, per_device_train_batch_size=2)).names_of((0, 1)) == [
-        there.names_of([example])[0] for example in plan_chunks(here, 2, 0)[0]
+        there.names_of([tuple(example)])[0] for example in shuffled(here, 0)[:2].tolist()
     ]
 
 
@@ -294,7 +294,7 @@ STAGES = {
     "pairs": lambda unit: list(pairs.execute(unit)),
     "learn": lambda unit: Examples(
         corpus_of_pairs(read_jsonl(unit.folder / "pairs.jsonl"), unit.folder), unit.config.learn
-    ).collate((0,), Layout()),
+    ).collate((0,)),
     "rewards": lambda unit: rendered_once(unit, "wrong.jsonl", lambda: responses.wrong_responses(unit)),
     "forget": lambda unit: forget.weighted_corpus(read_jsonl(unit.folder / "rewards.jsonl"), 0.5, unit.folder),
 }

@@ -3,6 +3,7 @@ on it."""
 
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from conftest import pair_corpus, random_selection, tiny_llama
@@ -10,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allo_fast.config import TrainConfig, UserError
-from allo_fast.data.batch import Layout
+from allo_fast.data.batch import Layout, collate
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples
+from allo_fast.training.reference import micro_batches
 from allo_fast.training.steps import cut
 
 SETTINGS = {"learning_rate": 1e-2, "warmup_steps": 1, "per_device_train_batch_size": 3, "num_train_epochs": 2}
@@ -29,12 +31,11 @@ def test_micro_batches_keep_to_the_budget_and_problems_together():
     longest = max(examples_of(None).tokens((n,)) for n in range(12))
     for budget in (longest, 40, 64, 1000):
         examples = examples_of(budget)
-        for step, chunks in enumerate(examples.steps):
+        for step, numbers in enumerate(examples.steps):
             micros = examples.micro_batches(step)
-            numbers = sorted(number for micro in micros for number in micro)
-            assert numbers == sorted(n for chunk in chunks for n in range(3 * chunk, min(3 * chunk + 3, 12)))
+            assert sorted(number for micro in micros for number in micro) == sorted(numbers)
             assert all(examples.tokens(micro) <= budget for micro in micros)
-            batches = [examples.collate(micro, Layout(packed=True)) for micro in micros]
+            batches = [examples.collate(micro) for micro in micros]
             assert [batch.tokens for batch in batches] == [*map(examples.tokens, micros)]
             if budget >= 64:
                 assert len(micros) == 1 or budget == 64, "no more than it takes"
@@ -42,18 +43,60 @@ def test_micro_batches_keep_to_the_budget_and_problems_together():
                 assert len(responses) == len(set(responses)), "each distinct response is computed once"
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(share_prompts=False), Layout(packed=True)])
+def test_no_micro_batch_computes_more_positions_than_the_budget(layout):
+    """Padding and repeated prompts of models that cannot pack are counted; only a single example may be more."""
+    for budget in (25, 40, 90, 200):
+        examples = examples_of(budget)
+        examples.layout = layout
+        for step, numbers in enumerate(examples.steps):
+            micros = examples.micro_batches(step)
+            assert sorted(number for micro in micros for number in micro) == sorted(numbers)
+            computed = [examples.collate(micro).input_ids.numel() for micro in micros]
+            assert all(size <= budget for micro, size in zip(micros, computed, strict=True) if len(micro) > 1)
+            if budget == 200:
+                assert len(micros) == 1
+    corpus, responses = examples.corpus, np.arange(len(examples.corpus.responses))
+    micros = list(micro_batches(corpus, responses, layout, 90))
+    batches = [collate(corpus, [(number,) for number in micro], layout) for micro in micros]
+    assert sorted(number for micro in micros for number in micro) == responses.tolist()
+    assert len(micros) > 1 and all(batch.input_ids.numel() <= 90 for batch in batches)
+
+
+def test_rows_of_one_width_go_together():
+    widths = [9, 2, 9, 2, 2, 3]
+    micros = cut(list(range(6)), lambda n: n, lambda group: (len(group), max(widths[n] for n in group)), budget=18)
+    assert micros == [(0, 2), (1, 3, 4, 5)]
+    divided = cut(list(range(6)), lambda n: n, lambda group: (len(group), max(widths[n] for n in group)), 18, ranks=3)
+    assert sorted(divided) == [(0, 2), (1, 5), (3, 4)]
+
+
+def test_problems_stay_together_in_every_epoch():
+    corpus = pair_corpus(problems=7)
+    corpus.examples = [pair for pair in corpus.examples for _ in range(2)]  # four of each problem
+    settings = {**SETTINGS, "num_train_epochs": 3, "gradient_accumulation_steps": 4}
+    examples = Examples(corpus, TrainConfig(**settings))
+    orders = []
+    for epoch in examples.epochs:
+        assert sorted(epoch.rows.tolist()) == list(range(28)) and [*map(len, epoch)] == [12, 12, 4]
+        problems = [examples._problem(number) for step in epoch for number in step]
+        orders.append(problems[::4])
+        assert problems == [problem for problem in orders[-1] for _ in range(4)]
+    assert len(set(map(tuple, orders))) == 3, "each epoch has another order"
+
+
 def test_a_group_beyond_the_budget_is_cut_between_examples():
     sizes = {(0, 1, 2, 3): 19, (0, 1): 10, (0, 1, 2): 14, (2, 3): 9, (2,): 6, (0,): 6, (4,): 5, (0, 1, 2, 4): 18}
-    micros = cut([0, 1, 2, 3, 4], lambda n: n // 4, lambda group: sizes[tuple(group)], budget=10)
+    micros = cut([0, 1, 2, 3, 4], lambda n: n // 4, lambda group: (sizes[tuple(group)], 1), budget=10)
     assert sorted(micros) == [(0, 1), (2, 3), (4,)]
 
 
 def test_ranks_get_as_many_micro_batches_each():
     for ranks in (1, 2, 3, 4):
-        micros = cut(list(range(8)), lambda n: n, lambda group: 10 * len(group), budget=40, ranks=ranks)
+        micros = cut(list(range(8)), lambda n: n, lambda group: (10 * len(group), 1), budget=40, ranks=ranks)
         assert len(micros) % ranks == 0 and sorted(sum(micros, ())) == list(range(8))
         assert max(map(len, micros)) - min(map(len, micros)) <= 1, "all are about as large"
-    assert len(cut([0, 1], lambda n: n, lambda group: 10 * len(group), budget=40, ranks=3)) == 2
+    assert len(cut([0, 1], lambda n: n, lambda group: (10 * len(group), 1), budget=40, ranks=3)) == 2
 
 
 def test_what_is_longer_than_the_budget_is_set_aside_and_said(caplog):
@@ -104,7 +147,7 @@ def on_a_cpu_alone() -> bool:
     """Whether a definition asks, or a check, that a GPU's tensors never come to."""
     frames = traceback.extract_stack()
     files = ("head_torch.py", "positions.py", "sampled.py")
-    names = ("_check_targets", "_stack")
+    names = ("_check_targets", "_stack", "_exactly")
     return any(frame.name in names or frame.filename.endswith(files) for frame in frames)
 
 
@@ -178,7 +221,7 @@ def test_a_step_on_a_gpu_waits_once(tmp_path, monkeypatch):
 
 
 def test_an_error_while_the_next_step_is_collated_ends_training(tmp_path, monkeypatch):
-    def fails(self, micro, layout):
+    def fails(self, micro):
         raise UserError("no room")
 
     monkeypatch.setattr(Examples, "collate", fails)

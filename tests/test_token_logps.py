@@ -121,6 +121,16 @@ def test_blocks_of_rows(share, impl, monkeypatch):
         torch.testing.assert_close(picked[:2], truth[:2], rtol=1e-5, atol=1e-6)
 
 
+def test_on_a_cpu_rows_without_a_gradient_have_no_logits_in_backward(monkeypatch):
+    """However many the host says may have one."""
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+    upstream[::2], rows, plain = 0.0, [], head_torch.d_logits
+    monkeypatch.setattr(head_torch, "d_logits", lambda given, *of: rows.append(len(given.targets)) or plain(given, *of))
+    logps = token_logps(hidden, weight, targets, gradient_rows=9)
+    torch.autograd.grad((logps * upstream).sum(), hidden)
+    assert set(rows) == {int(((targets != -100) & (upstream != 0)).sum())} and max(rows) < 9
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_wrong_number_of_rows_is_nan(impl):
     hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)

@@ -118,6 +118,20 @@ class Layout:
     multiple: int = 1  # of the positions of a packed row; the last are padding
 
 
+def rows_of(corpus: Corpus, responses: np.ndarray, layout: Layout) -> tuple[int, int]:
+    """How many rows `collate` makes of these responses, and how wide; of a packed row its tokens, as if each were one.
+
+    Their product is what a model computes on, but for what a packed row is filled up with.
+    """
+    every, lengths = corpus.responses.prompts[responses], corpus.responses.tokens.lengths[responses] - 1
+    if layout.share_prompts:
+        prompts, row = np.unique(every, return_inverse=True)
+    else:
+        prompts, row = every, np.arange(len(every))
+    widths = corpus.prompts.lengths[prompts] + np.bincount(row, lengths, len(prompts)).astype(np.int64)
+    return (int(widths.sum()), 1) if layout.packed else (len(widths), int(widths.max()))
+
+
 @dataclass(frozen=True)
 class Batch:
     input_ids: Tensor  # int64 [B, T]

@@ -22,6 +22,7 @@ class Losses:
 
     def __init__(self, logps: ResponseLogps, examples: Examples, objective: Sft | Npo | Dpo, divided: bool):
         self.logps, self.examples, self.objective, self.divided = logps, examples, objective, divided
+        examples.layout = logps.layout
 
     def step(self, number: int) -> list[Part]:
         """Those that this rank computes."""
@@ -37,7 +38,7 @@ class Losses:
 
     def of(self, micro: MicroBatch, share: float) -> tuple[Batch, Loss]:
         """On the model's device."""
-        batch = self.examples.collate(micro, self.logps.layout).to(self.logps.model.device)
+        batch = self.examples.collate(micro).to(self.logps.model.device)
         return batch, partial(self._loss, share, batch)
 
     def check(self, compute: Callable[[Batch], Tensor], score: str) -> None:

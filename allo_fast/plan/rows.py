@@ -114,7 +114,8 @@ def micro_batches(config: Config, section: str, train: TrainConfig) -> int:
     """Of a step, of all ranks together, where every example is as long as may be."""
     if train.max_tokens_per_batch is None:
         return train.gradient_accumulation_steps
-    return math.ceil(train.examples_per_step * sum(example_tokens(config, section)) / train.max_tokens_per_batch)
+    together = max(1, train.max_tokens_per_batch // sum(example_tokens(config, section)))
+    return math.ceil(train.examples_per_step / together)
 
 
 def sized_by(section: str, train: TrainConfig) -> str:

@@ -128,7 +128,7 @@ def response_logps(frozen: Inference, chunk: list[dict]) -> list[list[float]]:
     for row in chunk:
         distinct = list(dict.fromkeys(tuple(response["ids"]) for response in row["responses"]))
         numbers.append(dict(zip(distinct, corpus.add(row["prompt_ids"], map(list, distinct)), strict=True)))
-    micros = list(micro_batches(corpus, np.arange(len(corpus.responses))))
+    micros = list(micro_batches(corpus, np.arange(len(corpus.responses)), frozen.layout))
     passes = max(ranks.gather(len(micros))) if frozen.sharded else len(micros)
     sums: dict[int, float] = {}
     for micro in micros + micros[:1] * (passes - len(micros)):

@@ -75,6 +75,7 @@ def gradient_scores(
     reference: another model that the objective compares with.
     """
     examples = Examples(drawn(corpus, unit.config.locate.pairs, train, unit.seed), train, unit.seed)
+    examples.layout = base.logps.layout
     if score == "snr" and len(examples.steps) < 2:
         raise UserError("locate.score: snr: expected at least two optimizer steps, got one, in which all scores are 1")
     if opened := frozen_reference(unit, reference):
@@ -114,9 +115,9 @@ def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> in
 
 def _room(unit: Unit, base: FrozenBase, examples: Examples, shares: int) -> float | None:
     """Bytes that this device has for sums; None where the model's activations cannot be estimated."""
-    settings, layout = unit.config.model, base.logps.layout
+    settings = unit.config.model
     micros = (micro for step in range(len(examples.steps)) for micro in examples.micro_batches(step))
-    tokens = max(examples.collate(micro, layout).input_ids.numel() for micro in micros)
+    tokens = max(examples.collate(micro).input_ids.numel() for micro in micros)
     try:
         shape = shape_of(model_config(unit.config, str(base.path)), settings.dtype)
     except UserError as error:

@@ -103,7 +103,7 @@ class Trainer:
         self.examples = Examples(corpus, config, seed, token_weights)
         self.steps = self.examples.steps
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
-        self.traffic = ranks.Traffic() if zero else None
+        self.examples.layout, self.traffic = policy.logps.layout, ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
         self._state_bytes: dict[str, int] = {}  # as an earlier session counted them, until this one makes a step
         self.skipped = 0  # steps whose gradients were not finite
@@ -139,11 +139,11 @@ class Trainer:
             deque(self.prepare(), maxlen=0)
         done = self._resume()
         log = self._open_log(done) if ranks.is_main() else None
-        coming = self.examples.batches(done, self.policy.logps.layout)
+        coming = self.examples.batches(done)
         with signals.deferred() as received, closing(coming):
             self._received, self._saved_at = received, time.monotonic()
-            for number, batches in enumerate(coming, start=done):
-                metrics = self._step(number, batches)
+            for number in range(done, len(self.steps)):
+                metrics = self._step(number, coming)
                 if metrics and log:
                     log.append([metrics.row()])
                 if self.asks.due or self.asks.stop or (number + 1) % self.config.save_steps == 0:
@@ -199,9 +199,9 @@ class Trainer:
         """Bytes of this rank's live model states by kind; gradients and moments are there once a step was made."""
         return self._state_bytes or {**self.policy.state_bytes(), **self.backend.state_bytes()}
 
-    def _step(self, number: int, batches: list[tuple[MicroBatch, float, Batch]]) -> StepMetrics | None:
-        """None where it was passed over."""
-        started, learning_rate = time.perf_counter(), self.backend.learning_rate
+    def _step(self, number: int, coming: Iterator[list[tuple[MicroBatch, float, Batch]]]) -> StepMetrics | None:
+        """None where it was passed over. coming: of each step its micro-batches; the next ones are this one's."""
+        started, learning_rate, batches = time.perf_counter(), self.backend.learning_rate, next(coming)
         bytes_before = self.traffic.bytes.copy() if self.traffic else None
         every = self.examples.micro_batches(number)  # of all ranks
         count = max(1, sum(self.examples.count(micro, self.objective.counts) for micro in every))

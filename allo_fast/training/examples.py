@@ -10,8 +10,8 @@ import numpy as np
 from allo_fast import ranks
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.arrays import Chained, Ragged
-from allo_fast.data.batch import Batch, Corpus, Layout, collate
-from allo_fast.training.steps import MicroBatch, cut, plan_chunks, plan_steps
+from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
+from allo_fast.training.steps import MicroBatch, Rows, cut, plan_steps, shuffled
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +33,27 @@ class Examples:
         token_weights: Ragged | list[list[float]] | None = None,
     ):
         self.token_weights, self.reference = token_weights, None
-        self.budget, size = config.max_tokens_per_batch, config.per_device_train_batch_size
+        self.budget, self.size = config.max_tokens_per_batch, config.per_device_train_batch_size
         weights = token_weights.arrays() if isinstance(token_weights, Ragged) else [token_weights]
         ranks.agree_on("corpus", chain(corpus.arrays(), weights))
         self._prompt_lengths, self._lengths = corpus.prompts.lengths, corpus.responses.tokens.lengths
         self._prompts = corpus.responses.prompts
         self.corpus, self.set_aside = self._fitting(corpus)
-        self.chunks = plan_chunks(self.corpus, size, seed)
-        self.epochs = plan_steps(len(self.chunks), config.gradient_accumulation_steps, config.num_train_epochs, seed)
+        self.layout = Layout(packed=True)  # of the model, for whoever knows it to set
+        self.rows = shuffled(self.corpus, seed)
+        problems = self._prompts[self.rows[:, 0]]
+        self.epochs = plan_steps(problems, config.examples_per_step, config.num_train_epochs, seed)
         self.steps = Chained(self.epochs)
 
     def __len__(self) -> int:
-        return len(self.chunks.rows)
+        return len(self.rows)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Those of all ranks."""
-        size = self.chunks.size
-        chunks = [tuple(range(size * n, min(size * (n + 1), len(self)))) for n in self.steps[step]]
+        examples = self.steps[step]
         if self.budget is None:
-            return chunks
-        return cut([*chain(*chunks)], self._problem, self.tokens, self.budget, ranks.world_size())
+            return [tuple(examples[first : first + self.size]) for first in range(0, len(examples), self.size)]
+        return cut(examples, self._problem, self._rows, self.budget, ranks.world_size())
 
     def share(self, step: int) -> list[tuple[MicroBatch, float]]:
         """This rank's micro-batches of a step, with weight 1; as many on every rank, some perhaps with weight 0."""
@@ -62,11 +63,11 @@ class Examples:
 
     def responses(self, micro: Sequence[int]) -> np.ndarray:
         """Their numbers in the corpus, each once."""
-        return np.unique(self.chunks.rows[list(micro)])
+        return np.unique(self.rows[list(micro)])
 
     def tokens(self, micro: Sequence[int]) -> int:
         """That a model computes on where prompts are shared."""
-        return self._size(self.responses(micro))
+        return rows_of(self.corpus, self.responses(micro), Layout(packed=True))[0]
 
     def count(self, micro: MicroBatch, what: str) -> int:
         """How many "examples", "tokens" of their responses, or "weights" of tokens that are not 0."""
@@ -76,16 +77,16 @@ class Examples:
             return int(self._lengths[self.responses(micro)].sum())
         return sum(int(np.count_nonzero(self.token_weights[response])) for response in self.responses(micro).tolist())
 
-    def collate(self, micro: MicroBatch, layout: Layout) -> Batch:
+    def collate(self, micro: MicroBatch) -> Batch:
         """On the CPU."""
-        examples = [tuple(row) for row in self.chunks.rows[list(micro)].tolist()]
-        return collate(self.corpus, examples, layout, token_weights=self.token_weights, reference=self.reference)
+        examples = [tuple(row) for row in self.rows[list(micro)].tolist()]
+        return collate(self.corpus, examples, self.layout, token_weights=self.token_weights, reference=self.reference)
 
-    def batches(self, first: int, layout: Layout) -> Iterator[list[tuple[MicroBatch, float, Batch]]]:
+    def batches(self, first: int) -> Iterator[list[tuple[MicroBatch, float, Batch]]]:
         """Of each step from `first` on this rank's share, collated by a thread while the step before it computes."""
 
         def made(step: int) -> list[tuple[MicroBatch, float, Batch]]:
-            return [(micro, weight, self.collate(micro, layout)) for micro, weight in self.share(step)]
+            return [(micro, weight, self.collate(micro)) for micro, weight in self.share(step)]
 
         with ThreadPoolExecutor(1) as worker:
             coming = worker.submit(made, first) if first < len(self.steps) else None
@@ -96,15 +97,13 @@ class Examples:
 
     def names_of(self, micro: MicroBatch) -> list[str]:
         """Of the rows that a micro-batch came from."""
-        return self.corpus.names_of(self.chunks.rows[list(micro)].tolist())
+        return self.corpus.names_of(self.rows[list(micro)].tolist())
 
     def _problem(self, example: int) -> int:
-        return int(self._prompts[self.chunks.rows[example, 0]])
+        return int(self._prompts[self.rows[example, 0]])
 
-    def _size(self, responses: np.ndarray) -> int:
-        # Of a response its last token is not computed on.
-        prompts = np.unique(self._prompts[responses])
-        return int(self._prompt_lengths[prompts].sum() + (self._lengths[responses] - 1).sum())
+    def _rows(self, micro: Sequence[int]) -> Rows:
+        return rows_of(self.corpus, self.responses(micro), self.layout)
 
     def _fitting(self, corpus: Corpus) -> tuple[Corpus, int]:
         """The examples that fit a micro-batch each, and how many do not."""

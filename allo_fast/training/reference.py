@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
-from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
 from allo_fast.durable import make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
 from allo_fast.model.weights import as_bytes
-from allo_fast.training.steps import cut
+from allo_fast.training.steps import Rows, cut
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class _Computed(NamedTuple):
 
 def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int) -> Iterator[_Computed]:
     """Some responses after others, each micro-batch by one of the ranks, on all of them."""
-    micros, rank = micro_batches(corpus, responses, budget), ranks.rank()
+    micros, rank = micro_batches(corpus, responses, model.layout, budget), ranks.rank()
     while several := list(islice(micros, ranks.world_size())):
         # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
         micro = several[rank if rank < len(several) else 0]
@@ -188,19 +188,18 @@ def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int)
         yield from ranks.gather(_Computed(np.array(micro), logps[batch.valid]))[: len(several)]
 
 
-def micro_batches(corpus: Corpus, responses: np.ndarray, budget: int = TOKENS) -> Iterator[Sequence[int]]:
+def micro_batches(
+    corpus: Corpus, responses: np.ndarray, layout: Layout, budget: int = TOKENS
+) -> Iterator[Sequence[int]]:
     """Some responses, those of one prompt together, in forward passes of `budget` tokens if none has more by itself."""
-    prompts, lengths, prompt_lengths = corpus.responses.prompts, corpus.responses.tokens.lengths, corpus.prompts.lengths
+    prompts = corpus.responses.prompts
     responses = responses[np.argsort(prompts[responses], kind="stable")]
 
-    def tokens_of(numbers: Sequence[int]) -> int:
-        numbers = np.asarray(numbers)
-        return int(prompt_lengths[np.unique(prompts[numbers])].sum() + (lengths[numbers] - 1).sum())
+    def rows(numbers: Sequence[int]) -> Rows:
+        return rows_of(corpus, np.asarray(numbers), layout)
 
     for begin in range(0, len(responses), 512):  # memory does not grow with the corpus
-        window = responses[begin : begin + 512].tolist()
-        largest = max(tokens_of([number]) for number in window)
-        yield from cut(window, lambda number: int(prompts[number]), tokens_of, max(budget, largest))
+        yield from cut(responses[begin : begin + 512].tolist(), lambda number: int(prompts[number]), rows, budget)
 
 
 def _digest(corpus: Corpus, response: int) -> bytes:

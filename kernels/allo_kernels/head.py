@@ -261,10 +261,15 @@ class _Counted:
 def _with_gradient(targets: Tensor, upstream: Tensor, known: int | None, op: str) -> tuple[_Counted, Tensor]:
     """The rows that get a gradient, and it; NaN where they are more than the host knew."""
     counts = (targets != IGNORE) & (upstream != 0)
-    counted = _Counted.of(counts, known, f"{op}, without gradient_rows,")
     if known is not None:
         upstream = torch.where(counts.sum() <= known, upstream, torch.nan)
-    return counted, upstream
+        known = _exactly(counts) if counts.device.type == "cpu" else known
+    return _Counted.of(counts, known, f"{op}, without gradient_rows,"), upstream
+
+
+def _exactly(counts: Tensor) -> int:
+    """On a CPU nothing waits, and rows without a gradient, as of tokens that are not key, need no logits."""
+    return int(counts.count_nonzero())
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
