@@ -333,6 +333,6 @@ def test_shipped_jobs_fit_the_machines_they_name(path, capsys):
 def test_examples_are_not_cut_to_fill_a_micro_batch():
     config = settings()
     assert sum(example_tokens(config, "learn")) == 1536
-    for budget, expected in ((None, 8), (2048, 32), (3071, 32), (3072, 16), (10_000, 6)):
+    for budget, expected in ((None, 32), (2048, 128), (3071, 128), (3072, 64), (10_000, 22)):
         train = config.learn.model_copy(update={"max_tokens_per_batch": budget})
-        assert train.examples_per_step == 32 and micro_batches(config, "learn", train) == expected
+        assert train.examples_per_step == 128 and micro_batches(config, "learn", train) == expected
