@@ -224,6 +224,39 @@ def test_reference_log_probabilities_are_computed_once(tmp_path, monkeypatch, ca
     assert "of another model or another way of computing" in caplog.text
 
 
+def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_path, monkeypatch):
+    """What a pass gives depends on what else is in it, in its last bits; here on how many responses."""
+    monkeypatch.setattr("allo_fast.training.reference._PART_NUMBERS", 0)
+    corpus, asked = pair_corpus(problems=6), np.arange(12)
+
+    def compute(batch):
+        return batch.layout(batch.targets.float()) + len(batch.responses)
+
+    def run(folder, asked=asked, most=99) -> list | None:
+        opened = nullcontext(Opened(compute, Layout(packed=True), torch.device("cpu")))
+        work = reference_logps(folder, "a", corpus, asked, opened, budget=30)
+        try:
+            for _ in range(most):
+                next(work)
+        except StopIteration as end:
+            return [end.value[number] for number in asked.tolist()]
+
+    for known in ([], [2, 5, 6, 7]):  # that another stage computed
+        whole = tmp_path / f"whole-{len(known)}"
+        if known:
+            run(whole, np.array(known))
+        (first := tmp_path / f"first-{len(known)}").mkdir()
+        expected = run(whole)
+        for most in range(1, 7):
+            folder = first / str(most)
+            if known:
+                run(folder, np.array(known))
+            run(folder, most=most)
+            assert run(folder) == expected
+            sorted(folder.iterdir())[-1].unlink()
+            assert run(folder) == expected
+
+
 def test_what_decides_log_probabilities_is_in_the_mark(tmp_path, monkeypatch):
     """More than weights: settings that change what is computed with them, buffers, dtype and layout."""
     model = tiny_llama()

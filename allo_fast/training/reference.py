@@ -1,7 +1,8 @@
 """Log-probabilities of responses by a reference model: computed once, kept by content, read by whoever needs them.
 
 A file has those of many responses: `digests` [n, 16], of the tokens of each with its prompt, `ends` [n] and `values`,
-all one behind another.
+all one behind another; and says for which responses' sake they were computed. What those still lack is computed in the
+forward passes that would have had it, had nothing interrupted them, so that not a bit depends on it.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
-from allo_fast.durable import make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
+from allo_fast.durable import about_of, make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
 from allo_fast.model.weights import as_bytes
 from allo_fast.training.steps import Rows, cut
 
@@ -70,9 +71,11 @@ class Reference(Lazy[list[float]]):
         self.folder, self.mark, self.corpus = folder, mark, corpus
         self.responses = responses  # those that are asked for
         self._digests = np.array([_digest(corpus, number) for number in responses.tolist()], dtype="S16")
+        self._asked = hashlib.sha256(self._digests.tobytes()).hexdigest()
         self._count = len(corpus.responses)
         self._whole: list[Path] = []
         self._parts: list[tuple[Tensor, np.ndarray]] = []
+        self._for_these: list[bool] = []  # of each part, whether it was computed for the responses that are asked for
         self._places = np.full((self._count, 2), -1, dtype=np.int64)  # part, number in it
 
     def __len__(self) -> int:
@@ -87,6 +90,7 @@ class Reference(Lazy[list[float]]):
     def read(self) -> None:
         """Finds what the files have."""
         self._parts.clear()
+        self._for_these.clear()
         self._places[:] = -1
         self._whole = ranks.on_main(self._look)
         order = np.argsort(self._digests, kind="stable")
@@ -95,15 +99,21 @@ class Reference(Lazy[list[float]]):
             file = open_tensors(path, check=False)
             digests = file.get_tensor("digests").numpy().view("S16")[:, 0]
             self._parts.append((file.get_tensor("values"), file.get_tensor("ends").numpy()))
+            self._for_these.append(about_of(file).get("asked") == self._asked)
             first, last = np.searchsorted(ordered, digests), np.searchsorted(ordered, digests, "right")
             for place in np.flatnonzero(first < last).tolist():
                 self._places[self.responses[order[first[place] : last[place]]]] = number, place
 
-    def missing(self) -> np.ndarray:
-        """Of the responses that are asked for, those that no file has; of the same tokens the first."""
-        numbers = np.flatnonzero(self._places[self.responses, 0] < 0)
+    def missing(self) -> tuple[np.ndarray, set[int]]:
+        """Of the responses that are asked for, those that no file had when they first were, and that none has now.
+
+        Of the same tokens the first.
+        """
+        parts = self._places[self.responses, 0]
+        numbers = np.flatnonzero(np.array([*self._for_these, True])[parts])  # the last one's part is -1
         _, first = np.unique(self._digests[numbers], return_index=True)
-        return self.responses[numbers[np.sort(first)]]
+        numbers = numbers[np.sort(first)]
+        return self.responses[numbers], set(self.responses[numbers[parts[numbers] < 0]].tolist())
 
     def save(self, computed: list["_Computed"]) -> None:
         """Into a file of its own; rank 0 calls."""
@@ -118,7 +128,7 @@ class Reference(Lazy[list[float]]):
         lengths = torch.from_numpy(self.corpus.responses.tokens.lengths[responses])
         tensors = {"digests": torch.from_numpy(digests.view(np.uint8).reshape(-1, 16))}
         tensors |= {"ends": lengths.cumsum(0), "values": torch.cat([part.values for part in computed])}
-        save_tensors(path, tensors, {"mark": own(path, self.mark)})
+        save_tensors(path, tensors, {"mark": own(path, self.mark), "asked": self._asked})
         self._whole.append(path)
 
     def _look(self) -> list[Path]:
@@ -144,15 +154,15 @@ def reference_logps(
     """
     reference = Reference(folder, mark, corpus, responses)
     reference.read()
-    missing = reference.missing()
-    if not len(missing):
+    planned, missing = reference.missing()
+    if not missing:
         yield len(responses), len(responses)
         return reference
     done = len(responses) - len(missing)
     with opened as model:
         waiting: list[_Computed] = []
         due_at = time.monotonic() + _SECONDS
-        for computed in _computed(corpus, missing, model, budget or TOKENS):
+        for computed in _computed(corpus, planned, missing, model, budget or TOKENS):
             waiting.append(computed)
             done += len(computed.responses)
             size = sum(len(part.values) for part in waiting)
@@ -176,9 +186,11 @@ class _Computed(NamedTuple):
     values: Tensor  # fp32, of all their tokens
 
 
-def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int) -> Iterator[_Computed]:
+def _computed(
+    corpus: Corpus, planned: np.ndarray, missing: set[int], model: Opened, budget: int
+) -> Iterator[_Computed]:
     """Some responses after others, each micro-batch by one of the ranks, on all of them."""
-    micros, rank = micro_batches(corpus, responses, model.layout, budget), ranks.rank()
+    micros, rank = micro_batches(corpus, planned, model.layout, budget, missing), ranks.rank()
     while several := list(islice(micros, ranks.world_size())):
         # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.
         micro = several[rank if rank < len(several) else 0]
@@ -189,9 +201,12 @@ def _computed(corpus: Corpus, responses: np.ndarray, model: Opened, budget: int)
 
 
 def micro_batches(
-    corpus: Corpus, responses: np.ndarray, layout: Layout, budget: int = TOKENS
+    corpus: Corpus, responses: np.ndarray, layout: Layout, budget: int = TOKENS, lacking: set[int] | None = None
 ) -> Iterator[Sequence[int]]:
-    """Some responses, those of one prompt together, in forward passes of `budget` tokens if none has more by itself."""
+    """Some responses, those of one prompt together, in forward passes of `budget` tokens if none has more by itself.
+
+    lacking: only the passes that have one of these.
+    """
     prompts = corpus.responses.prompts
     responses = responses[np.argsort(prompts[responses], kind="stable")]
 
@@ -199,7 +214,10 @@ def micro_batches(
         return rows_of(corpus, np.asarray(numbers), layout)
 
     for begin in range(0, len(responses), 512):  # memory does not grow with the corpus
-        yield from cut(responses[begin : begin + 512].tolist(), lambda number: int(prompts[number]), rows, budget)
+        window = responses[begin : begin + 512].tolist()
+        if lacking is None or not lacking.isdisjoint(window):
+            micros = cut(window, lambda number: int(prompts[number]), rows, budget)
+            yield from (micro for micro in micros if lacking is None or not lacking.isdisjoint(micro))
 
 
 def _digest(corpus: Corpus, response: int) -> bytes:
