@@ -225,16 +225,17 @@ def test_reference_log_probabilities_are_computed_once(tmp_path, monkeypatch, ca
 
 
 def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_path, monkeypatch):
-    """What a pass gives depends on what else is in it, in its last bits; here on how many responses."""
+    """What a pass gives depends on what else is in it, in its last bits; here on which responses."""
     monkeypatch.setattr("allo_fast.training.reference._PART_NUMBERS", 0)
-    corpus, asked = pair_corpus(problems=6), np.arange(12)
+    monkeypatch.setattr("allo_fast.training.reference._WINDOW", 7)
+    corpus, asked = pair_corpus(problems=12), np.arange(24)
 
     def compute(batch):
-        return batch.layout(batch.targets.float()) + len(batch.responses)
+        return batch.layout(batch.targets.float()) + batch.responses.sum()
 
     def run(folder, asked=asked, most=99) -> list | None:
         opened = nullcontext(Opened(compute, Layout(packed=True), torch.device("cpu")))
-        work = reference_logps(folder, "a", corpus, asked, opened, budget=30)
+        work = reference_logps(folder, "a", corpus, asked, opened, budget=60)
         try:
             for _ in range(most):
                 next(work)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 PARTS = "reference-*.safetensors"
 _PART_NUMBERS = 1 << 22  # that a file has at most, if a response has fewer
 _SECONDS = 600.0  # after which a file is written, however few it has
+_WINDOW = 512  # responses that are divided into passes at once, so that memory does not grow with the corpus
 TOKENS = 4096  # of a forward pass without gradients, where nothing else is said
 
 
@@ -213,8 +214,8 @@ def micro_batches(
     def rows(numbers: Sequence[int]) -> Rows:
         return rows_of(corpus, np.asarray(numbers), layout)
 
-    for begin in range(0, len(responses), 512):  # memory does not grow with the corpus
-        window = responses[begin : begin + 512].tolist()
+    for begin in range(0, len(responses), _WINDOW):
+        window = responses[begin : begin + _WINDOW].tolist()
         if lacking is None or not lacking.isdisjoint(window):
             micros = cut(window, lambda number: int(prompts[number]), rows, budget)
             yield from (micro for micro in micros if lacking is None or not lacking.isdisjoint(micro))
