@@ -235,7 +235,7 @@ def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_
 
     def run(folder, asked=asked, most=99) -> list | None:
         opened = nullcontext(Opened(compute, Layout(packed=True), torch.device("cpu")))
-        work = reference_logps(folder, "a", corpus, asked, opened, budget=60)
+        work = reference_logps(folder, "a", corpus, asked, opened, budget=30)
         try:
             for _ in range(most):
                 next(work)
