@@ -84,7 +84,7 @@ def step_gradients(tied: bool) -> list[dict[str, Tensor]]:
     gradients = []
     for step in range(len(examples.steps)):
         numbers = [number for micro in examples.micro_batches(step) for number in micro]
-        pairs = examples.chunks.rows[numbers].tolist()
+        pairs = examples.rows[numbers].tolist()
         model.zero_grad()
         for chosen, rejected in pairs:
             margin = sum_logp(model, examples.corpus, chosen) - sum_logp(model, examples.corpus, rejected)

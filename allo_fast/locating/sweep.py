@@ -143,7 +143,7 @@ class Sweep:
         with taps.open(pieces, self.device, head=self.captured is None) as sums:
             for step, gradients in self._steps(taps, pieces, sums):
                 rows.append(self._squares(gradients))
-                yield len(self.steps[step])
+                yield len(self.losses.step(step))
         by_piece = dict(zip(pieces, torch.stack(rows).T.contiguous(), strict=True))
         if ranks.is_main() or not self.sharded:
             save_pass(self.folder, self._squares_kind, number, by_piece, mark=self.mark)
@@ -167,7 +167,7 @@ class Sweep:
                 step_settings = Step(step + 1, self.rates[step], scale)
                 for group, gradient in zip(states, gradients, strict=True):
                     self.family.update(group, gradient, step_settings)
-                yield len(self.steps[step])
+                yield len(self.losses.step(step))
         return held
 
     def _scale(self, gradients: list[Tensor], norm: Tensor | None) -> Tensor:
