@@ -256,6 +256,15 @@ def test_nothing_is_computed_for_weights_of_which_nothing_is_selected(monkeypatc
     assert five - one < 1.5 * 4 * linear < 2 * 4 * linear
 
 
+def test_another_policy_of_the_same_model_adds_no_hooks():
+    counts = []
+    model = tiny_llama()
+    for seed in range(2):
+        SparsePolicy(model, random_selection(model, 0.1, seed=seed))
+        counts.append(sum(len(module._forward_pre_hooks) for module in model.modules()))
+    assert counts[0] == counts[1] > 0
+
+
 def test_its_fingerprint_is_that_of_its_weights(monkeypatch):
     model = tiny_llama()
     policy = SparsePolicy(model, random_selection(model, 0.1))

@@ -36,9 +36,9 @@ class ResponseLogps(nn.Module):
         self.packs = attention.install(model)
         self.additive_mask = model.config.get_text_config()._attn_implementation == "eager"
         for module in model.modules():
-            module.register_forward_pre_hook(_pass_through)
+            _hook(module, _pass_through)
         for module in growing_embeddings(model):
-            module.register_forward_pre_hook(_forget_longer_rows)
+            _hook(module, _forget_longer_rows)
         self.findings: Findings | None = None
         if not is_sharded(model):
             self.examine()
@@ -155,6 +155,12 @@ def _rows(batch: Batch) -> list[Batch]:
         ids = torch.cat([batch.input_ids[row, :length], last])[None]
         rows.append(replace(batch, input_ids=ids, segment_ids=torch.zeros_like(ids)))
     return rows
+
+
+def _hook(module: nn.Module, function: Callable) -> None:
+    """Before its forward; once, however many policies a model has seen."""
+    if function not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(function)
 
 
 def _forget_longer_rows(module: nn.Module, inputs: tuple) -> None:
