@@ -135,6 +135,11 @@ def _explained(errors: list[dict]) -> list[str]:
     return [_explain(key, parts) for key, parts in by_key.items()]
 
 
+def _is_less_likely(key: str) -> bool:
+    """Many sections train; learning is what others call training."""
+    return not key.startswith("learn.")
+
+
 def _key(parts: tuple) -> str:
     """The dotted key of an error; pydantic adds the type that it tried."""
     dotted = [".".join(map(str, parts[:length])) for length in range(len(parts), 0, -1)]
@@ -149,7 +154,9 @@ def _explain(key: str, errors: list[dict]) -> str:
         return f"{key}: {message}{suffix}" if key else message
     where, known = ".".join(map(str, first["loc"])), known_keys(Config)
     siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
-    near = difflib.get_close_matches(where, siblings, n=1) or difflib.get_close_matches(where, known, n=1, cutoff=0.0)
+    elsewhere = [name for name in known if name.endswith(f".{where}")]
+    near = difflib.get_close_matches(where, siblings, n=1) or sorted(elsewhere, key=_is_less_likely)[:1]
+    near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.0)
     return f"{where}: unknown key; did you mean {near[0]}?"
 
 

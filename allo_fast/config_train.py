@@ -1,6 +1,6 @@
 """The keys of the sections that train; config.py has the others."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,6 +8,8 @@ from allo_fast.section import Section
 
 
 class TrainConfig(Section):
+    section: ClassVar[str] = ""  # its key
+
     learning_rate: float = Field(gt=0)  # the highest of the schedule
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # transformers'
     warmup_steps: float = Field(0.1, ge=0)  # steps, or below 1 a fraction of all steps
@@ -32,6 +34,8 @@ class TrainConfig(Section):
 
 
 class PretrainConfig(TrainConfig):
+    section = "pretrain"
+
     learning_rate: float = Field(2e-3, gt=0)
     per_device_train_batch_size: int = Field(128, gt=0)
     gradient_accumulation_steps: int = Field(1, gt=0)
@@ -43,6 +47,8 @@ class PretrainConfig(TrainConfig):
 
 
 class SftConfig(TrainConfig):
+    section = "sft"
+
     learning_rate: float = Field(2e-5, gt=0)  # the usual one for all weights; a few percent bear ten times as much
     num_train_epochs: int = Field(3, gt=0)
     per_device_train_batch_size: int = Field(4, gt=0)
@@ -56,11 +62,15 @@ class PreferenceTrainConfig(TrainConfig):
 
 
 class WarmupConfig(PreferenceTrainConfig):
+    section = "warmup"
+
     learning_rate: float = Field(1e-6, gt=0)
     beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
 
 
 class RewriterConfig(TrainConfig):
+    section = "rewards.train"
+
     learning_rate: float = Field(2e-5, gt=0)
     num_train_epochs: int = Field(3, gt=0)
     per_device_train_batch_size: int = Field(4, gt=0)
@@ -68,6 +78,8 @@ class RewriterConfig(TrainConfig):
 
 
 class ImplicitConfig(TrainConfig):
+    section = "rewards.dpo"
+
     learning_rate: float = Field(5e-6, gt=0)
     beta: float = Field(0.1, gt=0)  # of its implicit rewards, which are the tokens' rewards
 
@@ -78,6 +90,8 @@ class SparseTrainConfig(PreferenceTrainConfig):
 
 
 class ForgetConfig(SparseTrainConfig):
+    section = "forget"
+
     learning_rate: float = Field(5e-7, gt=0)
     warmup_steps: float = Field(0.03, ge=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
@@ -87,6 +101,8 @@ class ForgetConfig(SparseTrainConfig):
 
 
 class LearnConfig(SparseTrainConfig):
+    section = "learn"
+
     learning_rate: float = Field(5e-6, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
     beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards

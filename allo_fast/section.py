@@ -1,14 +1,23 @@
 """What every section of the configuration has: strict keys, finite numbers, whole ones within 32 bits."""
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 LARGEST = 2**31 - 1  # that a whole number may be
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        allowed = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and bool not in allowed and allowed & {int, float}:
+            raise ValueError("expected a number")
+        return value
 
     @field_validator("*")
     @classmethod

@@ -52,6 +52,15 @@ def test_test_prompts_that_are_trained_on(job, capsys, tmp_path):
     assert "too" not in capsys.readouterr().out
 
 
+def test_a_budget_that_nothing_fits_into(job, capsys):
+    assert job("check", "learn.max_tokens_per_batch=14", "warmup.max_tokens_per_batch=14") == 0
+    capsys.readouterr()
+    assert job("check", "learn.max_tokens_per_batch=13", "warmup.max_tokens_per_batch=14") == 2
+    said = "".join(capsys.readouterr())
+    assert "learn.max_tokens_per_batch: 13: the shortest prompt with a response of data.train has 14 tokens" in said
+    assert "warmup" not in said
+
+
 def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": ""})
     write(tmp_path / "rewards.jsonl", {"prompt": "How?"})

@@ -637,6 +637,14 @@ def gguf(token: str, merge: str) -> bytes:
     return b"GGUF" + word(3) + bytes(8) + len(entries).to_bytes(8, "little") + b"".join(entries)
 
 
+def test_a_tokenizer_without_files(tmp_path):
+    path = folder_of(tmp_path / "model")
+    for file in path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no tokenizer that can be loaded: its files are missing or say too little$"):
+        load_tokenizer(path)
+
+
 def test_a_tokenizer_with_code_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     path = folder_of(tmp_path / "model")

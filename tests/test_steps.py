@@ -10,7 +10,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allo_fast.config import TrainConfig, UserError
+from allo_fast.config import LearnConfig, TrainConfig, UserError
 from allo_fast.data.batch import Layout, collate
 from allo_fast.method.objectives import Dpo, Npo, Sft
 from allo_fast.method.policy import SparsePolicy
@@ -106,8 +106,10 @@ def test_what_is_longer_than_the_budget_is_set_aside_and_said(caplog):
     assert 3 <= examples.set_aside < 12 and len(examples) == 12 - examples.set_aside
     said = f"max_tokens_per_batch: {budget}: {examples.set_aside} of 12 examples have more tokens; the longest, row:"
     assert said in caplog.text and f", has {sizes[-1]}; they are set aside" in caplog.text
-    with pytest.raises(UserError, match="max_tokens_per_batch: 3: 12 of 12 examples have more tokens"):
+    with pytest.raises(UserError, match=f"^max_tokens_per_batch: 3: 12 of 12 examples.*at least {sizes[0]}, the sh"):
         examples_of(3)
+    with pytest.raises(UserError, match="^learn.max_tokens_per_batch: 3: "):
+        Examples(pair_corpus(), LearnConfig(max_tokens_per_batch=3))
 
 
 def trained(folder, objective=None, **changes) -> tuple[list, torch.Tensor]:

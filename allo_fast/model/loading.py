@@ -111,8 +111,10 @@ def _tokenizer(path: str | Path, folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever it is: transformers computes with the files' values as it reads them
-        custom = "it needs code of its own, which is not run" if "trust_remote_code" in str(error) else None
-        raise UserError(f"{path}: no tokenizer that can be loaded: {custom or first_line(error)}") from None
+        known = {"trust_remote_code": "it needs code of its own, which is not run"}
+        known["instantiate the backend tokenizer"] = "its files are missing or say too little"
+        said = next((ours for theirs, ours in known.items() if theirs in str(error)), first_line(error))
+        raise UserError(f"{path}: no tokenizer that can be loaded: {said}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -45,6 +45,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     first_row: dict[str, str] = field(default_factory=dict)
     longest: int = 0  # tokens of a prompt with its response, of the usable rows
+    shortest: int = 0  # likewise, at least; of data.train
     highest: int = 0  # token id
     trained: Sequence[int] = ()  # digests of the prompts of the usable rows of data.train
 
@@ -69,6 +70,7 @@ def check(config: Config) -> Findings:
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
     _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
+    _check_budgets(findings, config)
     if config.sample.engine == "server":
         findings.attempt(lambda: api_key(config.sample))
     if config.method == "allo":
@@ -139,6 +141,7 @@ def _check_data(
         first = [seen.first]
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
+        findings.shortest = seen.shortest
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))
@@ -146,13 +149,14 @@ def _check_data(
 
 @dataclass
 class _Seen:
-    """Of the rows of a data source. longest: tokens of a prompt with a response. highest: token id.
+    """Of the rows of a data source. longest, shortest: tokens of a prompt with a response. highest: token id.
 
     prompts: their digests. aside: how many for each kind of reason, and in `kinds` the first of them.
     """
 
     first: dict | None = None
     longest: int = 0
+    shortest: int = 1 << 31
     highest: int = 0
     prompts: array = field(default_factory=lambda: array("Q"))
     aside: Counter[str] = field(default_factory=Counter)
@@ -170,6 +174,7 @@ def _look(outcomes: Iterable[dict | Quarantined], new_tokens: int) -> _Seen:
         responses = [response["ids"] for response in row["responses"]]
         seen.first = seen.first or row
         seen.prompts.append(prompt_digest(row))
+        seen.shortest = min(seen.shortest, len(row["prompt_ids"]) + min(map(len, responses), default=1) - 1)
         seen.longest = max(seen.longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
         seen.highest = max(seen.highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
     return seen
@@ -200,6 +205,16 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, 
             f"rewards.template: the rewriting prompt alone has {min(lengths, default='no')} tokens or more, "
             f"{settings.model or config.model.name_or_path} reads {limit.positions}"
         )
+
+
+def _check_budgets(findings: Findings, config: Config) -> None:
+    """Something of data.train fits into a micro-batch."""
+    for name, train in training_sections(config).items():
+        if name != "pretrain" and (train.max_tokens_per_batch or findings.shortest) < findings.shortest:
+            findings.problems.append(
+                f"{name}.max_tokens_per_batch: {train.max_tokens_per_batch}: the shortest prompt with a response of "
+                f"data.train has {findings.shortest} tokens"
+            )
 
 
 def _check_architecture(config: Config, model: PretrainedConfig) -> None:

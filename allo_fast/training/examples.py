@@ -38,7 +38,7 @@ class Examples:
         ranks.agree_on("corpus", chain(corpus.arrays(), weights))
         self._prompt_lengths, self._lengths = corpus.prompts.lengths, corpus.responses.tokens.lengths
         self._prompts = corpus.responses.prompts
-        self.corpus, self.set_aside = self._fitting(corpus)
+        self.corpus, self.set_aside = self._fitting(corpus, config.section)
         self.layout = Layout(packed=True)  # of the model, for whoever knows it to set
         self.rows = shuffled(self.corpus, seed)
         problems = self._prompts[self.rows[:, 0]]
@@ -105,8 +105,8 @@ class Examples:
     def _rows(self, micro: Sequence[int]) -> Rows:
         return rows_of(self.corpus, self.responses(micro), self.layout)
 
-    def _fitting(self, corpus: Corpus) -> tuple[Corpus, int]:
-        """The examples that fit a micro-batch each, and how many do not."""
+    def _fitting(self, corpus: Corpus, section: str) -> tuple[Corpus, int]:
+        """The examples that fit a micro-batch each, and how many do not. section: whose key that is."""
         if self.budget is None:
             return corpus, 0
         examples = np.asarray(corpus.examples, dtype=np.int32)
@@ -118,10 +118,9 @@ class Examples:
         longest = int(sizes.argmax())
         name = "".join(corpus.names_of([tuple(examples[longest])]))
         number = f"{len(examples) - len(fitting)} of {len(examples)} examples"
-        said = (
-            f"max_tokens_per_batch: {self.budget}: {number} have more tokens; the longest, {name}, has {sizes[longest]}"
-        )
+        key = f"{section}.max_tokens_per_batch".removeprefix(".")
+        said = f"{key}: {self.budget}: {number} have more tokens; the longest, {name}, has {sizes[longest]}"
         if not len(fitting):
-            raise UserError(said)
+            raise UserError(f"{said}; expected at least {sizes.min()}, the shortest's")
         logger.warning("%s; they are set aside", said)
         return corpus.only(fitting), len(examples) - len(fitting)
