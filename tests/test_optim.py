@@ -23,8 +23,9 @@ class OneTensor:
         self.weights = {"w": nn.Parameter(weight, requires_grad=False)}
         self.groups = [Group.of(self.weights, [Positions.pack(positions, weight.numel())])]
         self.values = {"w": nn.Parameter(self.groups[0].values)}
-        self.identity = str(positions)
-        self.write_back, self.loaded_alone, self.rounding_seed = lambda: None, False, None
+        self.base = str(positions)
+        self.write_back = self.check_current = lambda: None
+        self.loaded_alone, self.rounding_seed = False, None
 
 
 def test_reproduces_the_release():

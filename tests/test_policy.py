@@ -256,6 +256,28 @@ def test_nothing_is_computed_for_weights_of_which_nothing_is_selected(monkeypatc
     assert five - one < 1.5 * 4 * linear < 2 * 4 * linear
 
 
+def test_the_reference_is_not_updated():
+    policy = SparsePolicy(tiny_llama(), random_selection(tiny_llama(), 0.1))
+    optimizer, state = SparseAdamW(policy), SparseAdamW(policy).state_dict()
+    with policy.reference():
+        for work in (optimizer.step, policy.write_back, lambda: optimizer.load_state_dict(state)):
+            with pytest.raises(UserError, match="inside reference"):
+                work()
+        with pytest.raises(UserError, match="inside reference"), policy.reference():
+            pass
+    optimizer.step()
+
+
+def test_a_policy_that_another_one_replaced_is_refused():
+    model = tiny_llama()
+    policy = SparsePolicy(model, random_selection(model, 0.1))
+    optimizer = SparseAdamW(policy)
+    SparsePolicy(model, random_selection(model, 0.1, seed=1))
+    for work in (optimizer.step, policy.write_back, lambda: policy.reference().__enter__()):
+        with pytest.raises(UserError, match="its model has another policy since"):
+            work()
+
+
 def test_another_policy_of_the_same_model_adds_no_hooks():
     counts = []
     model = tiny_llama()

@@ -4,6 +4,7 @@ import json
 import random
 import tracemalloc
 from contextlib import nullcontext
+from functools import partial
 from operator import eq
 from types import SimpleNamespace
 
@@ -256,6 +257,31 @@ def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_
             assert run(folder) == expected
             sorted(folder.iterdir())[-1].unlink()
             assert run(folder) == expected
+
+
+def test_obstacles_in_a_reference_s_folder(tmp_path):
+    corpus, asked = pair_corpus(), np.arange(4)
+    (tmp_path / "cache/reference-00000.safetensors").mkdir(parents=True)
+    (left := tmp_path / "cache/.reference-00001.safetensors.partial").mkdir()
+
+    def compute(batch, remove=False):
+        if remove:
+            for file in tmp_path.glob("cache/*1.safetensors"):
+                file.unlink()
+        return batch.layout(batch.targets.float())
+
+    def run(compute):
+        opened = nullcontext(Opened(compute, Layout(packed=True), torch.device("cpu")))
+        work = reference_logps(tmp_path / "cache", "a", corpus, asked, opened, budget=30)
+        for _ in work:
+            pass
+
+    run(compute)
+    assert not left.exists() and (tmp_path / "cache/reference-00001.safetensors").is_file()
+    asked = np.arange(len(corpus.responses))
+    with pytest.raises(UserError, match="cache: files were removed while they were needed"):
+        run(partial(compute, remove=True))
+    run(compute)
 
 
 def test_what_decides_log_probabilities_is_in_the_mark(tmp_path, monkeypatch):

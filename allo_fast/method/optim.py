@@ -1,6 +1,8 @@
 """AdamW over the selected entries only, with the new values written into the base in the same pass; and over all."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch.optim import Optimizer
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.method.policy import SparsePolicy
+from allo_fast.model.weights import as_bytes
 from allo_kernels import masked_adamw_
 
 _PART = 1 << 20  # entries that are fp64 at once
@@ -117,6 +120,7 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.policy.check_current()
         gradients, settings = self.gradients(), self.param_groups[0]
         if self.policy.loaded_alone:
             raise UserError(
@@ -171,13 +175,14 @@ class SparseAdamW(Optimizer):
     def state_dict(self) -> dict:
         """torch's, with `values` by name and `identity`, which says of which base, selection and rounding they are."""
         values = {name: value.detach() for name, value in self.policy.values.items()}
-        extra = {"values": values, "identity": self.policy.identity, "loaded_alone": self.policy.loaded_alone}
+        extra = {"values": values, "identity": self._identity, "loaded_alone": self.policy.loaded_alone}
         return {**super().state_dict(), **extra}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Sets the state, and the values in the policy and its base. Raises UserError for one of another policy."""
-        if state_dict.get("identity") != self.policy.identity:
+        self.policy.check_current()
+        if state_dict.get("identity") != self._identity:
             raise UserError("state_dict: not of a SparseAdamW with this base, selection and rounding_seed")
         self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
@@ -191,6 +196,18 @@ class SparseAdamW(Optimizer):
             value.copy_(state_dict["values"][name])
         self.policy.write_back()
         self.policy.loaded_alone = state_dict["loaded_alone"]  # accelerate loads what it just took from here
+
+    @cached_property
+    def _identity(self) -> str:
+        """SHA-256 over the policy's base, its selected positions and how its values are rounded."""
+        digest = hashlib.sha256(self.policy.base.encode())
+        for group in self.policy.groups:
+            digest.update(" ".join(group.weights).encode())
+            digest.update(as_bytes(group.positions.low))
+            digest.update(as_bytes(group.positions.starts))
+        if self.policy.rounding_seed is not None:
+            digest.update(f"rounding_seed {self.policy.rounding_seed}".encode())
+        return digest.hexdigest()
 
     def _check_shapes(self, state_dict: dict) -> None:
         """Raises UserError where a value or moment is missing, or has another shape than here."""

@@ -6,10 +6,9 @@ The base's storage holds the policy's values (rounded to its dtype). Training re
 gradient is gathered at the selected positions, so that a dense gradient lives only while its layer is in backward.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.loading import say_what_is_not_trained
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.weights import as_bytes, fingerprint, held_here, named_weights, size_of, whole_weights
+from allo_fast.model.weights import VALUES, fingerprint, held_here, named_weights, size_of, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
 from allo_kernels.rounding import check_rounding_seed
 
@@ -42,7 +41,7 @@ class SparsePolicy:
     the weights' dtype as this policy rounds, and entries that are trained again from the earlier stage's fp32 values.
     values: per tensor, an fp32 nn.Parameter [K], among `model.parameters()` but not in the model's state_dict, which
     stays that of a normal model; SparseAdamW's holds them. Raises UserError when one of both is of another model, and
-    later where the model is moved or cast, loads the state of another one, or the values change without it.
+    later where the model is moved or cast, loads the state of another one, or another optimizer changes the values.
     keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
     rounding_seed: values are rounded into bfloat16 weights by chance, as by `scatter_`; None: to nearest. With that of
     `start` the policy begins from the very weights that the earlier stage left. float32 weights take the values.
@@ -104,7 +103,7 @@ class SparsePolicy:
         A backward inside would read the reference's weights and raises RuntimeError; after it the weights are, bit for
         bit, those of before, and so are their versions: backward of an earlier forward is right, and runs.
         """
-        assert not self._in_reference, "reference() inside reference()"
+        self.check_current()
         with _unsafe_preserve_version_counter(tuple(self.weights.values())):
             self._swap()
             self._in_reference = True
@@ -118,22 +117,11 @@ class SparsePolicy:
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets `values` into the base, for whoever changed them without SparseAdamW."""
+        self.check_current()
         for name, value in self.values.items():
             weight = self.weights[name].detach()
             scatter_(weight, self.positions[name], value.detach(), rounding_seed=self.rounding_seed)
         self._value_parameters.mark_written()
-
-    @cached_property
-    def identity(self) -> str:
-        """SHA-256 over the base, the selected positions and how values are rounded."""
-        digest = hashlib.sha256(self.base.encode())
-        for group in self.groups:
-            digest.update(" ".join(group.weights).encode())
-            digest.update(as_bytes(group.positions.low))
-            digest.update(as_bytes(group.positions.starts))
-        if self.rounding_seed is not None:
-            digest.update(f"rounding_seed {self.rounding_seed}".encode())
-        return digest.hexdigest()
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
@@ -154,6 +142,13 @@ class SparsePolicy:
             parts = zip(group.data, group.positions.split(), group.originals.split(group.positions.counts), strict=True)
             count += sum(int((gather(weight, at) != before).sum()) for weight, at, before in parts)
         return count
+
+    def check_current(self) -> None:
+        """Raises UserError where the weights are not the policy's to change."""
+        if self._in_reference:
+            raise UserError("SparsePolicy: inside reference() the weights are the reference's; leave it first")
+        if self.model._modules.get(VALUES) is not self._value_parameters:
+            raise UserError("SparsePolicy: its model has another policy since")
 
     def fingerprint(self) -> str:
         """Of its weights as they are; all are read only where they are not those that it began with."""

@@ -91,8 +91,8 @@ class Server:
                 continue
             if len(texts) < missing:
                 self._ask_singly(f"gives {len(texts)} of {missing} responses")
-            answer.texts += [text for text in texts if text.strip()]
-            answer.reasons += ["the server gave an empty text" for text in texts if not text.strip()]
+            answer.texts += [text for text in texts if not _flaw(text)]
+            answer.reasons += [f"the server gave {flaw}" for flaw in map(_flaw, texts) if flaw]
         return answer
 
     def _ask_singly(self, why: str) -> None:
@@ -140,8 +140,9 @@ class Server:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         asked = urllib.request.Request(f"{self.url}/{path}", body, headers)
         try:
+            until = time.monotonic() + self.server.timeout
             with urllib.request.urlopen(asked, timeout=self.server.timeout) as reply:
-                content = reply.read()
+                content = _read(reply, until)
         except urllib.error.HTTPError as error:
             raise self._of_status(error) from None
         except TimeoutError:
@@ -155,7 +156,8 @@ class Server:
 
     def _of_status(self, error: urllib.error.HTTPError) -> Exception:
         try:
-            said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
+            text = error.read(2000).decode("utf-8", "replace")
+            said = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())[:200]
         except (OSError, http.client.HTTPException):
             said = ""
         status = f"status {error.code}" + f": {said}" * bool(said)
@@ -171,6 +173,25 @@ class Server:
 
     def _problem(self, what: str, remedy: str) -> str:
         return f"sample.server.url: {self.url}: {what}; {remedy}. The same command goes on with what is missing"
+
+
+def _flaw(text: str) -> str | None:
+    """Why no tokenizer takes it."""
+    if not text.strip():
+        return "an empty text"
+    return None if text.encode(errors="ignore").decode() == text else "half a character"
+
+
+def _read(reply: http.client.HTTPResponse, until: float) -> bytes:
+    """All of it. Raises TimeoutError where it comes too slowly, and IncompleteRead where not all of it comes."""
+    parts = []
+    while part := reply.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError
+    if reply.length:
+        raise http.client.IncompleteRead(b"".join(parts), reply.length)
+    return b"".join(parts)
 
 
 def api_key(settings: SampleConfig) -> str | None:

@@ -7,6 +7,7 @@ forward passes that would have had it, had nothing interrupted them, so that not
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +25,17 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
 from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
-from allo_fast.durable import about_of, make_folder, mark_of, open_tensors, own, reason, save_tensors, versions
+from allo_fast.durable import (
+    LEFTOVERS,
+    about_of,
+    make_folder,
+    mark_of,
+    open_tensors,
+    own,
+    reason,
+    save_tensors,
+    versions,
+)
 from allo_fast.model.weights import as_bytes
 from allo_fast.training.steps import Rows, cut
 
@@ -121,9 +132,9 @@ class Reference(Lazy[list[float]]):
         try:
             make_folder(self.folder)
         except OSError as error:  # of which the other ranks would not hear
-            raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
+            raise UserError(f"{self.folder}: cannot be written: {reason(error)}; it may be deleted") from None
         names = (self.folder / PARTS.replace("*", f"{number:05d}") for number in count())
-        path = next(path for path in names if path not in self._whole)
+        path = next(path for path in names if path not in self._whole and not path.is_dir())
         responses = np.concatenate([part.responses for part in computed])
         digests = self._digests[np.searchsorted(self.responses, responses)]
         lengths = torch.from_numpy(self.corpus.responses.tokens.lengths[responses])
@@ -134,6 +145,8 @@ class Reference(Lazy[list[float]]):
 
     def _look(self) -> list[Path]:
         """Whole files; what is damaged, or of another model, is said and computed again."""
+        for left in self.folder.glob(LEFTOVERS):  # where a kill interrupted writing
+            shutil.rmtree(left, ignore_errors=True)
         marks = {path: mark for path in sorted(self.folder.glob(PARTS)) if (mark := mark_of(path)) is not None}
         for path in (others := [path for path, mark in marks.items() if mark != own(path, self.mark)]):
             logger.warning("%s: of another model or another way of computing; computed again", path)
@@ -175,6 +188,8 @@ def reference_logps(
         if waiting:
             ranks.on_main(lambda: reference.save(waiting))
     reference.read()
+    if reference.missing()[1]:
+        raise UserError(f"{folder}: files were removed while they were needed; the same command computes them again")
     return reference
 
 
