@@ -40,17 +40,20 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        for first in range(0, len(content), self.server.piece):
+            self.wfile.write(content[first : first + self.server.piece])
+            threading.Event().wait(self.server.pause)
 
     def log_message(self, *_):
         pass
 
 
 @contextmanager
-def serving(reply, headers=()):
-    """A server on loopback, and what it was asked."""
+def serving(reply, headers=(), piece=1 << 30, pause=0.0):
+    """A server on loopback, and what it was asked. Answers come in pieces of so many bytes, with pauses in seconds."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.reply, server.headers, server.asked, server.lock = reply, dict(headers), [], threading.Lock()
+        server.piece, server.pause = piece, pause
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
@@ -192,6 +195,20 @@ def test_a_server_that_is_down_or_slow():
         ended.set()
 
 
+def test_an_answer_that_comes_in_drops_is_too_late():
+    with serving(echo, piece=1, pause=0.03) as (url, _):
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=f"{url}: no answer in 0.2 s; 1 tries"):
+            respond(asking(url, timeout=0.2, retries=0), CHAT[:1])
+        assert time.monotonic() - begun < 2
+
+
+def test_a_terminal_gets_no_codes_from_a_server():
+    with serving(lambda *_: (401, b"\x1b[31mred\x07")) as (url, _), pytest.raises(UserError) as raised:
+        respond(asking(url), CHAT[:1])
+    assert str(raised.value).isprintable() and "red" in str(raised.value)
+
+
 def test_a_server_says_how_long_to_wait(monkeypatch):
     waited = []
     monkeypatch.setattr(module.time, "sleep", waited.append)
@@ -218,12 +235,12 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
         content = body["messages"][-1]["content"]
         if content == "question 1":
             return 400, {"error": "too long"}
-        return 200, chosen(["", " ", "text"] if content == "question 2" else [None, "a", "b"])
+        return 200, chosen(["", "\ud83d", "text"] if content == "question 2" else [None, "a", "b"])
 
     with serving(reply) as (url, _):
         answers = respond(asking(url, concurrency=1), CHAT[:1] + CHAT[2:])
         assert [answer.texts for answer in answers] == [["a", "b"], ["text"], ["a", "b"]]
-        assert answers[1].reasons == ["the server gave an empty text"] * 2
+        assert answers[1].reasons == ["the server gave an empty text", "the server gave half a character"]
         answers = respond(asking(url, concurrency=1))
         assert answers[1].texts == [] and len(answers[1].reasons) == 3
         assert answers[1].reasons[0].startswith("the server refuses the request: status 400") and "too long" in str(
