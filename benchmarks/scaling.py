@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -99,7 +100,8 @@ def run(out: Path | None = None) -> tuple[list[Row], list[Plan]]:
         out.mkdir(parents=True, exist_ok=True)
         found = {**machine(), "rows": [*map(asdict, rows)], "plans": [*map(asdict, plans)]}
         (out / "scaling.json").write_text(json.dumps(found, indent=1))
-        plot(rows, plans).savefig(out / "scaling.svg", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            plot(rows, plans).savefig(out / "scaling.svg", metadata={"Date": None})
     return rows, plans
 
 
@@ -173,6 +175,7 @@ def plot(rows: list[Row], plans: list[Plan]) -> Figure:
         whole = [plan for plan in plans if plan.zero_stage == 3]
         axis.plot([p.parameters for p in whole], [getattr(p, name) / 1e9 for p in whole], marker="o", label=label)
     axis.set(xscale="log", yscale="log", xlabel="weights", title=f"planned: GB a device of {DEVICES}, ZeRO-3")
+    axis.minorticks_off()
     axis.legend()
     return figure
 
