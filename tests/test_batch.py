@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
 
 from allo_fast.data.batch import Corpus, Layout, attention_mask, collate
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.training.steps import plan_chunks, plan_steps
+from allo_fast.training.steps import plan_steps, shuffled
 
 
 def two_problems() -> Corpus:
@@ -80,24 +81,25 @@ def test_log_probabilities_are_the_models_own():
         torch.testing.assert_close(logps[line, : len(tokens)], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_are_full_and_keep_a_problem_together():
+def test_examples_of_one_problem_are_neighbours():
     corpus = pair_corpus(problems=7)
-    micros = plan_chunks(corpus, size=4, seed=0)
-    flat = [example for micro in micros for example in micro]
-    assert sorted(flat) == sorted(corpus.examples) and [len(micro) for micro in micros] == [4, 4, 4, 2]
-    prompts = [corpus.responses[example[0]].prompt for example in flat]
-    assert prompts == sorted(prompts, key=prompts.index), "examples of one problem are neighbours"
-    assert plan_chunks(corpus, 4, seed=0) == micros != plan_chunks(corpus, 4, seed=1)
+    order = shuffled(corpus, seed=0)
+    assert sorted(map(tuple, order.tolist())) == sorted(corpus.examples)
+    prompts = [corpus.responses[example[0]].prompt for example in order.tolist()]
+    assert prompts == sorted(prompts, key=prompts.index)
+    assert np.array_equal(shuffled(corpus, seed=0), order) and not np.array_equal(shuffled(corpus, seed=1), order)
 
 
-def test_every_epoch_visits_every_micro_batch_in_another_order():
-    epochs = plan_steps(5, per_step=2, epochs=3, seed=0)
-    assert epochs[0] == [[0, 1], [2, 3], [4]]
-    for epoch in epochs[1:]:
-        assert [len(step) for step in epoch] == [2, 2, 1] and sorted(sum(epoch, [])) == list(range(5))
-    assert epochs[1] != epochs[2] != epochs[0]
+def test_every_epoch_visits_every_problem_in_another_order():
+    epochs = plan_steps(np.array([4, 4, 9, 2, 2, 2]), size=4, epochs=3, seed=0)
+    assert epochs[0] == [[0, 1, 2, 3], [4, 5]]
+    for epoch in epochs:
+        flat = sum(epoch, [])
+        assert [len(step) for step in epoch] == [4, 2] and sorted(flat) == list(range(6))
+        assert flat.index(1) == flat.index(0) + 1 and flat.index(5) == flat.index(4) + 1 == flat.index(3) + 2
+    assert len({str(sum(epoch, [])) for epoch in epochs}) == 3
 
 
 def test_no_epoch_of_a_seed_is_another_epoch_of_another():
-    orders = [str(sum(epoch, [])) for seed in range(4) for epoch in plan_steps(20, 2, 5, seed)[1:]]
+    orders = [str(sum(epoch, [])) for seed in range(4) for epoch in plan_steps(np.arange(20), 4, 5, seed)[1:]]
     assert len(set(orders)) == len(orders)
