@@ -16,8 +16,9 @@ class TrainConfig(Section):
     num_train_epochs: int = Field(1, gt=0)  # passes over the examples
     per_device_train_batch_size: int = Field(4, gt=0)  # examples (pairs or responses) per forward pass
     gradient_accumulation_steps: int = Field(8, gt=0)  # forward passes per optimizer step, of all ranks together
-    # Of a forward pass, padding left out: the step's examples, as many as the two keys above say, are then cut into as
-    # many passes as that takes. Longer examples are set aside. null: per_device_train_batch_size examples a pass.
+    # Of a forward pass, with the padding and repeated prompts of models that cannot pack: the step's examples, as many
+    # as the two keys above say, are then cut into as many passes as that takes. Longer ones are set aside. null:
+    # per_device_train_batch_size examples a pass.
     max_tokens_per_batch: int | None = Field(None, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)  # gradients are scaled down to it
     weight_decay: float = Field(0.0, ge=0)  # of the weights that train, times the learning rate
