@@ -262,7 +262,7 @@ def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_
 def test_obstacles_in_a_reference_s_folder(tmp_path):
     corpus, asked = pair_corpus(), np.arange(4)
     (tmp_path / "cache/reference-00000.safetensors").mkdir(parents=True)
-    (left := tmp_path / "cache/.reference-00001.safetensors.partial").mkdir()
+    (left := tmp_path / "cache/.reference-00007.safetensors.partial").mkdir()
 
     def compute(batch, remove=False):
         if remove:
