@@ -29,7 +29,7 @@ def test_many_tensors_and_each_again():
     parts = [(torch.tensor([0, 7]), 8), (torch.empty(0).long(), 0), (torch.tensor([1, SPAN, SPAN + 1]), 2 * SPAN)]
     joined = Positions.cat([Positions.pack(*part) for part in parts])
     assert joined.sizes == (8, 0, 2 * SPAN) and joined.counts == (2, 0, 3) and joined.blocks == 3
-    for part, (indices, size) in zip(joined.split(), parts, strict=True):
+    for part, (indices, size) in zip(joined.parts, parts, strict=True):
         assert part.unpack().tolist() == indices.tolist() and part.sizes == (size,)
         assert part.low.untyped_storage().data_ptr() == joined.low.untyped_storage().data_ptr()
 

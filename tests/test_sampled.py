@@ -6,7 +6,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from torch import nn
 
 from allo_fast.data.batch import collate
-from allo_fast.method import policy as policies
+from allo_fast.method import sampled as sampling
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.rows import RowLinear
 from allo_fast.method.sampled import (
@@ -66,15 +66,16 @@ def test_where_entries_alone_are_less_work():
     assert not asked(nn.Linear(10, 10), 10)
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("adds, small", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_policy_s_gradients_are_those_of_whole_products(monkeypatch, bias, adds):
+def test_the_policy_s_gradients_are_those_of_whole_products(monkeypatch, bias, adds, small):
+    monkeypatch.setattr(sampling, "is_small", lambda _: small)
     gradients, calls = [], []
     for function in (SampledLinear, SampledEmbedding):
         apply = function.apply
         monkeypatch.setattr(function, "apply", lambda *given, a=apply, f=function: calls.append(f) or a(*given))
     for sampled in (True, False):
-        monkeypatch.setattr(policies, "pays", lambda module, *_, chosen=sampled: chosen and is_plain(module))
+        monkeypatch.setattr(sampling, "pays", lambda module, *_, chosen=sampled: chosen and is_plain(module))
         model, corpus = tiny_llama(attention_bias=bias), pair_corpus()
         policy = SparsePolicy(model, random_selection(model, 0.1))
         policy.adds_gradients = adds
@@ -88,7 +89,7 @@ def test_the_policy_s_gradients_are_those_of_whole_products(monkeypatch, bias, a
 
 
 def test_under_autocast_the_whole_product_is_taken(monkeypatch):
-    monkeypatch.setattr(policies, "pays", lambda module, *_: is_plain(module))
+    monkeypatch.setattr(sampling, "pays", lambda module, *_: is_plain(module))
     model, corpus = tiny_llama(), pair_corpus()
     policy = SparsePolicy(model, random_selection(model, 0.1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -110,7 +111,7 @@ def test_patterns_are_among_the_bytes_of_positions(monkeypatch, tied):
     model = tiny_llama(tie_word_embeddings=tied)
     selection = random_selection(model, 0.1)
     plain = SparsePolicy(tiny_llama(tie_word_embeddings=tied), selection).state_bytes()["positions"]
-    monkeypatch.setattr(policies, "pays", lambda module, *_: is_plain(module))
+    monkeypatch.setattr(sampling, "pays", lambda module, *_: is_plain(module))
     policy = SparsePolicy(model, selection)
     rows = {
         name: weight.shape[0] + 1

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
+from allo_fast.method import sampled
 from allo_fast.method.alias import Alias, gathered, install_reads, refuse_weight
 from allo_fast.method.delta import Delta, begin
 from allo_fast.method.group import Group
 from allo_fast.method.parameters import ValueParameters
 from allo_fast.method.rows import RowLinear, whole_rows
-from allo_fast.method.sampled import Pattern, SampledEmbedding, SampledLinear, is_plain_linear, pays, plain_class
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.loading import say_what_is_not_trained
@@ -69,14 +69,15 @@ class SparsePolicy:
         self.positions, self.values = {}, {}
         for group in self.groups:
             parts = group.values.split(group.positions.counts)
-            self.positions |= dict(zip(group.weights, group.positions.split(), strict=True))
+            self.positions |= dict(zip(group.weights, group.positions.parts, strict=True))
             self.values |= {name: nn.Parameter(part) for name, part in zip(group.weights, parts, strict=True)}
         if start:
             for name, value in self.values.items():
                 start.carry_into(value.detach(), name, self.positions[name])
         self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
-        self._patterns: dict[str, Pattern] = {}  # of weights that only these get a gradient of
+        self._patterns: dict[str, sampled.Pattern] = {}  # of weights that only these get a gradient of
+        self._indices = {name: at.unpack() for name, at in self.positions.items() if sampled.is_small(weights[name])}
         self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
@@ -126,9 +127,10 @@ class SparsePolicy:
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
+        decoded = [*self._patterns.values(), *self._indices.values()]
         kinds = {
             "base": named_weights(self.model).values(),
-            "positions": [group.positions for group in self.groups] + [*self._patterns.values()],
+            "positions": [group.positions for group in self.groups] + decoded,
             "originals": [group.originals for group in self.groups],
             "values": self.values.values(),
             "gradients": gradients + [*self.dense_gradients.values()],
@@ -139,7 +141,7 @@ class SparsePolicy:
         """How many selected entries of the base differ from their originals; bfloat16 hides small updates."""
         count = 0
         for group in self.groups:
-            parts = zip(group.data, group.positions.split(), group.originals.split(group.positions.counts), strict=True)
+            parts = zip(group.data, group.positions.parts, group.originals.split(group.positions.counts), strict=True)
             count += sum(int((gather(weight, at) != before).sum()) for weight, at, before in parts)
         return count
 
@@ -208,18 +210,18 @@ class SparsePolicy:
         name = self._names.get(id(weight))
         if name not in self.values or self.dense_gradients:
             return None
-        at, linear = self.positions[name], is_plain_linear(module)
+        at, linear = self.positions[name], sampled.is_plain_linear(module)
         if linear and (rows := whole_rows(at, module.in_features)) is not None:
             return RowLinear, rows
-        if module is self.model.get_output_embeddings() or not pays(module, weight, at):
+        if module is self.model.get_output_embeddings() or not sampled.pays(module, weight, at):
             return None  # log-probabilities do not call the head, which has its own way
-        self._patterns[name] = Pattern.of(at, weight.shape)
-        return SampledLinear if linear else SampledEmbedding, self._patterns[name], partial(self._sum, name)
+        self._patterns[name] = pattern = sampled.Pattern.of(at, weight.shape)
+        return sampled.SampledLinear if linear else sampled.SampledEmbedding, pattern, partial(self._sum, name)
 
     def _forward(self, module: nn.Module, inputs: Tensor, function: type[torch.autograd.Function], *told) -> Tensor:
         # A custom Function's backward would not know of autocast.
         if self._in_reference or not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs.device.type):
-            return plain_class(module).forward(module, inputs)
+            return sampled.plain_class(module).forward(module, inputs)
         weight = module._parameters["weight"]
         name = self._names.get(id(weight)) or refuse_weight()
         self._value_parameters.check_written(name)
@@ -246,7 +248,10 @@ class SparsePolicy:
         at, gradients = self.positions[name], self._sum(name)
         if gradients is None:
             return gathered(at, gradient)
-        gather(gradient.contiguous(), at, out=gradients, accumulate=True)
+        if (index := self._indices.get(name)) is not None:
+            gradients += gradient.reshape(-1)[index]
+        else:
+            gather(gradient.contiguous(), at, out=gradients, accumulate=True)
         return None
 
     def _sum(self, name: str) -> Tensor | None:

@@ -55,6 +55,11 @@ def pays(module: nn.Module, weight: Tensor, at: Positions) -> bool:
     return is_plain_embedding(module) or (is_plain_linear(module) and weight.dtype == torch.float32)
 
 
+def is_small(weight: Tensor) -> bool:
+    """Whether calls take longer than what they do, on a CPU."""
+    return weight.device.type == "cpu" and weight.numel() < _SMALLEST
+
+
 def add_product(left: Tensor, right: Tensor, pattern: Pattern, out: Tensor) -> None:
     """(left.T @ right) at some entries, added to `out` fp32 [K]; left: fp32 [N, O], right: fp32 [N, I]."""
     found = pattern.matrix(out)

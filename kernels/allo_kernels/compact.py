@@ -125,4 +125,4 @@ def _swap_torch_(dense, positions, values) -> None:
 
 
 def _each(dense, positions: Positions, values: Tensor) -> Iterator[tuple[Tensor, Positions, Tensor]]:
-    return zip(tensors(dense), positions.split(), values.split(positions.counts), strict=True)
+    return zip(tensors(dense), positions.parts, values.split(positions.counts), strict=True)

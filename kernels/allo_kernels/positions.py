@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -88,7 +89,8 @@ class Positions:
         sizes, counts = (tuple(x for part in parts for x in getattr(part, field)) for field in ("sizes", "counts"))
         return cls(torch.cat([part.low for part in parts]), torch.cat(starts), sizes, counts)
 
-    def split(self) -> list["Positions"]:
+    @cached_property
+    def parts(self) -> list["Positions"]:
         """One for each tensor; `low` stays shared."""
         parts, block, entry = [], 0, 0
         for size, count in zip(self.sizes, self.counts, strict=True):

@@ -68,14 +68,14 @@ def _scatter_case(device, sizes, kind, dtype):
         scatter_(written, positions, values, impl=impl)
         swap_(swapped, positions, held, impl=impl)
         one = dense[0].clone()
-        scatter_(one, positions.split()[0], values[: positions.counts[0]], impl=impl)
-        swap_(one, positions.split()[0], values[: positions.counts[0]].to(dtype), impl=impl)
+        scatter_(one, positions.parts[0], values[: positions.counts[0]], impl=impl)
+        swap_(one, positions.parts[0], values[: positions.counts[0]].to(dtype), impl=impl)
         found = {"written": torch.cat(written), "swapped": torch.cat(swapped), "held": held, "one": one}
         if dtype == BF16:
             by_chance = [weight.clone() for weight in dense]
             scatter_(by_chance, positions, values, rounding_seed=_SEED, impl=impl)
             alone = dense[0].clone()
-            scatter_(alone, positions.split()[0], values[: positions.counts[0]], rounding_seed=_SEED, impl=impl)
+            scatter_(alone, positions.parts[0], values[: positions.counts[0]], rounding_seed=_SEED, impl=impl)
             found |= {"by chance": torch.cat(by_chance), "one by chance": alone}
         return found
 
