@@ -5,8 +5,9 @@ shares add up to the whole epoch, reference pass and all. Of the engine are: mak
 beside it) and how they are packed, the loss, gathering compact gradients, clipping and the optimizer, the reference's
 kept log-probabilities, the log, and everything that runs in no range. Of the model are the decoder and the head,
 forward (the reference's apart) and backward. The head's chunks and their sums count as the model's, gathering its
-selected entries from them as the engine's. Times are of the host. Another epoch runs under torch's profiler, which
-makes every call slower: its trace has operators within the same ranges, and a GPU's kernels.
+selected entries from them as the engine's. Whether log-probabilities that are kept are this model's is asked once a
+stage, however many steps it has, and stands apart. Times are of the host. Another epoch runs under torch's profiler,
+which makes every call slower: its trace has operators within the same ranges, and a GPU's kernels.
 """
 
 import time
@@ -22,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import profile, record_function
 
-MODEL, ENGINE = "model", "engine"
+MODEL, ENGINE, ONCE = "model", "engine", "once"  # a stage, not in each of its steps
 RANGES = {  # what runs in a function, and that is not in a range within it; "module:name" or "module:class.name"
     "make batches": (ENGINE, "allo_fast.training.examples:Examples.collate", "allo_fast.data.batch:Batch.to"),
     "packing": (ENGINE, "allo_fast.model.attention:inputs", "allo_fast.model.attention:Packing.pieces"),
@@ -39,6 +40,11 @@ RANGES = {  # what runs in a function, and that is not in a range within it; "mo
         ENGINE,
         "allo_fast.training.reference:Reference.save",
         "allo_fast.training.reference:Reference.item",
+    ),
+    "mark the reference": (
+        ONCE,
+        "allo_fast.method.policy:SparsePolicy.fingerprint",
+        "allo_fast.training.engine:described",
     ),
     "head": (MODEL, "allo_fast.model.logps:_Head.forward"),
     "backward": (MODEL, "allo_fast.training.backend:LocalBackend.backward"),
@@ -93,8 +99,8 @@ def table(seconds: dict[str, float]) -> str:
     lines = [f"{'side':<8}{'range':<22}{'ms':>10}{'share':>8}"]
     for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
         lines.append(f"{side(name):<8}{name:<22}{1e3 * spent:>10.1f}{spent / whole:>8.2%}")
-    engine = sum(spent for name, spent in seconds.items() if side(name) == ENGINE)
-    return "\n".join([*lines, f"the engine's share: {engine / whole:.2%} of {whole:.2f} s"])
+    engine, once = (sum(s for name, s in seconds.items() if side(name) == kind) / whole for kind in (ENGINE, ONCE))
+    return "\n".join([*lines, f"the engine's share: {engine:.2%} of {whole:.2f} s, and {once:.2%} once a stage"])
 
 
 def side(name: str) -> str:
