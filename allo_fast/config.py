@@ -36,7 +36,7 @@ class ModelConfig(Section):
     device: str = "auto"  # auto: cuda where there is one, else cpu
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; null: transformers' choice
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    # Of the values that train, into a bfloat16 base; stochastic: by chance, in the mean the value itself, so that what
+    # Of a selection's values, into a bfloat16 base; stochastic: by chance, in the mean the value itself, so that what
     # is smaller than bfloat16 can show counts too. A float32 base takes the values as they are, whichever is set.
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
@@ -92,7 +92,7 @@ class LocateConfig(Section):
     # Pairs that gradients are taken of, drawn at random; of sft and a rewriter, which locate for themselves, examples.
     pairs: int | None = Field(None, gt=0)  # null: all
     clip: bool = True  # linear: scale each step's gradient down to warmup.max_grad_norm, as training would
-    windows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # passes over the pairs, each for some weights
+    windows: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # parts of the weights, for each a pass
     accumulators: Literal["device", "host"] = "device"  # where sums of gradients lie
     scope: Literal["global", "per_tensor"] = "global"  # all weights compete, or those of each tensor among themselves
     exclude: list[str] = []  # tensors never selected, as shell patterns: "*embed_tokens*"
@@ -125,7 +125,7 @@ class Config(Section):
     output_dir: str = "runs"  # on several nodes: a folder that all of them see
     deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
     ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
-    seeds: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field([0], min_length=1)  # every stage runs once per seed
+    seeds: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field([0], min_length=1)  # stages run for each
     protocol: Literal["paper", "release"] = "paper"
     # Log-probabilities by the reference. cached: computed once, and kept in the run's folder for all stages and seeds;
     # online: in every step. Dense training and other reference models know only cached.
@@ -168,6 +168,12 @@ class Config(Section):
             raise ValueError("model.name_or_path: which model? Without one a tiny one is trained, on arithmetic alone")
         if self.sample.engine == "server" and (self.sft or not self.model.name_or_path or not self.sample.server.url):
             raise ValueError("sample.engine: server needs sample.server.url, model.name_or_path as its model, no sft")
+        if self.sample.engine == "server" and self.data.format in ("multiple_choice", "preference"):
+            raise ValueError(
+                f"sample.engine: server: data.format: {self.data.format} has its responses, none is sampled"
+            )
+        if self.rewards.model and self.rewards.source == "file":
+            raise ValueError("rewards.model: with rewards.source: file no model is asked")
         if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):
             raise ValueError("deepspeed: protocol: release and clip: all need one process without it")
         if self.deepspeed and self.model.device != "auto":

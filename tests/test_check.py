@@ -59,13 +59,15 @@ def test_a_budget_that_nothing_fits_into(job, capsys):
     said = "".join(capsys.readouterr())
     assert "learn.max_tokens_per_batch: 13: the shortest prompt with a response of data.train has 14 tokens" in said
     assert "warmup" not in said
+    assert job("check", "rivals=[]", "warmup.max_tokens_per_batch=13") == 2, "weights are located by its steps"
+    assert "warmup.max_tokens_per_batch: 13: the shortest prompt" in capsys.readouterr().out
 
 
 def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", {**ROW, "chosen": "So. " * 200}, {**ROW, "rejected": ""})
     write(tmp_path / "rewards.jsonl", {"prompt": "How?"})
     paths = {"data.test": "none.jsonl", "learn.reference": "other", "warmup.reference": "nowhere"}
-    paths |= {"rewards.path": "rewards.jsonl", "rewards.model": "gone", "deepspeed": "none.json"}
+    paths |= {"rewards.path": "rewards.jsonl", "locate.after": "gone", "deepspeed": "none.json"}
     wrong = [f"{key}={tmp_path / name}" for key, name in paths.items()]
     with monkeypatch.context() as full:
         full.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=9))
@@ -76,9 +78,9 @@ def test_eight_problems_are_eight_lines(job, capsys, tmp_path, monkeypatch):
         "data.train: .*train.jsonl: no usable row; train.jsonl:",
         "data.test: .*none.jsonl: no such file",
         "rewards.jsonl:1: expected the fields prompt, response and rewards",
+        "locate.after: .*gone: no such file",
         "warmup.reference: .*nowhere: no such file",
         "learn.reference: .*other has another vocabulary than",
-        "rewards.model: .*gone: no such file",
         "output_dir: the run writes up to .* GB, .* has .* GB left",
     )
     assert len(found) == len(expected)
@@ -127,6 +129,7 @@ def test_each_problem(job, capsys, tmp_path, overrides, problem):
     assert problem.format(folder=tmp_path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["learn.reference", "warmup.reference", "rewards.model"])
 @pytest.mark.parametrize(
     "changes, problem",
     [
@@ -134,12 +137,12 @@ def test_each_problem(job, capsys, tmp_path, overrides, problem):
         ({"vocab_size": 300}, "short embeds 300 tokens, a row has the token"),
     ],
 )
-def test_references_that_cannot_read_the_rows(job, capsys, tmp_path, changes, problem):
+def test_other_models_that_cannot_read_the_rows(job, capsys, tmp_path, changes, problem, key):
     tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
     save_model(tiny_llama(**{"vocab_size": len(tokenizer)} | changes), tokenizer, tmp_path / "short")
-    assert job("check", f"learn.reference={tmp_path / 'short'}") == 2
+    assert job("check", "rivals=[]", f"{key}={tmp_path / 'short'}") == 2
     said = capsys.readouterr().out
-    assert f"problem: learn.reference: {tmp_path}/{problem}" in said and "problems: 1" in said
+    assert f"problem: {key}: {tmp_path}/{problem}" in said and "problems: 1" in said
 
 
 def test_a_model_whose_change_is_ranked_is_like_the_base(job, capsys, tmp_path):

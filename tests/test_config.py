@@ -56,6 +56,7 @@ def test_overrides_are_yaml(tmp_path):
         ("name.first=1", "name has no keys of its own"),
         ("seeds=[1, 1]", "seeds: each only once"),
         ("rewards.source=file", "rewards.path goes with rewards.source: file"),
+        ("rewards={source: file, path: x, model: y}", "rewards.model: with rewards.source: file no model is asked"),
         ("locate.skip=0.99", "more than 1"),
         ("seeds=[", "not YAML"),
         ("model.name_or_path=null", "model.name_or_path: which model?"),

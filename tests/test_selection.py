@@ -120,9 +120,16 @@ def test_unchanged_weights_fill_up_and_it_is_said(caplog):
     assert selection.positions("a").unpack().tolist() == [0, 1, 2] and "only 1 weights have a score" in caplog.text
 
 
-def test_nan_scores_are_refused():
+@pytest.mark.parametrize("protocol", ["paper", "release"])
+def test_nan_scores_are_refused(protocol):
     with pytest.raises(ValueError, match="NaN"):
-        from_scores({"a": torch.tensor([1.0, float("nan")])}, 0.5)
+        from_scores({"a": torch.tensor([1.0, float("nan")])}, 0.5, protocol=protocol)
+
+
+@pytest.mark.parametrize("wrong", [{"protocol": "relase"}, {"last": True}, {"rows": {"a": 2}}])
+def test_what_the_release_does_not_have_is_refused(wrong):
+    with pytest.raises(ValueError, match="protocol: expected 'paper', or 'release' without last and rows"):
+        from_scores({"a": torch.ones(4)}, 0.5, **{"protocol": "release", **wrong})
 
 
 def test_tampered_files_are_refused(tmp_path):

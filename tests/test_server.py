@@ -357,6 +357,8 @@ def test_the_key_comes_from_the_environment(job, monkeypatch, capsys):
     [
         (["sample.server.url=null"], "sample.engine: server needs sample.server.url"),
         (["sft={}"], "sample.engine: server needs .* no sft"),
+        (["data.format=preference"], "sample.engine: server: data.format: preference has its responses"),
+        (["data.format=multiple_choice"], "sample.engine: server: data.format: multiple_choice has its responses"),
         (["sample.server.url=localhost:8000"], "sample.server.url: "),
         (["sample.server.url=file:///etc/passwd"], "sample.server.url: "),
     ],

@@ -184,6 +184,19 @@ def test_nothing_asks_the_device_what_the_host_knows(monkeypatch):
     assert not {"aten.mm.default", "aten.addmm.default", "aten.addmm_.default"} & {*asked.names}
 
 
+def test_the_gradient_of_some_rows():
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 8, generator=draw), torch.randn(20, 8, generator=draw, requires_grad=True)
+    targets, upstream = torch.tensor([0, 7, 19, 7, -100]), torch.randn(5, generator=draw)
+    logps, lse = token_logps(hidden, weight, targets, with_lse=True)
+    (whole,) = torch.autograd.grad(logps, weight, upstream)
+    for rows in (slice(3, 9), slice(None), slice(None, 5), slice(-5, None), slice(15, 99), slice(9, 3)):
+        part = head_row_gradient(hidden, weight.detach(), targets, lse, upstream, rows)
+        torch.testing.assert_close(part, whole[rows])
+    with pytest.raises(ValueError, match="rows: expected neighbouring ones"):
+        head_row_gradient(hidden, weight.detach(), targets, lse, upstream, slice(0, 10, 2))
+
+
 # What `plan` counts on, whatever the number of rows: beside it are only the results.
 @pytest.mark.parametrize("rows, width, words", [(8192, 4096, 128_256), (65_536, 4096, 128_256), (65_536, 8192, 32_001)])
 @pytest.mark.parametrize("head", ["frozen", "5 %"])

@@ -268,7 +268,7 @@ class SparsePolicy:
 
 
 class DensePolicy:
-    """Trains every weight of `model` in float32; the rival, the warm-up and the rewriter.
+    """Trains every weight of `model`, which is float32: where a stage trains all of them.
 
     autocast: the dtype that matrix products run in; None for float32.
     """

@@ -65,13 +65,16 @@ class Selection:
 
         exclude: shell patterns of tensor names that do not compete. scope: "global", or "per_tensor", where ratio and
         skip are of each tensor by itself. rows: entries of a row, by tensor, to select whole ones (see rows.py). Every
-        rank of a process group calls this together, looks at a share of each tensor and gets all positions. Raises
-        ValueError for a ratio outside 0..1, another scope, NaN.
+        rank of a process group calls this together, looks at a share of each tensor and gets all positions. protocol:
+        "paper", or "release": single weights, the highest. Raises ValueError for a ratio outside 0..1, another scope or
+        protocol, what the release does not have, NaN.
         """
         if not 0 < ratio + skip <= 1 or ratio <= 0 or skip < 0:
             raise ValueError(f"ratio, skip: expected fractions with a sum of at most 1, got {ratio}, {skip}")
         if scope not in ("global", "per_tensor"):
             raise ValueError(f"scope: expected 'global' or 'per_tensor', got {scope!r}")
+        if protocol not in ("paper", "release") or (protocol == "release" and (last or rows is not None)):
+            raise ValueError(f"protocol: expected 'paper', or 'release' without last and rows, got {protocol!r}")
         pool = {name: _as_score(scores[name]) for name in competing(scores, exclude)}
         rule = _release_positions if protocol == "release" else partial(_exact_positions, last=last, rows=rows)
         pools = [pool] if scope == "global" else [{name: score} for name, score in pool.items()]
@@ -221,6 +224,8 @@ def _release_positions(scores: Mapping[str, Score], ratio: float, skip: float) -
     total = sum(score.numel() for score in scores.values())
     share = min(1.0, 2 * (ratio + skip))
     whole = {name: score.part(0, score.numel()) for name, score in scores.items()}
+    if any(bool(score.isnan().any()) for score in whole.values()):
+        raise ValueError("scores: NaN")
     candidates = [score.bfloat16().topk(int(score.numel() * share)).values for score in whole.values()]
     ranked = torch.cat(candidates).sort(descending=True).values.float()
     low = ranked[int(total * (ratio + skip)) - 1]

@@ -35,6 +35,7 @@ from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
 
 T = TypeVar("T")
+_REWRITING = ("rewriter", "prompted")  # sources of rewards whose prompts are longer than those of data.train
 
 
 @dataclass
@@ -191,7 +192,7 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, 
     settings = config.rewards
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
-    if config.reward_source not in ("rewriter", "prompted"):
+    if config.reward_source not in _REWRITING:
         return
     models = [settings.model] if settings.model else []
     if prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, *models))):
@@ -209,7 +210,7 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, 
 
 def _check_budgets(findings: Findings, config: Config) -> None:
     """Something of data.train fits into a micro-batch."""
-    for name, train in training_sections(config).items():
+    for name, train in (training_sections(config) | config.located_sections).items():
         if name != "pretrain" and (train.max_tokens_per_batch or findings.shortest) < findings.shortest:
             findings.problems.append(
                 f"{name}.max_tokens_per_batch: {train.max_tokens_per_batch}: the shortest prompt with a response of "
@@ -261,7 +262,8 @@ def _check_other(
         raise UserError(f"{key}: {error}") from None
     if tokenizer and vocabulary != tokenizer.get_vocab():
         raise UserError(f"{key}: {path} has another vocabulary than {config.model.name_or_path or 'the base model'}")
-    if key != "rewards.model" and findings.longest > limit.positions:
+    rewrites = key == "rewards.model" and config.reward_source in _REWRITING
+    if not rewrites and findings.longest > limit.positions:
         raise UserError(
             f"{key}: {path} reads {limit.positions} tokens, a prompt with its response has {findings.longest}"
         )

@@ -100,6 +100,8 @@ def gradient_scores(
     states = sum(sweep.state_bytes.values())
     facts = {"examples": len(examples), "steps": len(examples.steps), "windows": len(sweep.windows)}
     facts |= {"passes": sweep.passes, "state_bytes": sweep.state_bytes, "state_bytes_per_parameter": states / total}
+    if examples.set_aside:
+        facts["set_aside"] = examples.set_aside
     return stored_scores(unit.folder / SCRATCH, sizes, unit.mark), facts
 
 

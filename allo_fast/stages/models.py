@@ -187,9 +187,8 @@ def _bytes(unit: Unit, path: str | Path) -> int:
 
 def other_models(config: Config) -> dict[str, str]:
     """The models that are named beside the base, by key, and that this run reads."""
-    named = {
-        f"{name}.reference": getattr(train, "reference", None) for name, train in training_sections(config).items()
-    }
+    sections = training_sections(config) | config.located_sections
+    named = {f"{name}.reference": getattr(train, "reference", None) for name, train in sections.items()}
     named["rewards.model"] = config.rewards.model if config.method == "allo" else None
     named["locate.after"] = config.locate.after if config.method != "dpo" else None
     return {key: path for key, path in named.items() if path}

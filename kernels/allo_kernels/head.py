@@ -86,7 +86,7 @@ def head_row_gradient(
     """d (upstream . token_logps) / d weight[rows] -> [rows, D] in the weight's dtype, without the logits of others.
 
     lse: fp32 [N], what token_logps gave `with_lse`; upstream: fp32 [N]; everything else as it was given there. Raises
-    ValueError and RuntimeError as token_logps.
+    ValueError and RuntimeError as token_logps, and ValueError for rows of another step than 1.
     """
     _check(hidden, weight, targets, bias, softcap, temperature, None, None)
     _check_targets(targets, len(weight), gradient_rows, "head_row_gradient")
@@ -95,13 +95,16 @@ def head_row_gradient(
         check_dtype(name, tensor, torch.float32)
     kernels = choose("token_logps", impl, head_torch, "head_triton", hidden.device)
     head = Head(softcap, float(temperature), None, kernels)
-    part, bias = weight[rows], None if bias is None else bias[rows].contiguous()
+    first, last, step = rows.indices(len(weight))
+    if step != 1:
+        raise ValueError(f"rows: expected neighbouring ones, got {rows}")
+    part, bias = weight[first:last], None if bias is None else bias[first:last].contiguous()
     total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
     with _without_autocast(hidden.device):
         counted, upstream = _with_gradient(targets, upstream, gradient_rows, "head_row_gradient")
         for block in row_blocks(len(counted), hidden.shape[1]):
             picked = counted.rows(block, hidden, targets, lse, upstream)
-            _add_product(total, kernels.d_logits(picked, part, bias, rows.start, head).T, picked.hidden)
+            _add_product(total, kernels.d_logits(picked, part, bias, first, head).T, picked.hidden)
     return total.to(weight.dtype)
 
 
