@@ -60,10 +60,13 @@ def test_texts_that_are_the_same_tokens():
 
 def test_sampled_responses_that_cannot_be_trained_are_counted():
     (row,), _ = encoded(SAMPLED)
-    row = encode_responses(row, [("2", True), ("\ud83d", False)], PROMPTS)
+    right, long = len(row["prompt_ids"]) + len(PROMPTS.encode_response("2")), "2" * 9
+    row = encode_responses(row, [("2", True), ("\ud83d", False), (long, False)], PROMPTS, right)
     assert row["responses"] == [{"text": "2", "ids": PROMPTS.encode_response("2"), "correct": True}]
-    (reason,) = row["unusable"]
-    assert "the tokenizer refuses it" in reason
+    refused, too_long = row["unusable"]
+    assert "the tokenizer refuses it" in refused
+    length = len(row["prompt_ids"]) + len(PROMPTS.encode_response(long))
+    assert too_long == f"with its prompt it has {length} tokens, the model reads {right}"
 
 
 def test_pairs_of_one_problem_share_its_prompt():

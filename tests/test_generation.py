@@ -1,12 +1,22 @@
 """Responses do not depend on what is computed beside them, nor on how."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from allo_fast.data.arithmetic import character_tokenizer
@@ -118,6 +128,17 @@ def test_a_flat_distribution_is_drawn_from_as_a_whole():
     assert tokens[0] == 77 and len(set(drawn(flat.expand(999, -1), torch.rand(999), 1.0, 0.9).tolist())) > 700
 
 
+def test_draws_among_equals_do_not_depend_on_other_rows():
+    """The edge of top_p lies among tokens of one probability; a flat row asks for more candidates."""
+    edge, flat = torch.full((1, 2000), -100.0), torch.zeros(1, 2000)
+    edge[0, 1000:1100], edge[0, 1500] = 0, math.log(900)
+    uniforms = torch.linspace(0, 0.9999, 999)
+    alone = drawn(edge.expand(999, -1), uniforms, 1.0, 0.95)
+    beside = drawn(torch.cat([edge.expand(999, -1), flat]), torch.cat([uniforms, uniforms[:1]]), 1.0, 0.95)[:-1]
+    assert torch.equal(alone, beside)
+    assert {*alone.tolist()} == {1500, *range(1000, 1050)}, "the lower ids"
+
+
 def test_a_rounding_moves_a_draw_no_further_than_itself():
     """Two tokens of equal probability, whose order by probability rounding decides."""
     logits = torch.full((1, 100), -30.0)
@@ -164,13 +185,56 @@ def test_rows_that_reach_each_other_are_found():
     assert why_padded(model) == "its rows depend on each other"
 
 
-def test_rows_beyond_a_growing_rotary_embedding_are_padded(monkeypatch):
+@pytest.mark.parametrize(
+    "config, how",
+    [
+        (
+            RecurrentGemmaConfig(
+                **SIZES, lru_width=32, attention_window_size=8, block_types=["recurrent", "attention"]
+            ),
+            "responses to prompts of one length in a batch: padding changes its results",
+        ),
+        (
+            RwkvConfig(
+                vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, rescale_every=0, context_length=64
+            ),
+            "one response after the other: other rows change its results",
+        ),
+    ],
+    ids=["recurrent_gemma", "rwkv"],
+)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0, "num_return_sequences": 1}])
+def test_models_whose_rows_change_each_other(config, how, settings, caplog):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().double()
+    texts = sampled(model, rows=1, **settings)
+    assert sampled(model, **settings) == texts == sampled(model, rows=4, **settings)
+    assert [record.message.endswith(how) for record in caplog.records if how in record.message] == [True]
+
+
+def test_models_that_take_padding_are_padded():
+    config = MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, state_size=4)
+    model, every = AutoModelForCausalLM.from_config(config).eval(), [Response(prompt, 1) for prompt in PROMPTS]
+    assert [len(batch) for batch in generation._batches(model, every, 3, 0, False)] == [3, 2]
+
+
+def test_ranks_that_share_a_model_compute_as_many_batches(monkeypatch):
+    monkeypatch.setattr(generation, "_together", lambda *_: "one length")
+    monkeypatch.setattr(generation.ranks, "gather", lambda count: [count, 5])
+    every = [Response(prompt, 1, tokens=[3]) for prompt in PROMPTS]
+    batches = generation._batches(None, every, 3, 0, True)
+    assert [[len(row.prompt) for row in batch] for batch in batches] == [[2, 2], [4], [9, 9], [2], [2]]
+    assert [row.tokens for batch in batches for row in batch] == [[3]] * 5 + [[]] * 2, "the others' rows are copies"
+    assert len(generation._batches(None, every, 3, 0, False)) == 3
+
+
+def test_rows_beyond_a_growing_rotary_embedding_have_no_longer_ones_beside_them(monkeypatch):
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = tiny_llama(vocab_size=len(TOKENIZER), rope_parameters=scaling, max_position_embeddings=32)
-    used = []
-    monkeypatch.setattr(generation, "_decode_padded", lambda _, rows, *more: used.extend(rows) or rows[0].tokens)
-    sampled(copy.deepcopy(model))
-    assert not used
-    with pytest.raises(IndexError):  # no token was made
-        sampled(model, max_new_tokens=40)
-    assert len(used) == 15
+    model = tiny_llama(vocab_size=len(TOKENIZER), rope_parameters=scaling, max_position_embeddings=32).double()
+    short, long = [[5, 6], [7] * 9], [[8] * 40, [9] * 40]
+    texts = sampled(copy.deepcopy(model), short + long)
+    assert [sampled(copy.deepcopy(model), [prompt], first=n)[0] for n, prompt in enumerate(short + long)] == texts
+    used, decode = [], generation._decode_batch
+    monkeypatch.setattr(generation, "_decode_batch", lambda m, rows, *more: used.append(rows) or decode(m, rows, *more))
+    sampled(model, short + long)
+    assert [[len(row.prompt) for row in batch] for batch in used] == [[40] * 6], "others have slots"

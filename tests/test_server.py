@@ -124,6 +124,18 @@ def test_seeds_follow_from_run_problem_and_sample():
     assert {text.split()[-1] for same in texts(echo) for text in same} < seeds, "with n, the first response's"
 
 
+def test_a_refused_problem_changes_no_other_ones_seeds():
+    def reply(path, body):
+        return (400, {"error": "too long"}) if "question 1" in str(body["messages"]) else echo(path, body)
+
+    with serving(reply) as (url, _):
+        whole = respond(asking(url, concurrency=1))
+        assert [answer.texts for answer in whole[2:]] == [
+            answer.texts for answer in respond(asking(url), CHAT[2:], first=2)
+        ]
+        assert len({text.split()[-1] for text in whole[3].texts}) == 1, "one request has them all"
+
+
 @pytest.mark.parametrize("status, gives", [(422, 0), (400, 0), (200, 1), (200, 2)])
 def test_a_server_without_n_is_asked_for_each_response(status, gives, caplog):
     def reply(path, body):
@@ -134,7 +146,7 @@ def test_a_server_without_n_is_asked_for_each_response(status, gives, caplog):
     with serving(reply) as (url, asked):
         server = asking(url, concurrency=1)
         assert [len(answer.texts) for answer in respond(server)] == [3] * 4
-        assert [body.get("n", 1) for _, body, _ in asked] == [3] + [1] * (12 - gives), "it is tried once"
+        assert [body.get("n", 1) for _, body, _ in asked] == ([3] + [1] * (3 - gives)) * 4, "each is asked as any other"
     (said,) = [record.message for record in caplog.records]
     assert "one request for each response" in said and url in said
 
@@ -248,6 +260,8 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
         )
         with pytest.raises(UserError, match=f"{url}: the server refuses the request: status 400: .*too long"):
             respond(asking(url), CHAT[1:2])
+        (alone,) = respond(asking(url), CHAT[1:2], first=32)
+        assert alone.reasons == answers[1].reasons, "where others have texts it is counted, whichever chunk it is in"
     with serving(lambda *_: (200, chosen([""] * 3))) as (url, _), pytest.raises(UserError, match="gave an empty text"):
         respond(asking(url))
 
@@ -386,7 +400,7 @@ def test_transformers_serve(tmp_path, caplog):
             assert server.respond(requests, lengths, 0, 0) == answers, "seeds of requests decide"
         finally:
             process.terminate()
-    assert not server.takes_n and [len(answer.texts) + len(answer.reasons) for answer in answers] == [2, 2]
+    assert server.said_singly and [len(answer.texts) + len(answer.reasons) for answer in answers] == [2, 2]
     assert any(answer.texts for answer in answers) and not any(
         "it reads" in record.message for record in caplog.records
     )

@@ -42,7 +42,7 @@ class SparsePolicy:
     values: per tensor, an fp32 nn.Parameter [K], among `model.parameters()` but not in the model's state_dict, which
     stays that of a normal model; SparseAdamW's holds them. Raises UserError when one of both is of another model, and
     later where the model is moved or cast, loads the state of another one, or another optimizer changes the values.
-    keep_dense_gradients: also accumulate every weight's dense gradient (for `clip: all`), at its full cost.
+    keep_dense_gradients: also add up every weight's dense gradient, in fp32 (for `clip: all`), at its full cost.
     rounding_seed: values are rounded into bfloat16 weights by chance, as by `scatter_`; None: to nearest. With that of
     `start` the policy begins from the very weights that the earlier stage left. float32 weights take the values.
     """
@@ -74,7 +74,8 @@ class SparsePolicy:
         if start:
             for name, value in self.values.items():
                 start.carry_into(value.detach(), name, self.positions[name])
-        self.dense_gradients = {n: torch.zeros_like(w) for n, w in weights.items()} if keep_dense_gradients else {}
+        kept = weights.items() if keep_dense_gradients else ()
+        self.dense_gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in kept}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._patterns: dict[str, sampled.Pattern] = {}  # of weights that only these get a gradient of
         self._indices = {name: at.unpack() for name, at in self.positions.items() if sampled.is_small(weights[name])}

@@ -166,14 +166,10 @@ def why_padded(model: PreTrainedModel) -> str | None:
 
     Three prompts of other lengths go into two slots, four tokens each. Raises UserError where a logit is not finite.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    low, high = min(10, vocabulary // 3), min(1000, vocabulary)
-    draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(low, high, (length,), generator=draw).tolist() for length in (3, 5, 9)]
-    sampler = _Recording(type(model).__name__, 0.0, 1.0, set())
-    responses = [Response(prompt, 4) for prompt in prompts]
+    sampler, responses = Recording(type(model).__name__, 0.0, 1.0, set()), trial_responses(model, 3, 5, 9)
     try:
-        cached = model(input_ids=torch.tensor(prompts[:1], device=model.device), use_cache=True).past_key_values
+        ids = torch.tensor([responses[0].prompt], device=model.device)
+        cached = model(input_ids=ids, use_cache=True).past_key_values
         if not isinstance(cached, DynamicCache) or {type(layer) for layer in cached.layers} != {DynamicLayer}:
             return "it caches other things than the keys and values of all tokens"
         Decoder(model, sampler, 2).run(responses)
@@ -184,8 +180,16 @@ def why_padded(model: PreTrainedModel) -> str | None:
     return None if all(sampler.agrees(model, response) for response in responses) else "its rows depend on each other"
 
 
+def trial_responses(model: PreTrainedModel, *lengths: int) -> list[Response]:
+    """To prompts of these lengths; none has a token yet."""
+    vocabulary = model.config.get_text_config().vocab_size
+    low, high = min(10, vocabulary // 3), min(1000, vocabulary)
+    draw = torch.Generator().manual_seed(0)
+    return [Response(torch.randint(low, high, (length,), generator=draw).tolist(), 4) for length in lengths]
+
+
 @dataclass
-class _Recording(Sampler):
+class Recording(Sampler):
     """Remembers the logits of each response's tokens."""
 
     logits: dict[int, list[Tensor]] = field(default_factory=dict)

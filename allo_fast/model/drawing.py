@@ -69,15 +69,20 @@ def drawn(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) ->
 
 
 def _nucleus(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities [B, K] and ids [B, K], ascending, of the tokens that are drawn from; others among them weigh 0."""
+    """Probabilities [B, K] and ids [B, K], ascending, of the tokens that are drawn from; others among them weigh 0.
+
+    Of equally likely tokens at the edge those with lower ids are drawn from, however many candidates other rows need.
+    """
     count, total = _CANDIDATES, scaled.logsumexp(-1, keepdim=True)
     while True:
         count = min(count, scaled.shape[-1])
         top, ids = scaled.topk(count)
         weights = (top - total).exp()
-        before = weights.cumsum(-1) - weights
-        if count == scaled.shape[-1] or (before[:, -1] >= top_p).all():
+        inside = weights.cumsum(-1) - weights < top_p
+        least = top.masked_fill(~inside, torch.inf).amin(-1)
+        if count == scaled.shape[-1] or (top[:, -1] < least).all():  # all that are as likely as the last are seen
             break
         count *= 8
     ids, order = ids.sort(-1)
-    return weights.masked_fill(before >= top_p, 0).gather(1, order), ids
+    likeliest = top.gather(1, order).argsort(dim=-1, descending=True, stable=True)
+    return weights.gather(1, order) * torch.zeros_like(inside).scatter_(1, likeliest, inside), ids

@@ -1,19 +1,23 @@
 """Responses from a model: each drawn with numbers of its own, so that a text does not depend on what runs beside it."""
 
 import logging
+from dataclasses import replace
+from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from allo_fast.model.decoding import Decoder, why_padded
+from allo_fast import ranks
+from allo_fast.model.decoding import Decoder, Recording, trial_responses, why_padded
 from allo_fast.model.drawing import Response, Sampler, draws_of
 from allo_fast.model.probe import longest_row
 
 logger = logging.getLogger(__name__)
 
 _padded: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()  # why each model that was tried is
+_tried: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # how each may be batched: see `_together`
 
 
 @torch.no_grad()
@@ -51,12 +55,13 @@ def generate(
     responses = [[begun(number, prompt, sample) for sample in samples] for number, prompt in enumerate(prompts)]
     every = [response for same in responses for response in same]
     rows = min(rows or len(every), len(every))
-    if not sharded and _in_slots(model, max(map(len, prompts)) + max_new_tokens):
-        Decoder(model, sampler, rows).run(every)
-    else:
-        every.sort(key=lambda response: len(response.prompt))
-        for start in range(0, len(every), rows):
-            _decode_padded(model, every[start : start + rows], sampler, min(end_tokens), sharded)
+    if not sharded and _in_slots(model):
+        limit = longest_row(model)  # beyond it, what a row is depends on its batch
+        fitting = [response for response in every if not limit or len(response.prompt) + max_new_tokens <= limit]
+        Decoder(model, sampler, rows).run(fitting)
+        every = [response for response in every if not response.tokens]
+    for batch in _batches(model, every, rows, min(end_tokens), sharded):
+        _decode_batch(model, batch, sampler, min(end_tokens), sharded)
     return [[_text(tokenizer, response, stops) for response in same] for same in responses]
 
 
@@ -66,16 +71,55 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
-def _in_slots(model: PreTrainedModel, longest: int) -> bool:
-    """What a model cannot is said once. longest: tokens of a row."""
+def _in_slots(model: PreTrainedModel) -> bool:
+    """What a model cannot is said once."""
     if model not in _padded:
         if _padded.setdefault(model, why_padded(model)):
             logger.warning("%s: responses in padded batches: %s", type(model).__name__, _padded[model])
-    limit = longest_row(model)  # beyond it, what a row is depends on its batch
-    return not _padded[model] and (limit is None or longest <= limit)
+    return not _padded[model]
 
 
-def _decode_padded(
+def _batches(
+    model: PreTrainedModel, responses: list[Response], rows: int, padding: int, sharded: bool
+) -> list[list[Response]]:
+    """Of at most `rows`, the same number on all ranks that share the model; none has rows that change each other."""
+    if not responses:
+        return []
+    together = _together(model, padding, sharded)
+    ordered = sorted(responses, key=lambda response: len(response.prompt))
+    groups = [ordered]
+    if together != "padded":
+        groups = [list(same) for _, same in groupby(ordered, key=lambda response: len(response.prompt))]
+    rows = 1 if together == "alone" else rows
+    batches = [group[start : start + rows] for group in groups for start in range(0, len(group), rows)]
+    missing = max(ranks.gather(len(batches))) - len(batches) if sharded else 0
+    return batches + [[replace(ordered[0], tokens=[])] for _ in range(missing)]
+
+
+def _together(model: PreTrainedModel, padding: int, sharded: bool) -> str:
+    """Which rows of a batch are what they are alone: "padded" ones; only those of prompts of "one length"; or a row
+    "alone". What is not padded is said once."""
+
+    def agree(*lengths: int) -> bool:
+        recording, trial = Recording(type(model).__name__, 0.0, 1.0, set()), trial_responses(model, *lengths)
+        _decode_batch(model, trial, recording, padding, sharded)
+        return all([recording.agrees(model, response) for response in trial])  # each, for ranks that share the model
+
+    if model not in _tried:
+        name, growing = type(model).__name__, longest_row(model) is not None
+        if not growing and agree(3, 5, 9):
+            _tried[model] = "padded"
+        elif growing or agree(5, 5, 5):
+            why = "its rotary embedding changes with the longest row" if growing else "padding changes its results"
+            logger.warning("%s: responses to prompts of one length in a batch: %s", name, why)
+            _tried[model] = "one length"
+        else:
+            logger.warning("%s: one response after the other: other rows change its results", name)
+            _tried[model] = "alone"
+    return _tried[model]
+
+
+def _decode_batch(
     model: PreTrainedModel, responses: list[Response], sampler: Sampler, padding: int, sharded: bool
 ) -> None:
     """By Hugging Face `generate`, until the last of these rows is done; the tokens are the sampler's choice."""

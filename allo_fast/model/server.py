@@ -60,45 +60,49 @@ class Server:
         self.url, self.key = self.server.url.rstrip("/"), api_key(settings)
         self.body = {"model": self.server.model or model, "temperature": settings.temperature}
         self.body |= {"top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
-        self.takes_n, self.said_tokens = settings.num_return_sequences > 1, False
+        self.said_singly = self.said_tokens = False
 
     def respond(self, requests: Sequence[dict], lengths: Sequence[int], seed: int, first: int) -> list[Answer]:
         """To each request {messages or prompt, ...}. lengths: tokens of their prompts here. first: the number of the
         first problem, which with `seed` and the response's own makes the seed of a request.
 
-        Raises UserError where the server is not there, or refuses all of them.
+        Raises UserError where the server is not there, or has no text for the very first ones.
         """
 
         def work(number: int) -> Answer:
             return self._answer(requests[number], lengths[number], lambda sample: _seed(seed, first + number, sample))
 
         answers = _parallel(work, len(requests), self.server.concurrency)
-        if not any(answer.texts for answer in answers):
+        if first == 0 and not any(answer.texts for answer in answers):
             raise UserError(self._problem(answers[0].reasons[0], "look into its log"))
         return answers
 
     def _answer(self, request: dict, length: int, seed_of: Callable[[int], int]) -> Answer:
+        """Every problem is first asked with `n`: what others were answered decides no seed."""
         answer, count = Answer(), self.settings.num_return_sequences
+        missing, why = count, ""
         while (number := len(answer.texts) + len(answer.reasons)) < count:
-            missing = count - number if self.takes_n else 1
             try:
                 texts = self._choices(request, length, seed_of(number), missing)
             except _Refused as refusal:
                 if missing == 1:
                     answer.reasons += [f"the server refuses the request: {refusal}"] * (count - number)
                     break
-                self._ask_singly(f"refuses {missing} responses to a request: {refusal}")
+                why, missing = f"refuses {missing} responses to a request: {refusal}", 1
                 continue
             if len(texts) < missing:
-                self._ask_singly(f"gives {len(texts)} of {missing} responses")
+                why = f"gives {len(texts)} of {missing} responses"
+            if why:
+                self._say_singly(why)
+            missing = 1
             answer.texts += [text for text in texts if not _flaw(text)]
             answer.reasons += [f"the server gave {flaw}" for flaw in map(_flaw, texts) if flaw]
         return answer
 
-    def _ask_singly(self, why: str) -> None:
-        if self.takes_n:
+    def _say_singly(self, why: str) -> None:
+        if not self.said_singly:
+            self.said_singly = True
             logger.warning("%s: %s; one request for each response", self.url, why)
-        self.takes_n = False
 
     def _choices(self, request: dict, length: int, seed: int, count: int) -> list[str]:
         """Up to `count` texts, at least one. Raises _Refused, UserError."""
@@ -144,7 +148,8 @@ class Server:
             with urllib.request.urlopen(asked, timeout=self.server.timeout) as reply:
                 content = _read(reply, until)
         except urllib.error.HTTPError as error:
-            raise self._of_status(error) from None
+            with error:
+                raise self._of_status(error) from None
         except TimeoutError:
             raise _Failed(f"no answer in {self.server.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:

@@ -27,7 +27,7 @@ def training_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None
     memory = states(shape, config.model.dtype, ratio, zero, gpus, math.ceil(micros / gpus))
     offloaded = memory.pop("host", 0)
     if isinstance(train, SparseTrainConfig) and _clips_all(job, train):
-        memory["gradients"] += BYTES[config.model.dtype] * shape.parameters
+        memory["gradients"] += BYTES["float32"] * shape.parameters
     memory |= {"reference": reference_bytes(job, train, zero)}
     memory |= _transient(job, shape, ratio, zero, micro_batch_tokens(config, section, train))
     if section.startswith("rewards"):  # the trained model scores at last

@@ -24,7 +24,7 @@ from allo_fast.model.server import Server
 from allo_fast.runs.rows import Rows, by_chunks
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import BATCHES, base_path, inference, prompts_of
-from allo_fast.stages.problems import PROBLEMS, first_row, unit_problems
+from allo_fast.stages.problems import PROBLEMS, first_row, limits, unit_problems
 
 RESPONSES = "responses.jsonl"
 
@@ -64,17 +64,18 @@ def _suffix(unit: Unit, prompts: Prompts) -> str:
 
 def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
     """As `_sample`, of a server. What it refuses or leaves empty is among a row's `unusable`."""
-    settings, suffix = unit.config.sample, _suffix(unit, prompts)
+    settings, suffix, positions = unit.config.sample, _suffix(unit, prompts), limits(unit.config, 0).positions
     server = Server(settings, unit.config.model.name_or_path)
 
     def work(chunk: list[dict], start: int) -> list[dict]:
         requests = [prompts.request(row["prompt"], row["tools"], suffix) for row in chunk]
         lengths = [len(row["prompt_ids"]) for row in chunk]
         answers = server.respond(requests, lengths, unit.seed, start)
-        rows = [_judged(unit, row, answer.texts, prompts) for row, answer in zip(chunk, answers, strict=True)]
-        return [
-            {**row, "unusable": row["unusable"] + answer.reasons} for row, answer in zip(rows, answers, strict=True)
-        ]
+        rows = []
+        for row, answer in zip(chunk, answers, strict=True):
+            judged = _judged(unit, row, answer.texts, prompts, positions)
+            rows.append({**judged, "unusable": judged["unusable"] + answer.reasons})
+        return rows
 
     size = max(settings.server.concurrency, BATCHES * settings.batch_size)
     rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
@@ -82,7 +83,7 @@ def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, No
 
 
 def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
-    settings, suffix = unit.config.sample, _suffix(unit, prompts)
+    settings, suffix, positions = unit.config.sample, _suffix(unit, prompts), limits(unit.config, 0).positions
 
     def asked(row: dict) -> list[int]:
         return prompts.encode_prompt(row["prompt"], suffix=suffix) if suffix else row["prompt_ids"]
@@ -104,17 +105,17 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
                 rows=settings.batch_size * settings.num_return_sequences,
                 sharded=frozen.sharded,
             )
-            return [_judged(unit, row, sampled, prompts) for row, sampled in zip(chunk, texts, strict=True)]
+            return [_judged(unit, row, sampled, prompts, positions) for row, sampled in zip(chunk, texts, strict=True)]
 
         size = frozen.at_once(settings.batch_size)
         rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
     return rows
 
 
-def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts) -> dict:
+def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts, positions: float) -> dict:
     cut = [_cut(text, unit.config.sample.stop) for text in texts]
     judged = [(text, is_correct(text, row["answer"], unit.config.data.scorer)) for text in cut]
-    return encode_responses(row, judged, prompts)
+    return encode_responses(row, judged, prompts, positions)
 
 
 def _cut(text: str, stops: list[str]) -> str:
