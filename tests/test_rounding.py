@@ -104,13 +104,13 @@ def test_weights_follow_from_their_values_alone(sizes, kind, impl):
     before = [random(size, dtype=torch.bfloat16) for size in sizes]
     weights = [weight.clone() for weight in before]
     values = write(kind, weights if len(sizes) > 1 else weights[0], at, impl, seed=9)
-    for weight, start, part, mine in zip(weights, before, at.split(), values.split(at.counts), strict=True):
+    for weight, start, part, mine in zip(weights, before, at.parts, values.split(at.counts), strict=True):
         index = part.unpack()
         expected = start.clone()
         expected[index] = stochastically(mine, index % SPAN, 9).bfloat16()
         assert torch.equal(weight, expected)
         assert torch.equal(weight[index], rounded(mine, part.low, torch.bfloat16, 9))
-    assert (weights[0][at.split()[0].unpack()] != values[: at.counts[0]].bfloat16()).any(), "not to nearest"
+    assert (weights[0][at.parts[0].unpack()] != values[: at.counts[0]].bfloat16()).any(), "not to nearest"
 
 
 @IMPLS

@@ -78,7 +78,6 @@ class SparsePolicy:
         self.dense_gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in kept}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._patterns: dict[str, sampled.Pattern] = {}  # of weights that only these get a gradient of
-        self._indices = {name: at.unpack() for name, at in self.positions.items() if sampled.is_small(weights[name])}
         self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
@@ -128,10 +127,9 @@ class SparsePolicy:
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
-        decoded = [*self._patterns.values(), *self._indices.values()]
         kinds = {
             "base": named_weights(self.model).values(),
-            "positions": [group.positions for group in self.groups] + decoded,
+            "positions": [group.positions for group in self.groups] + [*self._patterns.values()],
             "originals": [group.originals for group in self.groups],
             "values": self.values.values(),
             "gradients": gradients + [*self.dense_gradients.values()],
@@ -249,8 +247,8 @@ class SparsePolicy:
         at, gradients = self.positions[name], self._sum(name)
         if gradients is None:
             return gathered(at, gradient)
-        if (index := self._indices.get(name)) is not None:
-            gradients += gradient.reshape(-1)[index]
+        if sampled.is_small(gradient):  # which has one block
+            gradients += gradient.reshape(-1)[at.low.long()]
         else:
             gather(gradient.contiguous(), at, out=gradients, accumulate=True)
         return None

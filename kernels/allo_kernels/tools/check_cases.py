@@ -44,7 +44,7 @@ def _adamw_cases(large: bool) -> Iterator[Case]:
 
 
 def _gather_case(device, sizes, kind, dtype):
-    random, parts = drawing(device), selected(device, sizes, kind).split()
+    random, parts = drawing(device), selected(device, sizes, kind).parts
     dense = [random(size, dtype=dtype) for size in sizes]
     before = [random(len(part)) for part in parts]
 
