@@ -106,6 +106,11 @@ def test_fewer_pairs(located):
     fewer = "locate.score=grad_sum", "locate.pairs=4", "rewards.source=confidence"
     facts = json.loads((located(*fewer) / MANIFEST).read_text())["facts"]
     assert (facts["examples"], facts["steps"]) == (4, 1)
+    whole = json.loads((located("locate.score=grad_sum") / MANIFEST).read_text())["facts"]
+    cut = json.loads((located("locate.score=grad_sum", "warmup.max_tokens_per_batch=60") / MANIFEST).read_text())[
+        "facts"
+    ]
+    assert "set_aside" not in whole and 0 < cut["set_aside"] == whole["examples"] - cut["examples"], cut
     said = located(*fewer, "warmup.gradient_accumulation_steps=2", code=2)
     assert "locate.pairs: expected at least the 8 of a step of warmup, got 4" in said
 

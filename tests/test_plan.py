@@ -98,6 +98,13 @@ def test_the_bytes_of_the_design():
     assert sharded["base"] == 2 * shape.parameters / 8 and "originals" not in {k for k, v in sharded.items() if v}
 
 
+def test_clipping_by_all_weights_holds_all_gradients_in_float32():
+    config, shape = settings(), shape_like((1 << 20,) * 8)
+    every = config.model_copy(update={"learn": config.learn.model_copy(update={"clip": "all"})})
+    held = [by_stage(plan_of(each, shape, None, 80, 1))["learn"].memory["gradients"] for each in (config, every)]
+    assert held[1] - held[0] == 4 * shape.parameters
+
+
 def test_offload_moves_states_to_the_host():
     shape = shape_like((1 << 20,))
     on_device, offloaded = (states(shape, "bfloat16", None, Zero(3, offload=held), 2) for held in (False, True))

@@ -200,6 +200,12 @@ def test_dense_gradients_are_kept_for_clip_all():
         torch.testing.assert_close(policy.dense_gradients[name], weight.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_dense_gradients_of_a_bfloat16_base_add_up_in_float32():
+    model = tiny_llama().bfloat16()
+    policy = SparsePolicy(model, random_selection(model, 0.1), keep_dense_gradients=True)
+    assert {gradient.dtype for gradient in policy.dense_gradients.values()} == {torch.float32}
+
+
 def test_a_mask_for_another_model_is_refused():
     with pytest.raises(UserError, match="made for the model"):
         SparsePolicy(tiny_llama(seed=1), random_selection(tiny_llama(seed=0)))

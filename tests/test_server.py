@@ -231,6 +231,16 @@ def test_a_server_says_how_long_to_wait(monkeypatch):
         waited.clear()
 
 
+def test_nothing_stays_open_while_it_waits(monkeypatch):
+    failed, of_status = [], Server._of_status
+    monkeypatch.setattr(Server, "_of_status", lambda self, error: failed.append(error) or of_status(self, error))
+    monkeypatch.setattr(module.time, "sleep", lambda _: closed.append(failed[-1].closed))
+    closed = []
+    with serving(lambda *_: (503, b"x" * 9000)) as (url, _), pytest.raises(UserError):
+        respond(asking(url), CHAT[:1])
+    assert closed == [True, True]
+
+
 @pytest.mark.parametrize(
     "status, remedy",
     [(401, "api_key_env names"), (403, "api_key_env names"), (404, "end with /v1, and is 'org/base' what it calls")],
@@ -262,6 +272,8 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
             respond(asking(url), CHAT[1:2])
         (alone,) = respond(asking(url), CHAT[1:2], first=32)
         assert alone.reasons == answers[1].reasons, "where others have texts it is counted, whichever chunk it is in"
+        with pytest.raises(UserError, match="too long"):
+            respond(asking(url), CHAT[1:2] * 8, first=32)
     with serving(lambda *_: (200, chosen([""] * 3))) as (url, _), pytest.raises(UserError, match="gave an empty text"):
         respond(asking(url))
 

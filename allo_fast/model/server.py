@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT = 1.0  # seconds before a request is tried again; twice as long each time
 LONGEST_WAIT = 60.0
+_MANY = 8  # problems: so many without a text lie with the server
 _REFUSALS = {400, 413, 422}  # of this very request
 _KEY, _PLACE = {401, 403}, {404, 405}
 
@@ -66,14 +67,15 @@ class Server:
         """To each request {messages or prompt, ...}. lengths: tokens of their prompts here. first: the number of the
         first problem, which with `seed` and the response's own makes the seed of a request.
 
-        Raises UserError where the server is not there, or has no text for the very first ones.
+        Raises UserError where the server is not there, or has no text for the very first ones, or for that many at once
+        that they are not the reason.
         """
 
         def work(number: int) -> Answer:
             return self._answer(requests[number], lengths[number], lambda sample: _seed(seed, first + number, sample))
 
         answers = _parallel(work, len(requests), self.server.concurrency)
-        if first == 0 and not any(answer.texts for answer in answers):
+        if (first == 0 or len(answers) >= _MANY) and not any(answer.texts for answer in answers):
             raise UserError(self._problem(answers[0].reasons[0], "look into its log"))
         return answers
 
