@@ -1,5 +1,6 @@
 """transformers.Trainer around a small SparsePolicy, in one process (test_trainer.py) or on a rank (test_ranks.py)."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def logged(trainer: Trainer, key: str) -> list[float]:
 
 def train(folder: Path) -> None:
     """Trains, and again from the checkpoint after two steps, then recomputing activations; each rank leaves a file."""
+    _train(folder)
+    gc.collect()  # a reducer that is the last to hold the group would wait for a thread that waits for the interpreter
+    dist.destroy_process_group()
+
+
+def _train(folder: Path) -> None:
     changes = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer, policy = sparse_trainer(folder / "out", **changes)
     trainer.train()
@@ -64,4 +71,3 @@ def train(folder: Path) -> None:
     again.train(resume_from_checkpoint=str(folder / "out/checkpoint-2"))
     found = {"values": vector(policy), "resumed": vector(resumed), "norms": logged(trainer, "grad_norm")}
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
-    dist.destroy_process_group()
