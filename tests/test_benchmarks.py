@@ -27,7 +27,7 @@ from benchmarks.__main__ import main
 
 CASES = list(islice(cases(), 2))
 HEADS = (HeadShape("even", 8, 16, 300), HeadShape("capped", 8, 16, 301, softcap=5.0))
-SIZES = Sizes(2, 70_000, HEADS, 5000, 2, torch.bfloat16, 1)
+SIZES = Sizes(2, 70_000, HEADS, 5000, 2, torch.bfloat16, 1, 64)
 
 
 def test_sample_counts_the_same_tokens_for_all(tmp_path, capsys, monkeypatch):

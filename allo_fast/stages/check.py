@@ -33,6 +33,7 @@ from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
+from allo_fast.unread import unread
 
 T = TypeVar("T")
 _REWRITING = ("rewriter", "prompted")  # sources of rewards whose prompts are longer than those of data.train
@@ -62,7 +63,7 @@ class Findings:
 
 def check(config: Config) -> Findings:
     """Reads every named file and renders every row; loads no weights and writes nothing."""
-    findings = Findings()
+    findings = Findings(notes=unread(config))
     findings.attempt(lambda: pick_device(config.model.device))
     if config.deepspeed not in (None, "auto"):
         findings.attempt(lambda: read_zero(config.deepspeed, config))

@@ -69,11 +69,10 @@ def run(device: torch.device, sizes: Sizes) -> Iterator[tuple[Ceilings, Row]]:
 def measure_ceilings(device: torch.device, sizes: Sizes) -> Ceilings:
     source = torch.empty(sizes.tensors * sizes.weights, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device).to(sizes.dtype) for _ in range(2))
+    left, right = (torch.randn(sizes.side, sizes.side, device=device).to(sizes.dtype) for _ in range(2))
     copied = _time({"copy": lambda: target.copy_(source)}, device, sizes.rounds)["copy"][0]
     multiplied = _time({"product": lambda: left @ right}, device, sizes.rounds)["product"][0]
-    return Ceilings(2 * source.nbytes / copied / 1e6, 2 * side**3 / multiplied / 1e9)
+    return Ceilings(2 * source.nbytes / copied / 1e6, 2 * sizes.side**3 / multiplied / 1e9)
 
 
 def _rows(benchmark: Benchmark, device: torch.device, sizes: Sizes, ceilings: Ceilings) -> Iterator[Row]:

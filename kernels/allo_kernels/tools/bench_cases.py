@@ -15,7 +15,10 @@ _SECTOR = 32  # bytes that a GPU moves at least
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: weights of the optimizer's tensors, heads, scores to rank, pairs; rounds at least."""
+    """What is measured: weights of the optimizer's tensors, heads, scores to rank, pairs; rounds at least.
+
+    side: of the square matrices whose product is the ceiling.
+    """
 
     tensors: int
     weights: int  # of each tensor
@@ -24,6 +27,7 @@ class Sizes:
     pairs: int
     dtype: torch.dtype  # of weights and hidden states
     rounds: int
+    side: int
 
 
 _HEADS = (
@@ -31,8 +35,8 @@ _HEADS = (
     HeadShape("Gemma-2-2B", 8192, 2304, 256_000, softcap=30.0),
     HeadShape("an odd vocabulary", 8192, 4096, 32_001),
 )
-GPU = Sizes(32, 1 << 24, _HEADS, 1 << 29, 64, torch.bfloat16, 10)
-CPU = Sizes(1, 100_000_000, (HeadShape("SmolLM2-135M", 512, 576, 49_152),), 10_000_000, 64, torch.float32, 11)
+GPU = Sizes(32, 1 << 24, _HEADS, 1 << 29, 64, torch.bfloat16, 10, 8192)
+CPU = Sizes(1, 100_000_000, (HeadShape("SmolLM2-135M", 512, 576, 49_152),), 10_000_000, 64, torch.float32, 11, 2048)
 
 
 def benchmarks(device: torch.device, sizes: Sizes) -> Iterator[Benchmark]:

@@ -1,0 +1,78 @@
+"""Settings that differ from their defaults and decide nothing in this run, which is said before it starts."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import reduce
+
+from allo_fast.config import Config
+from allo_fast.plan.rows import SAMPLED
+from allo_fast.section import Section
+
+_OF_REWARDS = {  # keys, and the sources that read them
+    "rewards.ratio": ("rewriter", "implicit"),
+    "rewards.train.* rewards.max_examples": ("rewriter",),
+    "rewards.dpo.*": ("implicit",),
+    "rewards.template": ("rewriter", "prompted"),
+    "rewards.batch_size": ("rewriter", "prompted", "confidence", "implicit"),
+}
+
+
+def unread(config: Config) -> list[str]:
+    """A line for each reason that there is, with the keys that are not read for it."""
+    changed, lines = dict.fromkeys(_changed(config)), []
+    for why, patterns in _reasons(config):
+        if idle := [key for key in changed if any(fnmatch(key, pattern) for pattern in patterns.split())]:
+            lines.append(f"not read: {', '.join(idle)} ({why})")
+            changed = dict.fromkeys(key for key in changed if key not in idle)
+    return lines
+
+
+def _changed(section: Section, prefix: str = "") -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _changed(value, f"{prefix}{name}.")
+        elif value != field.default:
+            yield prefix + name
+
+
+def _reasons(config: Config) -> Iterator[tuple[str, str]]:
+    """Each with the patterns of keys, in words, that nothing reads for it."""
+    method, located = config.method, config.located_sections
+    if config.model.name_or_path:
+        yield "only where model.name_or_path is null a model is pretrained", "pretrain.*"
+    if config.data.format not in SAMPLED:
+        sampling = "sample.[nt]* sample.max_new_tokens sample.batch_size sample.stop"
+        yield f"data.format: {config.data.format} has its responses", f"{sampling} pairs.gold evaluate.max_new_tokens"
+    if config.sample.engine == "local":
+        yield "sample.engine: local", "sample.server.*"
+    else:
+        yield "sample.engine: server", "sample.batch_size"
+    if config.data.chat_template is False:
+        yield "data.chat_template: false", "data.chat_template_kwargs"
+    if config.model.dtype == "float32":
+        yield "model.dtype: float32 takes all values as they are", "model.rounding"
+    if method == "dpo":
+        ranking = "locate.score locate.after locate.scope locate.skip locate.last locate.rows"
+        ranking += " locate.exclude" * (not located)
+        yield "method: dpo trains all weights", f"{ranking} rewards.* forget.* learn.* reference save_models rivals"
+    if method == "sparse-dpo":
+        yield "method: sparse-dpo forgets nothing", "rewards.* forget.*"
+    if not config.warms_up and "warmup" in located:
+        yield "weights are located by its steps, and none is taken", "warmup.save_* warmup.skip_nonfinite_steps"
+    elif not config.warms_up:
+        yield "no warm-up runs, and its steps locate no weights", "warmup.*"
+    if not located:
+        yield "no gradients rank weights", "locate.pairs locate.clip locate.windows locate.accumulators"
+    elif [*located] == ["warmup"] and config.located_by != "linear":
+        yield f"locate.score: {config.located_by}", "locate.clip"
+    if not config.warms_up and config.located_by != "linear":
+        moving = "learning_rate lr_* warmup_steps adam_* weight_decay max_grad_norm"
+        yield f"locate.score: {config.located_by}", " ".join(f"warmup.{key}" for key in moving.split())
+    idle = [keys for keys, sources in _OF_REWARDS.items() if config.reward_source not in sources]
+    yield f"rewards.source: {config.reward_source}", " ".join(idle)
+    if config.protocol == "release":
+        yield "protocol: release", "forget.threshold"
+    for key in ("pretrain", "sft", "warmup", "rewards.train", "rewards.dpo", "forget", "learn"):
+        if getattr(reduce(getattr, key.split("."), config), "lr_scheduler_type", None) == "constant":
+            yield f"{key}.lr_scheduler_type: constant", f"{key}.warmup_steps"
