@@ -66,7 +66,7 @@ class ServerConfig(Section):
     model: str | None = None  # what the server calls the base; null: model.name_or_path
     api_key_env: str | None = None  # the environment variable that holds the key; null: none is sent
     concurrency: int = Field(16, gt=0)  # requests at once, of each rank
-    timeout: float = Field(600, gt=0)  # seconds that an answer, of all responses to a problem, may take
+    timeout: float = Field(600, gt=0, le=1e6)  # seconds that an answer, of all responses to a problem, may take
     retries: int = Field(6, ge=0)  # of a request, after 1, 2, 4, ... seconds
 
 

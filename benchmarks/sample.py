@@ -183,7 +183,7 @@ def _prompts(model: PreTrainedModel, path: str | None, count: int) -> list[list[
         draw = torch.Generator().manual_seed(0)
         return [torch.randint(3, model.config.vocab_size, (size,), generator=draw).tolist() for size in sizes]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = [" ".join((WORDS * 7)[start : start + size]) for start, size in enumerate(sizes)]
+    texts = [" ".join((WORDS * 8)[start % len(WORDS) :][:size]) for start, size in enumerate(sizes)]
     if not tokenizer.chat_template:
         return [tokenizer(text).input_ids for text in texts]
     chats = [[{"role": "user", "content": text}] for text in texts]

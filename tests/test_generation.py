@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
+from tiny import byte_level
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GPT2Config,
+    GPTNeoConfig,
     MambaConfig,
     MistralConfig,
     Qwen3Config,
@@ -19,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.model import generation
 from allo_fast.model.decoding import BLOCK, Decoder, why_padded
@@ -160,8 +163,19 @@ def test_a_rounding_moves_a_draw_no_further_than_itself():
             MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, state_size=4),
             "it cannot compute",
         ),
+        (  # whose window is longer than any prompt of a trial
+            GPTNeoConfig(
+                vocab_size=len(TOKENIZER),
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                window_size=64,
+            ),
+            "it has layers that do not attend to everything",
+        ),
     ],
-    ids=["qwen3", "gpt2", "sliding", "recurrent"],
+    ids=["qwen3", "gpt2", "sliding", "recurrent", "local"],
 )
 def test_models_that_cannot_are_padded_and_say_so_once(config, why, caplog):
     torch.manual_seed(0)
@@ -231,10 +245,43 @@ def test_ranks_that_share_a_model_compute_as_many_batches(monkeypatch):
 def test_rows_beyond_a_growing_rotary_embedding_have_no_longer_ones_beside_them(monkeypatch):
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_llama(vocab_size=len(TOKENIZER), rope_parameters=scaling, max_position_embeddings=32).double()
+    for weight in model.parameters():
+        weight.data *= 6 if weight.dim() == 2 else 1  # so that positions count
+    fresh = copy.deepcopy(model)
     short, long = [[5, 6], [7] * 9], [[8] * 40, [9] * 40]
-    texts = sampled(copy.deepcopy(model), short + long)
+    texts = sampled(model, short + long)
+    for number, prompt in [(1, [10] * 60), (2, long[0]), (0, short[0])]:  # after longer ones
+        assert sampled(model, [prompt], first=number)[0] == sampled(copy.deepcopy(fresh), [prompt], first=number)[0]
     assert [sampled(copy.deepcopy(model), [prompt], first=n)[0] for n, prompt in enumerate(short + long)] == texts
     used, decode = [], generation._decode_batch
     monkeypatch.setattr(generation, "_decode_batch", lambda m, rows, *more: used.append(rows) or decode(m, rows, *more))
     sampled(model, short + long)
     assert [[len(row.prompt) for row in batch] for batch in used] == [[40] * 6], "others have slots"
+
+
+def test_a_response_is_cut_before_the_character_that_it_would_end_in():
+    tokenizer = byte_level(eos="<eos>")
+    tokens = tokenizer("a\u00e9").input_ids
+    response = Response(tokenizer("b").input_ids, 9, tokens=tokens[:2])
+    assert tokenizer.decode(tokens[:2]) == "a\ufffd" and generation._text(tokenizer, response, {0}) == "a"
+    response.tokens = [*tokens[:2], 0]
+    assert generation._text(tokenizer, response, {0}) == "a\ufffd", "which it ended with"
+
+
+def test_a_model_that_cannot_generate_is_refused():
+    """One that raises on padded rows runs without them."""
+    config = RwkvConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, context_length=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    forward = model.generate
+
+    def raising(ids, attention_mask, **given):
+        if len(ids) > most or not attention_mask.all():
+            raise IndexError("no such rows")
+        return forward(ids, attention_mask=attention_mask, **given)
+
+    model.generate, most = raising, 1
+    assert len(sampled(model)) == 5 and generation._tried[model] == "alone"
+    del generation._tried[model]
+    most = 0
+    with pytest.raises(UserError, match="RwkvForCausalLM: it cannot generate: IndexError: no such rows"):
+        sampled(model)

@@ -135,6 +135,24 @@ def test_chunks_go_on_and_nothing_keeps_the_rows(tmp_path):
     assert seen == [(0, 3), (3, 3), (6, 1)]
 
 
+@pytest.mark.parametrize("sharded, seen", [(True, [(3, 2), (0, 3)]), (False, [(3, 2)])])
+def test_a_rank_without_a_chunk_of_its_own_does_anothers_for_a_model_in_shares(tmp_path, monkeypatch, sharded, seen):
+    done, work = [], lambda chunk, start: done.append((start, len(chunk))) or [{}] * len(chunk)
+    for rank in (1, 2):
+        place = {
+            "world_size": lambda: 3,
+            "rank": lambda rank=rank: rank,
+            "is_main": lambda: False,
+            "on_main": lambda work: 0,
+        }
+        place |= {"agree_on": lambda *_: None, "gather": lambda rows: [[{}] * 3, [{}] * 2, []]}
+        for name, value in place.items():
+            monkeypatch.setattr(f"allo_fast.runs.rows.ranks.{name}", value)
+        monkeypatch.setattr("allo_fast.runs.rows.read_jsonl", lambda path: [])
+        list(by_chunks(unit(tmp_path), "done.jsonl", [*range(5)], 3, "number", work, sharded))
+    assert done == seen
+
+
 def test_the_order_of_micro_batches_is_that_of_lists():
     corpus = pair_corpus(problems=50)
     corpus = corpus.only(random.Random(3).sample(range(100), 61))  # problems apart from one another

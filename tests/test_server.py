@@ -257,7 +257,7 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
         content = body["messages"][-1]["content"]
         if content == "question 1":
             return 400, {"error": "too long"}
-        return 200, chosen(["", "\ud83d", "text"] if content == "question 2" else [None, "a", "b"])
+        return 200, chosen(["", "\ud83d", "text\ufffd"] if content == "question 2" else [None, "a", "b"])
 
     with serving(reply) as (url, _):
         answers = respond(asking(url, concurrency=1), CHAT[:1] + CHAT[2:])
@@ -276,6 +276,14 @@ def test_a_problem_that_is_refused_or_left_empty_is_set_aside():
             respond(asking(url), CHAT[1:2] * 8, first=32)
     with serving(lambda *_: (200, chosen([""] * 3))) as (url, _), pytest.raises(UserError, match="gave an empty text"):
         respond(asking(url))
+
+
+@pytest.mark.parametrize("url", ["http://a..b/v1", "http://[::1/v1", "http://localhost:1x/v1"])
+def test_an_address_that_is_none_ends_it_at_once_and_shows_no_key(url, monkeypatch):
+    monkeypatch.setenv("ALLO_TEST_KEY", "secret")
+    with pytest.raises(UserError) as error:
+        respond(asking(url, api_key_env="ALLO_TEST_KEY", retries=0))
+    assert f"sample.server.url: {url}: " in str(error.value) and "secret" not in str(error.value)
 
 
 def test_more_responses_than_asked_for():
@@ -326,12 +334,12 @@ def job(tmp_path):
         "output_dir": str(tmp_path / "runs"),
         "model": {"name_or_path": str(tmp_path / "base"), "dtype": "float32"},
         "data": {"train": "arithmetic:train[:9]", "test": "arithmetic:test[:2]", "prompt_template": "{}="},
-        "sample": {"engine": "server", "num_return_sequences": 2, "max_new_tokens": 9, "batch_size": 1},
+        "sample": {"engine": "server", "num_return_sequences": 2, "max_new_tokens": 9},
     }
     (path := tmp_path / "job.yaml").write_text(json.dumps(settings))
 
     def command(name, url, *words):
-        server = [f"sample.server.url={url}", "sample.server.concurrency=2", "sample.server.retries=0"]
+        server = [f"sample.server.url={url}", "sample.server.concurrency=1", "sample.server.retries=0"]
         return main([name, str(path), *server, *words])
 
     return tmp_path / "runs/run/02-sample/seed-0/responses.jsonl", command
@@ -373,7 +381,12 @@ def test_the_key_comes_from_the_environment(job, monkeypatch, capsys):
             said = capsys.readouterr()
             assert "sample.server.api_key_env: ALLO_TEST_KEY: not set" in said.err + said.out
         assert not asked
-        monkeypatch.setenv("ALLO_TEST_KEY", "secret")
+        for wrong in ("se\ncret", "secr\u00e9t"):
+            monkeypatch.setenv("ALLO_TEST_KEY", wrong)
+            assert command("check", url, "sample.server.api_key_env=ALLO_TEST_KEY") == 2
+            said = "".join(capsys.readouterr())
+            assert "ALLO_TEST_KEY: no key: it has other signs than printable ASCII" in said and "cr" not in said
+        monkeypatch.setenv("ALLO_TEST_KEY", "secret\n")  # as files end
         assert command("sample", url, "sample.server.api_key_env=ALLO_TEST_KEY") == 0
         assert {headers["Authorization"] for _, _, headers in asked} == {"Bearer secret"}
 

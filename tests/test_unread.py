@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from allo_fast.config_file import load_config
-from allo_fast.unread import unread
+from allo_fast.stages.unread import unread
 
 GIVEN, SAMPLED = "data.format=multiple_choice", "data.format=gsm8k"
 DENSE = [GIVEN, "method=dpo"]
@@ -28,7 +28,11 @@ def read(tmp_path):
             ["sample.num_return_sequences=2", "sample.temperature=1", "sample.top_p=1", "sample.stop=[]"],
             [SAMPLED],
         ),
-        ([GIVEN], ["sample.max_new_tokens=3", "sample.batch_size=3", "pairs.gold=missing"], [SAMPLED]),
+        (
+            [GIVEN],
+            ["sample.max_new_tokens=3", "sample.batch_size=3", "pairs.gold=missing", "data.scorer=release"],
+            [SAMPLED],
+        ),
         ([GIVEN], ["evaluate.max_new_tokens=3"], [SAMPLED]),
         ([SAMPLED], ["sample.server.url=http://a", "sample.server.retries=1"], [SAMPLED, "sample.engine=server"]),
         ([SAMPLED, "sample.engine=server", "sample.server.url=http://a"], ["sample.batch_size=3"], [SAMPLED]),
@@ -60,7 +64,12 @@ def read(tmp_path):
         (["rewards.source=implicit"], ["rewards.train.max_grad_norm=2", "rewards.max_examples=3"], []),
         (["rewards.source=implicit"], ["rewards.template='{}{}{}'"], ["rewards.source=prompted"]),
         (["rewards.source=prompted"], ["rewards.dpo.beta=1"], ["rewards.source=implicit"]),
-        (["rewards.source=file", "rewards.path=f"], ["rewards.batch_size=3"], ["rewards.source=confidence"]),
+        (["rewards.source=file", "rewards.path=f"], ["rewards.batch_size=3"], ["rewards.source=implicit"]),
+        (["rewards.source=confidence"], ["rewards.batch_size=3"], ["rewards.source=prompted"]),
+        ([], ["ddp_timeout=5"], ["deepspeed=auto"]),
+        (DENSE, ["model.rounding=stochastic"], [*DENSE, "sft.ratio=.1"]),
+        ([*DENSE, "sft.ratio=1"], ["model.rounding=stochastic"], [GIVEN]),
+        ([GIVEN, "locate.clip=false"], ["warmup.max_grad_norm=2"], [GIVEN, "locate.clip=false", "rivals=[dpo]"]),
         (["protocol=release"], ["forget.threshold=mean"], []),
         (
             ["rewards.source=implicit", "rewards.dpo.lr_scheduler_type=constant"],

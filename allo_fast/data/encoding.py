@@ -15,6 +15,8 @@ from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.data.prompts import Prompts, turn_text
 from allo_fast.data.sources import UnusableRow
 
+CUT = "\ufffd"  # what a part of a character is decoded to
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from allo_fast.config import UserError, first_line
 from allo_fast.model.drawing import Response, Sampler
+from allo_fast.model.probe import reads_a_part
 
 BLOCK = 128  # positions by which slots grow
 PROMPT_TOKENS = 2048  # of prompts of one length that are computed together
@@ -164,7 +165,7 @@ class Decoder:
 def why_padded(model: PreTrainedModel) -> str | None:
     """Why responses of this model cannot be computed in slots; None where a trial gives what whole rows give.
 
-    Three prompts of other lengths go into two slots, four tokens each. Raises UserError where a logit is not finite.
+    Three prompts of other lengths go into two slots. Raises UserError where a logit is not finite.
     """
     sampler, responses = Recording(type(model).__name__, 0.0, 1.0, set()), trial_responses(model, 3, 5, 9)
     try:
@@ -172,6 +173,8 @@ def why_padded(model: PreTrainedModel) -> str | None:
         cached = model(input_ids=ids, use_cache=True).past_key_values
         if not isinstance(cached, DynamicCache) or {type(layer) for layer in cached.layers} != {DynamicLayer}:
             return "it caches other things than the keys and values of all tokens"
+        if reads_a_part(model.config.get_text_config()):  # by their places in the slots
+            return "it has layers that do not attend to everything"
         Decoder(model, sampler, 2).run(responses)
     except UserError:
         raise
@@ -181,11 +184,12 @@ def why_padded(model: PreTrainedModel) -> str | None:
 
 
 def trial_responses(model: PreTrainedModel, *lengths: int) -> list[Response]:
-    """To prompts of these lengths; none has a token yet."""
+    """To prompts of these lengths; none has a token yet. Some end before others."""
     vocabulary = model.config.get_text_config().vocab_size
     low, high = min(10, vocabulary // 3), min(1000, vocabulary)
     draw = torch.Generator().manual_seed(0)
-    return [Response(torch.randint(low, high, (length,), generator=draw).tolist(), 4) for length in lengths]
+    prompts = [torch.randint(low, high, (length,), generator=draw).tolist() for length in lengths]
+    return [Response(prompt, 4 + 3 * (number % 2)) for number, prompt in enumerate(prompts)]
 
 
 @dataclass

@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
+from allo_fast.config import UserError, first_line
+from allo_fast.data.encoding import CUT
 from allo_fast.model.decoding import Decoder, Recording, trial_responses, why_padded
 from allo_fast.model.drawing import Response, Sampler, draws_of
+from allo_fast.model.logps import forget_longer_rows
 from allo_fast.model.probe import longest_row
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ def generate(
     responses = [[begun(number, prompt, sample) for sample in samples] for number, prompt in enumerate(prompts)]
     every = [response for same in responses for response in same]
     rows = min(rows or len(every), len(every))
+    forget_longer_rows(model)
     if not sharded and _in_slots(model):
         limit = longest_row(model)  # beyond it, what a row is depends on its batch
         fitting = [response for response in every if not limit or len(response.prompt) + max_new_tokens <= limit]
@@ -98,15 +102,22 @@ def _batches(
 
 def _together(model: PreTrainedModel, padding: int, sharded: bool) -> str:
     """Which rows of a batch are what they are alone: "padded" ones; only those of prompts of "one length"; or a row
-    "alone". What is not padded is said once."""
+    "alone". What is not padded is said once. Raises UserError for a model that cannot generate at all."""
+    name, growing = type(model).__name__, longest_row(model) is not None
 
     def agree(*lengths: int) -> bool:
-        recording, trial = Recording(type(model).__name__, 0.0, 1.0, set()), trial_responses(model, *lengths)
-        _decode_batch(model, trial, recording, padding, sharded)
+        recording, trial = Recording(name, 0.0, 1.0, set()), trial_responses(model, *lengths)
+        try:
+            _decode_batch(model, trial, recording, padding, sharded)
+        except UserError:
+            raise
+        except Exception as error:  # a model may raise anything
+            if len(trial) == 1:
+                raise UserError(f"{name}: it cannot generate: {type(error).__name__}: {first_line(error)}") from error
+            return False
         return all([recording.agrees(model, response) for response in trial])  # each, for ranks that share the model
 
     if model not in _tried:
-        name, growing = type(model).__name__, longest_row(model) is not None
         if not growing and agree(3, 5, 9):
             _tried[model] = "padded"
         elif growing or agree(5, 5, 5):
@@ -114,6 +125,7 @@ def _together(model: PreTrainedModel, padding: int, sharded: bool) -> str:
             logger.warning("%s: responses to prompts of one length in a batch: %s", name, why)
             _tried[model] = "one length"
         else:
+            agree(5)
             logger.warning("%s: one response after the other: other rows change its results", name)
             _tried[model] = "alone"
     return _tried[model]
@@ -134,7 +146,9 @@ def _decode_batch(
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0)
 
     config = GenerationConfig(
-        max_new_tokens=responses[0].room, eos_token_id=sorted(sampler.stops), pad_token_id=padding
+        max_new_tokens=max(response.room for response in responses),
+        eos_token_id=sorted(sampler.stops),
+        pad_token_id=padding,
     )
     generation, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:
@@ -150,6 +164,9 @@ def _decode_batch(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, response: Response, stops: set[int]) -> str:
-    """Without the stop. Decoded behind its prompt: alone, some tokenizers drop the space that it begins with."""
-    tokens = response.tokens[:-1] if response.tokens[-1] in stops else response.tokens
-    return tokenizer.decode([*response.prompt, *tokens])[len(tokenizer.decode(response.prompt)) :]
+    """Without the stop, or the part of a character that it was cut in. Decoded behind its prompt: alone, some
+    tokenizers drop the space that it begins with."""
+    stopped = response.tokens[-1] in stops
+    tokens = response.tokens[:-1] if stopped else response.tokens
+    text = tokenizer.decode([*response.prompt, *tokens])[len(tokenizer.decode(response.prompt)) :]
+    return text if stopped else text.rstrip(CUT)

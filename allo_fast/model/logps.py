@@ -37,8 +37,7 @@ class ResponseLogps(nn.Module):
         self.additive_mask = model.config.get_text_config()._attn_implementation == "eager"
         for module in model.modules():
             _hook(module, _pass_through)
-        for module in growing_embeddings(model):
-            _hook(module, _forget_longer_rows)
+        forget_longer_rows(model)
         self.findings: Findings | None = None
         if not is_sharded(model):
             self.examine()
@@ -163,8 +162,13 @@ def _hook(module: nn.Module, function: Callable) -> None:
         module.register_forward_pre_hook(function)
 
 
-def _forget_longer_rows(module: nn.Module, inputs: tuple) -> None:
-    """Dynamic NTK keeps the frequencies of the longest row that it has seen, until a short one comes."""
+def forget_longer_rows(model: nn.Module) -> None:
+    """From now on: dynamic NTK keeps the frequencies of the longest row that it has seen, until a short one comes."""
+    for module in growing_embeddings(model):
+        _hook(module, _begin_anew)
+
+
+def _begin_anew(module: nn.Module, inputs: tuple) -> None:
     for name, frequencies in list(module.named_buffers(recurse=False)):
         if name.endswith("original_inv_freq"):
             prefix = name.removesuffix("original_inv_freq")

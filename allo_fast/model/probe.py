@@ -158,8 +158,7 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager", PACKED):
         return f"{config._attn_implementation} takes no mask of responses"
-    layers = getattr(config, "layer_types", None)
-    if set(layers) != {"full_attention"} if layers else _windows(config):
+    if reads_a_part(config):
         return "it has layers that do not attend to everything"
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "it takes no position_ids"
@@ -271,6 +270,12 @@ def _prompt_length(config: PretrainedConfig) -> int:
     """Of a prompt that reaches beyond every attention window that is short enough to be tried."""
     room = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 8)
     return max([3, *(window + 1 for window in _windows(config) if window < room)])
+
+
+def reads_a_part(config: PretrainedConfig) -> bool:
+    """Whether a layer attends to some of the tokens before a token only."""
+    layers = getattr(config, "layer_types", None)
+    return set(layers) != {"full_attention"} if layers else bool(_windows(config))
 
 
 def _windows(config: PretrainedConfig) -> list[int]:

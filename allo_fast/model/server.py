@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from allo_fast.config import SampleConfig, UserError, first_line
+from allo_fast.data.encoding import CUT
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Server:
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError("no choices")
             self._compare_tokens(reply.get("usage"), length)
-            return texts[:count]
+            return [text.rstrip(CUT) for text in texts[:count]]
 
         return self._post(path, json.dumps(body).encode(), read)
 
@@ -144,8 +145,8 @@ class Server:
     def _try(self, path: str, body: bytes, read: Callable[[dict], list[str]]) -> list[str]:
         """Raises _Failed, _Refused, UserError."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        asked = urllib.request.Request(f"{self.url}/{path}", body, headers)
         try:
+            asked = urllib.request.Request(f"{self.url}/{path}", body, headers)
             until = time.monotonic() + self.server.timeout
             with urllib.request.urlopen(asked, timeout=self.server.timeout) as reply:
                 content = _read(reply, until)
@@ -156,6 +157,8 @@ class Server:
             raise _Failed(f"no answer in {self.server.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Failed(first_line(error)) from None
+        except ValueError as error:
+            raise UserError(self._problem(first_line(error), "correct it")) from None
         try:
             return read(json.loads(content))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -202,11 +205,13 @@ def _read(reply: http.client.HTTPResponse, until: float) -> bytes:
 
 
 def api_key(settings: SampleConfig) -> str | None:
-    """Raises UserError where a variable is named that is not set."""
+    """Raises UserError, which does not show it, where a variable is named that is not set or cannot be a key."""
     if not (name := settings.server.api_key_env):
         return None
-    if not (key := os.environ.get(name)):
+    if not (key := os.environ.get(name, "").strip()):
         raise UserError(f"sample.server.api_key_env: {name}: not set in the environment")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"sample.server.api_key_env: {name}: no key: it has other signs than printable ASCII")
     return key
 
 

@@ -135,21 +135,27 @@ def _are_whole(counts: dict[str, int], said: Path) -> bool:
 
 
 def by_chunks(
-    unit: Unit, name: str, items: Sequence, size: int, noun: str, work: Callable[[Sequence, int], list[dict]]
+    unit: Unit,
+    name: str,
+    items: Sequence,
+    size: int,
+    noun: str,
+    work: Callable[[Sequence, int], list[dict]],
+    sharded: bool = True,
 ) -> Generator[Progress, None, Rows]:
     """work(chunk, start) for each chunk of `items`, one row an item, into the JSON lines of a file of the unit.
 
-    Each rank does one chunk of a round; what comes out does not depend on their number. A killed stage continues after
-    its last whole chunk.
+    Each rank does one chunk of a round; what comes out does not depend on their number. sharded: whether a rank that
+    has none left does another's again, since a model in shares needs them all. A killed stage continues after its last
+    whole chunk.
     """
     ranks.agree_on(f"list of {noun}s", items)
     journal = Journal(unit.folder / name, unit.mark) if ranks.is_main() else None
     done = ranks.on_main(lambda: journal.count)
     for first in range(done, len(items), size * ranks.world_size()):
         start = first + size * ranks.rank()
-        # With nothing left for it, a rank repeats another's chunk: a sharded model needs them all.
         begin = start if start < len(items) else first
-        rows = work(items[begin : begin + size], begin)
+        rows = work(items[begin : begin + size], begin) if sharded or begin == start else []
         for part in ranks.gather(rows if begin == start else []):
             done += len(part)
             if journal and part:

@@ -32,8 +32,8 @@ from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
+from allo_fast.stages.unread import unread
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
-from allo_fast.unread import unread
 
 T = TypeVar("T")
 _REWRITING = ("rewriter", "prompted")  # sources of rewards whose prompts are longer than those of data.train

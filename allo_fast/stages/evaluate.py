@@ -106,7 +106,7 @@ def evaluate(
 
         size = unit.config.evaluate.batch_size
         size = size if scoring else frozen.at_once(size)
-        rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work)
+        rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work, frozen.sharded)
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
 
 

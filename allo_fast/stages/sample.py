@@ -77,8 +77,8 @@ def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, No
             rows.append({**judged, "unusable": judged["unusable"] + answer.reasons})
         return rows
 
-    size = max(settings.server.concurrency, BATCHES * settings.batch_size)
-    rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
+    size = BATCHES * settings.server.concurrency
+    rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work, sharded=False)
     return rows
 
 
@@ -108,7 +108,7 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
             return [_judged(unit, row, sampled, prompts, positions) for row, sampled in zip(chunk, texts, strict=True)]
 
         size = frozen.at_once(settings.batch_size)
-        rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work)
+        rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work, frozen.sharded)
     return rows
 
 

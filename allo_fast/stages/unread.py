@@ -13,7 +13,7 @@ _OF_REWARDS = {  # keys, and the sources that read them
     "rewards.train.* rewards.max_examples": ("rewriter",),
     "rewards.dpo.*": ("implicit",),
     "rewards.template": ("rewriter", "prompted"),
-    "rewards.batch_size": ("rewriter", "prompted", "confidence", "implicit"),
+    "rewards.batch_size": ("rewriter", "prompted", "implicit"),
 }
 
 
@@ -43,19 +43,26 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
         yield "only where model.name_or_path is null a model is pretrained", "pretrain.*"
     if config.data.format not in SAMPLED:
         sampling = "sample.[nt]* sample.max_new_tokens sample.batch_size sample.stop"
-        yield f"data.format: {config.data.format} has its responses", f"{sampling} pairs.gold evaluate.max_new_tokens"
+        yield (
+            f"data.format: {config.data.format} has its responses",
+            f"{sampling} pairs.gold data.scorer evaluate.max_new_tokens",
+        )
     if config.sample.engine == "local":
         yield "sample.engine: local", "sample.server.*"
     else:
         yield "sample.engine: server", "sample.batch_size"
     if config.data.chat_template is False:
         yield "data.chat_template: false", "data.chat_template_kwargs"
+    if config.deepspeed is None:
+        yield "deepspeed: null", "ddp_timeout"
     if config.model.dtype == "float32":
         yield "model.dtype: float32 takes all values as they are", "model.rounding"
     if method == "dpo":
         ranking = "locate.score locate.after locate.scope locate.skip locate.last locate.rows"
         ranking += " locate.exclude" * (not located)
         yield "method: dpo trains all weights", f"{ranking} rewards.* forget.* learn.* reference save_models rivals"
+    if method == "dpo" and not located:
+        yield "no stage trains some of the weights", "model.rounding"
     if method == "sparse-dpo":
         yield "method: sparse-dpo forgets nothing", "rewards.* forget.*"
     if not config.warms_up and "warmup" in located:
@@ -69,6 +76,8 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     if not config.warms_up and config.located_by != "linear":
         moving = "learning_rate lr_* warmup_steps adam_* weight_decay max_grad_norm"
         yield f"locate.score: {config.located_by}", " ".join(f"warmup.{key}" for key in moving.split())
+    elif not config.warms_up and not config.locate.clip:
+        yield "locate.clip: false", "warmup.max_grad_norm"
     idle = [keys for keys, sources in _OF_REWARDS.items() if config.reward_source not in sources]
     yield f"rewards.source: {config.reward_source}", " ".join(idle)
     if config.protocol == "release":
