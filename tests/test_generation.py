@@ -46,6 +46,16 @@ def model_of(dtype=torch.float64):
     return model
 
 
+def test_a_growing_rotary_embedding_remembers_no_longer_row():
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    model = tiny_llama(vocab_size=len(TOKENIZER), rope_parameters=scaling, max_position_embeddings=32)
+    for weight in model.parameters():
+        weight.data *= 6 if weight.dim() == 2 else 1  # so that positions count
+    row, longer = (torch.randint(3, 28, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 60))
+    first = sampled(model, [row])
+    assert first != sampled(model, [longer]) and sampled(model, [row]) == first
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 15, None])
 def test_texts_do_not_depend_on_how_many_are_computed_at_once(rows):
     assert why_padded(model_of()) is None
@@ -187,6 +197,12 @@ def test_models_that_cannot_are_padded_and_say_so_once(config, why, caplog):
         assert texts[0] == texts[1]
 
 
+def test_in_the_trial_a_row_enters_beside_another(monkeypatch):
+    beside, enter = [], Decoder._enter
+    monkeypatch.setattr(Decoder, "_enter", lambda self: beside.append(len(self.live)) or enter(self))
+    assert why_padded(model_of()) is None and beside == [0, 1, 1]
+
+
 def test_rows_that_reach_each_other_are_found():
     model = tiny_llama(vocab_size=len(TOKENIZER))
     assert why_padded(model) is None
@@ -245,13 +261,8 @@ def test_ranks_that_share_a_model_compute_as_many_batches(monkeypatch):
 def test_rows_beyond_a_growing_rotary_embedding_have_no_longer_ones_beside_them(monkeypatch):
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_llama(vocab_size=len(TOKENIZER), rope_parameters=scaling, max_position_embeddings=32).double()
-    for weight in model.parameters():
-        weight.data *= 6 if weight.dim() == 2 else 1  # so that positions count
-    fresh = copy.deepcopy(model)
     short, long = [[5, 6], [7] * 9], [[8] * 40, [9] * 40]
-    texts = sampled(model, short + long)
-    for number, prompt in [(1, [10] * 60), (2, long[0]), (0, short[0])]:  # after longer ones
-        assert sampled(model, [prompt], first=number)[0] == sampled(copy.deepcopy(fresh), [prompt], first=number)[0]
+    texts = sampled(copy.deepcopy(model), short + long)
     assert [sampled(copy.deepcopy(model), [prompt], first=n)[0] for n, prompt in enumerate(short + long)] == texts
     used, decode = [], generation._decode_batch
     monkeypatch.setattr(generation, "_decode_batch", lambda m, rows, *more: used.append(rows) or decode(m, rows, *more))

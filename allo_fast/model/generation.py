@@ -146,9 +146,7 @@ def _decode_batch(
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0)
 
     config = GenerationConfig(
-        max_new_tokens=max(response.room for response in responses),
-        eos_token_id=sorted(sampler.stops),
-        pad_token_id=padding,
+        max_new_tokens=responses[0].room, eos_token_id=sorted(sampler.stops), pad_token_id=padding
     )
     generation, model.generation_config = model.generation_config, GenerationConfig()  # whose values would fill ours
     try:

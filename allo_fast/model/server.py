@@ -155,9 +155,11 @@ class Server:
                 raise self._of_status(error) from None
         except TimeoutError:
             raise _Failed(f"no answer in {self.server.timeout:g} s") from None
+        except http.client.InvalidURL as error:
+            raise UserError(self._problem(first_line(error), "correct it")) from None
         except (OSError, http.client.HTTPException) as error:
             raise _Failed(first_line(error)) from None
-        except ValueError as error:
+        except ValueError as error:  # of an address, too
             raise UserError(self._problem(first_line(error), "correct it")) from None
         try:
             return read(json.loads(content))
