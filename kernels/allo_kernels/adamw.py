@@ -21,6 +21,8 @@ from allo_kernels.dispatch import choose
 from allo_kernels.positions import Positions
 from allo_kernels.rounding import check_rounding_seed
 
+_PART = 1 << 20  # entries whose scaled gradient is alive at once in PyTorch
+
 
 @torch.no_grad()
 def masked_adamw_(
@@ -85,12 +87,13 @@ def _masked_adamw_torch_(
     values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale, weight, positions, seed
 ) -> None:
     check_not_capturing("masked_adamw_ in PyTorch")
-    grad = grad.float() if grad_scale is None else grad.float() * grad_scale
     before = torch.as_tensor(step, dtype=torch.float32, device=values.device) - 1
     lr = lr.float() if isinstance(lr, Tensor) else lr  # the only dtype that it reads on a device
     settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": float(eps), "weight_decay": weight_decay}
-    one_each = ([values], [grad], [exp_avg], [exp_avg_sq], [], [before])
-    adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)
+    for p, g, m, v in zip(*(tensor.split(_PART) for tensor in (values, grad, exp_avg, exp_avg_sq)), strict=True):
+        g = g.float() if grad_scale is None else g.float() * grad_scale
+        one_each = ([p], [g], [m], [v], [], [before.clone()])  # whose last it counts up
+        adamw(*one_each, fused=True, amsgrad=False, maximize=False, **settings)
     increment_version([values, exp_avg, exp_avg_sq])  # torch's fused step does not tell autograd
     if weight is not None:
         scatter_torch_(weight, positions, values, seed)

@@ -104,7 +104,10 @@ def gather_torch(dense, positions, out, accumulate=False, first_block: int = 0) 
     """`dense` may be a part of its tensor that starts with `first_block`; then only that part of `out` is written."""
     for entries, index in positions.chunks(first_block, first_block + blocks_of(dense.numel())):
         picked = dense.view(-1).index_select(0, index)
-        out[entries] = out[entries].float() + picked if accumulate else picked.to(out.dtype)
+        if accumulate:
+            out[entries] += picked  # in fp32: a sum of two bf16 is rounded once, like one with fp32
+        else:
+            out[entries] = picked
     return out
 
 
