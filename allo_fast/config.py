@@ -187,6 +187,18 @@ class Config(Section):
             raise ValueError(f"locate.score: protocol: release has delta alone, got {self.locate.score}")
         if self.protocol == "release" and self.learn.max_tokens_per_batch:
             raise ValueError("learn.max_tokens_per_batch: protocol: release counts key tokens by the micro-batch")
+        for train in (self.warmup, self.learn):
+            losses, weights = train.loss_type, train.loss_weights
+            if len({*losses}) < len(losses):
+                raise ValueError(f"{train.section}.loss_type: each only once, got {losses}")
+            if weights is not None and len(weights) != len(losses):
+                expected = f"expected {len(losses)}, one for each loss, got {len(weights)}"
+                raise ValueError(f"{train.section}.loss_weights: {expected}")
+            if self.protocol == "release" and (train.losses != (("sigmoid", 1.0),) or train.length_alpha):
+                raise ValueError(f"{train.section}.loss_type: protocol: release has sigmoid alone, with weight 1")
+        if self.method != "dpo" and not self.learn.needs_reference and self.epsilon < 1:
+            name = ", ".join(losses)
+            raise ValueError(f"learn.epsilon: a reference decides what is key, loss_type: {name} has none; set it to 1")
         for key in ("last", "rows", "scope"):
             if self.protocol == "release" and getattr(self.locate, key) not in (False, "global"):
                 raise ValueError(f"locate.{key}: protocol: release ranks single weights, all together, by the highest")

@@ -1,14 +1,15 @@
 """The keys of the sections that train; config.py has the others."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from allo_fast.section import Section
 
 
 class TrainConfig(Section):
     section: ClassVar[str] = ""  # its key
+    needs_reference: ClassVar[bool] = False  # log-probabilities by a frozen model beside its own
 
     learning_rate: float = Field(gt=0)  # the highest of the schedule
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # transformers'
@@ -59,14 +60,46 @@ class SftConfig(TrainConfig):
 
 
 class PreferenceTrainConfig(TrainConfig):
+    needs_reference: ClassVar[bool] = True
+
     reference: str | None = None  # folder or hub id of another reference model; null: the policy before its first step
 
 
-class WarmupConfig(PreferenceTrainConfig):
+Loss = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "sigmoid_norm", "npo", "simpo", "orpo", "sft"
+]
+LOSSES = get_args(Loss)
+WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
+
+
+class LossConfig(PreferenceTrainConfig):
+    beta: float = Field(0.1, gt=0)  # of implicit rewards
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
+    # TRL's names, one or several; method/pair_losses.py has their equations. [sigmoid, sft] is DPO + NLL on chosen.
+    loss_type: list[Loss] = Field(["sigmoid"], min_length=1)
+    loss_weights: list[Annotated[float, Field(gt=0)]] | None = None  # of each loss; null: 1
+    simpo_gamma: float = Field(0.5, ge=0)  # of simpo: the margin that it asks for
+    length_alpha: float = Field(0.0, ge=0)  # of sigmoid, R-DPO's: what a token more of the chosen counts as
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def losses(self) -> tuple[tuple[str, float], ...]:
+        """Names and weights."""
+        return tuple(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+
+    @property
+    def needs_reference(self) -> bool:
+        return not {*self.loss_type} <= {*WITHOUT_REFERENCE}
+
+
+class WarmupConfig(LossConfig):
     section = "warmup"
 
     learning_rate: float = Field(1e-6, gt=0)
-    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
 
 
 class RewriterConfig(TrainConfig):
@@ -80,6 +113,7 @@ class RewriterConfig(TrainConfig):
 
 class ImplicitConfig(TrainConfig):
     section = "rewards.dpo"
+    needs_reference = True
 
     learning_rate: float = Field(5e-6, gt=0)
     beta: float = Field(0.1, gt=0)  # of its implicit rewards, which are the tokens' rewards
@@ -101,12 +135,10 @@ class ForgetConfig(SparseTrainConfig):
     threshold: Literal["mean"] | Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-class LearnConfig(SparseTrainConfig):
+class LearnConfig(LossConfig, SparseTrainConfig):
     section = "learn"
 
     learning_rate: float = Field(5e-6, gt=0)
     gradient_accumulation_steps: int = Field(32, gt=0)
-    beta: float = Field(0.1, gt=0)  # of DPO's implicit rewards
     # Fraction of each rejected response's tokens that are key tokens; null: 0.1, with method: sparse-dpo 1 (plain DPO).
     epsilon: float | None = Field(None, gt=0, le=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped

@@ -25,7 +25,7 @@ from allo_fast.durable import versions
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import Piece, pieces_of
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.scores import Given, Random
 from allo_fast.method.selection import Selection, changes
 from allo_fast.model.loading import load_model
@@ -139,7 +139,7 @@ def _swept(unit: Unit, logps: ResponseLogps, corpus: Corpus, variant: Variant) -
         part = drawn(corpus, variant.pairs, train, seed)
         examples = Examples(part, train, seed + 1000 if variant.reordered else seed)
         started, cpu = time.perf_counter(), time.process_time()
-        objective, how = Dpo(train.beta), {"windows": variant.windows, "clip": variant.clip}
+        objective, how = Preference(train.beta), {"windows": variant.windows, "clip": variant.clip}
         sweep = Sweep(logps, examples, objective, train, variant.score, Path(folder), **how)
         for _ in sweep.run():
             pass

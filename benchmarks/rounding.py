@@ -21,7 +21,7 @@ import transformers
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.batch import collate
 from allo_fast.durable import versions
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
@@ -83,7 +83,9 @@ def _measure(path: str, rounding: str, rate: float, ratio: float, steps: int, ex
         learning_rate=rate, gradient_accumulation_steps=1, num_train_epochs=steps, save_steps=steps + 1
     )
     with tempfile.TemporaryDirectory() as folder:
-        metrics = list(Trainer(policy, few_pairs(model.config.vocab_size), Dpo(0.1), settings, Path(folder)).run())
+        metrics = list(
+            Trainer(policy, few_pairs(model.config.vocab_size), Preference(0.1), settings, Path(folder)).run()
+        )
     losses = [step.loss for step in metrics]
     last = slice(-max(1, steps // 4), None)
     return Row(
@@ -107,4 +109,4 @@ def _loss_in_float32(path: str, policy: SparsePolicy) -> float:
     reference, weights = logps(batch), named_weights(model)
     for name, weight in policy.full_weights():
         weights[name].copy_(weight)
-    return float(Dpo(0.1)(logps(batch), reference, batch)[0])
+    return float(Preference(0.1)(logps(batch), reference, batch)[0])

@@ -21,7 +21,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Corpus
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
@@ -117,7 +117,7 @@ def measure(varied: str, point: Point) -> Row:
         max_tokens_per_batch=max(1024, *(_tokens(corpus, example) for example in corpus.examples)),
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(_policy(model, point.ratio), corpus, Dpo(0.1), train, Path(folder))
+        trainer = Trainer(_policy(model, point.ratio), corpus, Preference(0.1), train, Path(folder))
         for _ in trainer.prepare():
             pass
         seconds, started = [], time.process_time()

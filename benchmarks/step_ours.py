@@ -18,7 +18,7 @@ import transformers
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.encoding import corpus_of_pairs
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.rows import row_lengths
 from allo_fast.method.selection import Selection
@@ -104,7 +104,7 @@ def make_trainer(policy: Policy, job: Job, rows: list[dict], folder: Path, steps
         **({} if steps else job.settings),
     }
     zero = Zero(0) if world > 1 else None
-    return Trainer(policy, corpus_of_pairs(rows), Dpo(0.1), TrainConfig(**settings), folder, zero=zero)
+    return Trainer(policy, corpus_of_pairs(rows), Preference(0.1), TrainConfig(**settings), folder, zero=zero)
 
 
 def make_policy(job: Job) -> Policy:

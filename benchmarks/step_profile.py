@@ -27,7 +27,7 @@ MODEL, ENGINE, ONCE = "model", "engine", "once"  # a stage, not in each of its s
 RANGES = {  # what runs in a function, and that is not in a range within it; "module:name" or "module:class.name"
     "make batches": (ENGINE, "allo_fast.training.examples:Examples.collate", "allo_fast.data.batch:Batch.to"),
     "packing": (ENGINE, "allo_fast.model.attention:inputs", "allo_fast.model.attention:Packing.pieces"),
-    "loss": (ENGINE, "allo_fast.method.objectives:Dpo.__call__"),
+    "loss": (ENGINE, "allo_fast.method.objectives:Preference.__call__"),
     "gather gradients": (
         ENGINE,
         "allo_fast.method.policy:SparsePolicy._take",

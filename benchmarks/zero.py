@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from allo_fast import ranks
 from allo_fast.config import LearnConfig, ModelConfig
 from allo_fast.durable import versions
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
@@ -96,7 +96,7 @@ def measure(zero: Zero, ratio: float | None, shape: Shape, dtype: str, model: Ll
     config = ModelConfig(dtype=dtype, gradient_checkpointing=model.training)
     before = memory.live_bytes() - sum(weight.nbytes for weight in model.parameters())
     trainer = Trainer(
-        _policy(model, ratio, zero), few_pairs(model.config.vocab_size), Dpo(0.1, 0.5), train, folder, zero=zero
+        _policy(model, ratio, zero), few_pairs(model.config.vocab_size), Preference(0.1, 0.5), train, folder, zero=zero
     )
     running, found = trainer.run(), []
     next(running)  # it has no learning rate

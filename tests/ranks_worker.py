@@ -48,7 +48,7 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.locating.sweep import Sweep
 from allo_fast.method.delta import Delta
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.scores import Random
 from allo_fast.method.selection import Selection
@@ -95,7 +95,7 @@ def build(kind: str, folder: Path, zero: Zero | None, model=None, autocast=None,
     else:
         policy = (ShardedPolicy if zero and zero.sharded else SparsePolicy)(model, selection)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
+    trainer = Trainer(policy, pair_corpus(), Preference(0.5, 0.5), TrainConfig(**SETTINGS | changes), folder, zero=zero)
     OPEN.callback(trainer.backend.close)
     return trainer
 
@@ -375,7 +375,7 @@ def other_reference(folder: Path) -> None:
         trainer = Trainer(
             policy,
             corpus,
-            Dpo(0.5),
+            Preference(0.5),
             config,
             place,
             zero=Zero(stage),
@@ -434,7 +434,7 @@ def locating_as_planned(folder: Path) -> None:
                 examples = Examples(pair_corpus(4), config.warmup)
                 options = {"windows": windows, "compute": differentiable(engine) if engine else None}
                 place = folder / f"{windows}-{zero.stage}"
-                sweep = Sweep(logps, examples, Dpo(0.1), config.warmup, "linear", place, **options)
+                sweep = Sweep(logps, examples, Preference(0.1), config.warmup, "linear", place, **options)
                 deque(sweep.run(), maxlen=0)
             job = Job(config, shape, ranks.world_size(), 80e9, DEVICES["h100"], unknown_rows(config))
             planned = locate_phase(job, zero)
@@ -570,7 +570,7 @@ def mistakes(folder: Path, config: str) -> None:
     other = ["data.train=rows.jsonl", f"model.name_or_path={folder / 'other'}"]
     assert main(["run", config, zero2, *other]) == 2, "other data under the same name"
     with pytest.raises(UserError, match="rank 1 has another corpus than rank 0"):
-        Trainer(DensePolicy(tiny_llama()), pair_corpus(seed=rank()), Dpo(0.5), TrainConfig(**SETTINGS), node)
+        Trainer(DensePolicy(tiny_llama()), pair_corpus(seed=rank()), Preference(0.5), TrainConfig(**SETTINGS), node)
 
 
 def command(folder: Path, *words: str) -> int:
@@ -736,7 +736,7 @@ def _starting_from(delta: Path, folder: Path, stage: int, seed: int | None) -> T
     policy = models.selected_policy(unit, folder / "base", selection, Delta.load(delta))
     (place := folder / str(stage)).mkdir(exist_ok=True)
     settings = TrainConfig(**SETTINGS | {"num_train_epochs": 1, "save_steps": 2})
-    trainer = Trainer(policy, pair_corpus(), Dpo(0.5, 0.5), settings, place, zero=zero)
+    trainer = Trainer(policy, pair_corpus(), Preference(0.5, 0.5), settings, place, zero=zero)
     OPEN.callback(trainer.backend.close)
     return trainer
 

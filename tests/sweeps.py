@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from allo_fast.config import TrainConfig
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import named_weights, size_of
 from allo_fast.training.backend import learning_rates
@@ -46,7 +46,7 @@ def make_sweep(
     config = config or settings()
     examples = Examples(corpus or pair_corpus(7), config, token_weights=token_weights)
     logps = model if isinstance(model, ResponseLogps) else ResponseLogps(model)
-    return Sweep(logps, examples, objective or Dpo(0.5), config, score, folder, **given)
+    return Sweep(logps, examples, objective or Preference(0.5), config, score, folder, **given)
 
 
 FEW = settings(per_device_train_batch_size=2, gradient_accumulation_steps=1, num_train_epochs=1)

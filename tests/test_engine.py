@@ -14,7 +14,7 @@ from allo_fast import signals
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import collate
 from allo_fast.durable import load_tensors, save_tensors
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
@@ -42,7 +42,9 @@ def trainer(folder, policy=None, objective=None, ratio=0.05, protocol="paper", *
     ]
     if isinstance(objective, Npo | Sft):
         corpus.examples = [(index,) for index in range(len(corpus.responses))]
-    return Trainer(policy, corpus, objective or Dpo(0.5, 0.5), config, folder, token_weights=weights, protocol=protocol)
+    return Trainer(
+        policy, corpus, objective or Preference(0.5, 0.5), config, folder, token_weights=weights, protocol=protocol
+    )
 
 
 def weights_after(training):
@@ -52,7 +54,7 @@ def weights_after(training):
 
 def test_ratio_one_trains_exactly_as_dense_torch_adamw(tmp_path):
     """An independent dense DPO with a second model, torch's clip and torch's AdamW, on the same batches."""
-    sparse, ours = weights_after(trainer(tmp_path / "sparse", ratio=1.0, objective=Dpo(0.5)))
+    sparse, ours = weights_after(trainer(tmp_path / "sparse", ratio=1.0, objective=Preference(0.5)))
     model, reference, corpus = tiny_llama(), tiny_llama(), pair_corpus()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     examples = shuffled(corpus, seed=0)
@@ -94,7 +96,7 @@ def test_dense_and_ratio_one_agree(tmp_path):
         assert (sparse[name] - dense[name]).abs().mean() < 1e-6
 
 
-@pytest.mark.parametrize("objective", [Dpo(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
+@pytest.mark.parametrize("objective", [Preference(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
 def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, objective):
     settings = {"objective": objective, "num_train_epochs": 1}
     one, left = weights_after(trainer(tmp_path / "a", **settings))
@@ -288,10 +290,10 @@ def test_weights_that_go_too_far_end_the_run_with_the_last_good_checkpoint(tmp_p
 
 def poisoned(folder, steps: set[int], **changes) -> Trainer:
     """Whose objective is NaN in these steps, from 1."""
-    made, plain, calls = trainer(folder, **changes), Dpo(0.5), iter(range(99))
+    made, plain, calls = trainer(folder, **changes), Preference(0.5), iter(range(99))
     per_step = made.config.gradient_accumulation_steps
 
-    class Poisoned(Dpo):
+    class Poisoned(Preference):
         def __call__(self, logps, ref_logps, batch):
             loss, metrics = plain(logps, ref_logps, batch)
             return loss * (float("nan") if next(calls) // per_step + 1 in steps else 1.0), metrics
@@ -358,7 +360,7 @@ def test_a_short_stage_still_learns(tmp_path):
 
 
 def test_the_first_loss_is_that_of_no_preference(tmp_path):
-    metrics = next(trainer(tmp_path, objective=Dpo(0.5, 0.5)).run())
+    metrics = next(trainer(tmp_path, objective=Preference(0.5, 0.5)).run())
     assert metrics.loss == torch.tensor(2.0).log().item() and metrics.metrics["rewards/margins"] == 0
     assert metrics.metrics["key_tokens"] == 1.0, "nothing is lowest before the first update"
     pairs = [*map(tuple, shuffled(pair_corpus(), seed=0)[:4].tolist())]
@@ -372,13 +374,15 @@ def test_the_reference_is_the_policy_before_training_bit_for_bit(tmp_path):
 
 
 def test_later_steps_keep_only_key_tokens(tmp_path):
-    later = list(trainer(tmp_path, objective=Dpo(0.5, 0.3)).run())[2:]  # the first has a learning rate of zero
+    later = list(trainer(tmp_path, objective=Preference(0.5, 0.3)).run())[2:]  # the first has a learning rate of zero
     assert all(0 < m.metrics["key_tokens"] <= 0.5 for m in later)
 
 
 def test_release_clips_by_the_dense_norm(tmp_path):
     selected = next(trainer(tmp_path / "a").run())
-    everything = next(trainer(tmp_path / "b", protocol="release", objective=Dpo(0.5, 0.5, protocol="release")).run())
+    everything = next(
+        trainer(tmp_path / "b", protocol="release", objective=Preference(0.5, 0.5, protocol="release")).run()
+    )
     dense = next(trainer(tmp_path / "c", policy=DensePolicy(tiny_llama())).run())
     assert everything.grad_norm == pytest.approx(dense.grad_norm, rel=1e-5)
     assert selected.grad_norm < 0.5 * dense.grad_norm

@@ -13,7 +13,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import collate
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.engine import Trainer
 from allo_kernels import Positions, dispatch, gather, scatter_, token_logps
@@ -164,7 +164,7 @@ def test_a_training_run_on_the_kernels(monkeypatch, tmp_path):
         policy = SparsePolicy(model, random_selection(model, 0.1))
         corpus = pair_corpus(problems=2)
         settings = TrainConfig(learning_rate=1e-2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-        trainer = Trainer(policy, corpus, Dpo(0.3, epsilon=0.5), settings, folder)
+        trainer = Trainer(policy, corpus, Preference(0.3, epsilon=0.5), settings, folder)
         losses = [metrics.loss for metrics in trainer.run()]
         policy.write_back()
         with policy.reference():

@@ -14,7 +14,7 @@ from allo_fast.locating.families import FAMILIES
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece, pieces_of, windows_of
 from allo_fast.method.alias import Alias
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.model.weights import named_weights
 from allo_kernels import memory
 
@@ -231,7 +231,7 @@ def anatomy(model) -> list:
     ]
 
 
-class Counted(Dpo):
+class Counted(Preference):
     calls, fails_at = 0, None
 
     def __call__(self, logps, ref, batch):

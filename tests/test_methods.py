@@ -250,3 +250,21 @@ def test_dense_dpo_alone_is_a_result(sparse, tmp_path, capsys):
     assert "learn: not a stage of this run, whose stages are pretrain, sample, pairs, warmup, evaluate" in (
         capsys.readouterr().err
     )
+
+
+def test_other_losses_train_all_weights_and_some(sparse, tmp_path):
+    path, micro = tmp_path / "micro.yaml", tmp_path / "micro"
+    path.write_text(MICRO.format(folder=tmp_path))
+    given = ["seeds=[0]", "rivals=[]", f"model.name_or_path={sparse[1] / '00-pretrain/base/model'}"]
+    assert main(["run", str(path), *given, "method=dpo", "warmup.loss_type=sft"]) == 0
+    for step in (steps := read_jsonl(micro / "04-warmup/seed-0/metrics.jsonl")):
+        assert step["loss"] == pytest.approx(-step["rewards/chosen"] / 0.1), "rewards are beta times means"
+    assert steps and not (micro / "cache").exists(), "no reference is asked"
+    shutil.rmtree(micro)
+    losses = ["learn.loss_type=[ipo, simpo]", "learn.loss_weights=[0.5, 1]", "learn.simpo_gamma=9"]
+    assert main(["run", str(path), *given, "method=sparse-dpo", "warmup.loss_type=orpo", *losses]) == 0
+    first = read_jsonl(micro / "08-learn/seed-0/metrics.jsonl")[0]
+    # Before the first update ipo is (1 / 2 beta)^2, and d of simpo about as far below zero as gamma.
+    assert first["loss"] == pytest.approx(0.5 * (1 / (2 * 0.1)) ** 2 + 9, abs=0.3)
+    assert first["rewards/margins"] == 0 and (micro / "cache").exists()
+    assert (micro / "05-locate/seed-0/learn.safetensors").exists()

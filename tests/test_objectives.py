@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.method.objectives import (
-    Dpo,
+    Preference,
     dpo_loss,
     npo_token_loss,
     release_key_token_weights,
@@ -110,7 +110,7 @@ def noise(problems: int):
 @pytest.mark.parametrize("protocol, epsilon", [("paper", 0.1), ("paper", 0.5), ("release", 0.1), ("release", 0.5)])
 def test_rewards_of_noise_are_even(protocol, epsilon):
     batch, logps, ref = noise(1000)
-    _, metrics = Dpo(0.1, epsilon, protocol=protocol)(logps, ref, batch)
+    _, metrics = Preference(0.1, epsilon, protocol=protocol)(logps, ref, batch)
     assert metrics["rewards/accuracies"].item() == pytest.approx(0.5, abs=0.04)
     assert metrics["rewards/margins"].item() == pytest.approx(0.0, abs=0.02)
     if metrics["key_tokens"] < 1:  # half of the release's padded length is all of these responses
@@ -126,7 +126,7 @@ def test_reward_metrics_by_hand(protocol):
     batch, ref = collate(corpus, corpus.examples), torch.full((2, 2), -7.0)
     logps = ref + torch.tensor([[0.5, 0.5], [3.0, -1.0]])
     epsilon = 0.5 if protocol == "paper" else 0.34  # of the release's three padded tokens, prompt included
-    loss, metrics = Dpo(2.0, epsilon, protocol=protocol)(logps, ref, batch)
+    loss, metrics = Preference(2.0, epsilon, protocol=protocol)(logps, ref, batch)
     by_hand = {"chosen": 2.0, "rejected": 4.0, "margins": -2.0, "accuracies": 0.0}
     key_tokens = {"chosen": 2.0, "rejected": -2.0, "margins": 4.0, "accuracies": 1.0}
     for name in by_hand:
@@ -138,7 +138,7 @@ def test_reward_metrics_by_hand(protocol):
 
 def test_the_warm_up_has_one_kind_of_reward():
     batch, logps, ref = noise(20)
-    _, metrics = Dpo(0.1)(logps, ref, batch)
+    _, metrics = Preference(0.1)(logps, ref, batch)
     rewards = 0.1 * (logps - ref).sum(1)
     chosen, rejected = batch.examples.unbind(1)
     assert metrics["rewards/accuracies"] == (rewards[chosen] > rewards[rejected]).float().mean()

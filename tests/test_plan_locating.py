@@ -22,7 +22,7 @@ from allo_fast.locating import sweep as sweeping
 from allo_fast.locating.files import stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import filled, pieces_of, square_windows, windows_of
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights
@@ -61,7 +61,9 @@ def tiny():
 
 def swept(folder: Path, model, **options) -> Sweep:
     train, score = WarmupConfig(**STEP), options.pop("score", "linear")
-    sweep = Sweep(ResponseLogps(model), Examples(pair_corpus(), train), Dpo(0.1), train, score, folder, **options)
+    sweep = Sweep(
+        ResponseLogps(model), Examples(pair_corpus(), train), Preference(0.1), train, score, folder, **options
+    )
     assert list(sweep.run())
     return sweep
 

@@ -5,7 +5,7 @@ import torch
 from conftest import pair_corpus, tiny_llama
 
 from allo_fast.data.batch import collate
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.rows import RowLinear, row_lengths, whole_rows
 from allo_fast.method.selection import Selection
@@ -67,7 +67,7 @@ def test_gradients_are_the_dense_ones_and_no_other_row_is_computed(monkeypatch):
     policy, dense = SparsePolicy(tiny_llama(attention_bias=True), selection), DensePolicy(model)
     for either in (policy, dense):
         logps = either.response_logps(batch)
-        Dpo(0.5)(logps, logps.detach(), batch)[0].backward()
+        Preference(0.5)(logps, logps.detach(), batch)[0].backward()
     layers = [name for name in selection.names if "_proj" in name and name.endswith("weight")]
     assert sorted(products) == sorted(len(selection.positions(name)) // row_lengths(model)[name] for name in layers)
     for name, value in policy.values.items():

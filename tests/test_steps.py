@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allo_fast.config import LearnConfig, TrainConfig, UserError
 from allo_fast.data.batch import Layout, collate
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples
@@ -122,12 +122,12 @@ def trained(folder, objective=None, **changes) -> tuple[list, torch.Tensor]:
     folder.mkdir()
     given = {"token_weights": weights, "online": changes.pop("online", False)}
     policy, config = SparsePolicy(model, random_selection(model)), TrainConfig(**SETTINGS | changes)
-    metrics = list(Trainer(policy, corpus, objective or Dpo(0.5, 0.5), config, folder, **given).run())
+    metrics = list(Trainer(policy, corpus, objective or Preference(0.5, 0.5), config, folder, **given).run())
     kept = [(m.loss, m.grad_norm, *m.metrics.values()) for m in metrics]
     return kept, torch.cat([value.detach() for value in policy.values.values()])
 
 
-@pytest.mark.parametrize("objective", [Dpo(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
+@pytest.mark.parametrize("objective", [Preference(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
 def test_nothing_depends_on_the_budget(tmp_path, objective):
     """DPO's key tokens too: they are chosen by responses, not by what lies beside them."""
     rows, values = trained(tmp_path / "none", objective)
@@ -183,7 +183,7 @@ class Reads(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("objective", [Dpo(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
+@pytest.mark.parametrize("objective", [Preference(0.5, 0.5), Npo(0.5), Sft()], ids=["dpo", "npo", "sft"])
 def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, objective):
     counted = []
     step = Trainer._step
@@ -213,7 +213,7 @@ def test_a_step_on_a_gpu_waits_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_read", allowed)
     model = tiny_llama().cuda()
     policy = SparsePolicy(model, random_selection(model))
-    running = Trainer(policy, pair_corpus(), Dpo(0.5), TrainConfig(**SETTINGS), tmp_path).run()
+    running = Trainer(policy, pair_corpus(), Preference(0.5), TrainConfig(**SETTINGS), tmp_path).run()
     next(running)
     torch.cuda.set_sync_debug_mode("error")
     try:

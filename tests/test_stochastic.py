@@ -10,7 +10,7 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import collate
 from allo_fast.method.delta import Delta
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.weights import named_weights, same_bits
@@ -167,7 +167,7 @@ def test_killed_and_continued_is_bit_for_bit_the_same(tmp_path):
         (tmp_path / name).mkdir(exist_ok=True)
         settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
         config = TrainConfig(learning_rate=1e-4, save_steps=2, warmup_steps=1, **settings)
-        return Trainer(policy_on(tiny_llama().bfloat16()), pair_corpus(), Dpo(0.5), config, tmp_path / name)
+        return Trainer(policy_on(tiny_llama().bfloat16()), pair_corpus(), Preference(0.5), config, tmp_path / name)
 
     deque((straight := build("straight")).run(), maxlen=0)
     killed = build("killed").run()

@@ -8,6 +8,7 @@ from allo_fast.stages.unread import unread
 GIVEN, SAMPLED = "data.format=multiple_choice", "data.format=gsm8k"
 DENSE = [GIVEN, "method=dpo"]
 STEPS = "learning_rate=1 lr_scheduler_type=linear warmup_steps=0 adam_beta1=0 adam_epsilon=1 weight_decay=1".split()
+ALL = "learn.epsilon=1"
 KEPT = ["warmup.save_steps=1", "warmup.save_minutes=1", "warmup.skip_nonfinite_steps=1"]
 
 
@@ -71,6 +72,10 @@ def read(tmp_path):
         ([*DENSE, "sft.ratio=1"], ["model.rounding=stochastic"], [GIVEN]),
         ([GIVEN, "locate.clip=false"], ["warmup.max_grad_norm=2"], [GIVEN, "locate.clip=false", "rivals=[dpo]"]),
         (["protocol=release"], ["forget.threshold=mean"], []),
+        ([], ["learn.simpo_gamma=1"], [ALL, "learn.loss_type=[ipo, simpo]"]),
+        (["warmup.loss_type=ipo"], ["warmup.simpo_gamma=1"], ["warmup.loss_type=simpo"]),
+        (["learn.loss_type=ipo"], ["learn.label_smoothing=.1", "learn.length_alpha=1"], []),
+        ([ALL, "learn.loss_type=simpo"], ["learn.reference=m"], [ALL, "learn.loss_type=[simpo, sigmoid]"]),
         (
             ["rewards.source=implicit", "rewards.dpo.lr_scheduler_type=constant"],
             ["rewards.dpo.warmup_steps=3"],

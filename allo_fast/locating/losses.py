@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.training.examples import Examples
 from allo_fast.training.steps import MicroBatch
@@ -20,7 +20,7 @@ Part = tuple[MicroBatch, float]  # and its part in the loss of a step
 class Losses:
     """divided: ranks divide the micro-batches of a step."""
 
-    def __init__(self, logps: ResponseLogps, examples: Examples, objective: Sft | Npo | Dpo, divided: bool):
+    def __init__(self, logps: ResponseLogps, examples: Examples, objective: Sft | Npo | Preference, divided: bool):
         self.logps, self.examples, self.objective, self.divided = logps, examples, objective, divided
         examples.layout = logps.layout
 

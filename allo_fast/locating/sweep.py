@@ -30,7 +30,7 @@ from allo_fast.locating.losses import Losses
 from allo_fast.locating.segments import find_segments
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece, largest_of, pieces_of, square_windows, windows_of
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.optim import clip_scale
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.probe import is_sharded
@@ -53,7 +53,7 @@ class Sweep:
         self,
         logps: ResponseLogps,
         examples: Examples,
-        objective: Sft | Npo | Dpo,
+        objective: Sft | Npo | Preference,
         config: TrainConfig,
         score: str,
         folder: Path,

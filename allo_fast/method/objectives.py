@@ -1,4 +1,4 @@
-"""Losses as pure functions of log-probabilities, the choice of tokens, and what the engine calls on a batch.
+"""What the engine calls on a batch: SFT, NPO and losses on pairs; and the token-wise losses as pure functions.
 
 Shapes: B sequences or pairs, T positions, R responses, L tokens of the longest response.
 """
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
-from allo_kernels import key_token_dpo_loss
+from allo_fast.method.pair_losses import LOSSES, WITHOUT_REFERENCE, Pairs, Settings
+from allo_kernels import key_token_dpo_loss, key_token_weights
 
 
 def npo_token_loss(policy_logps: Tensor, ref_logps: Tensor, token_weights: Tensor, *, beta: float) -> Tensor:
@@ -93,45 +94,75 @@ class Npo:
 
 
 @dataclass(frozen=True)
-class Dpo:
-    """Learning, and with epsilon None the vanilla DPO of the warm-up.
+class Preference:
+    """Learning: a sum of the losses on pairs, each with its weight. By default DPO, with epsilon None the warm-up's.
 
-    Metrics carry TRL's names and mean what TRL's do: rewards are beta (logp - ref) of whole responses. With epsilon the
-    loss sees key tokens only of the rejected ones: `key_rewards/` are the rewards that it compares. Which tokens are
-    key depends on their rewards, so that these accuracies and margins are high on noise too.
+    Metrics carry TRL's names and mean what TRL's do: rewards are beta (logp - ref) of whole responses; without a
+    reference, beta times the mean logp of their tokens. With epsilon the loss sees key tokens only of the rejected:
+    `key_rewards/` are the rewards that it compares. Which tokens are key depends on their rewards, so that these
+    accuracies and margins are high on noise too.
     """
 
     beta: float
     epsilon: float | None = None
     label_smoothing: float = 0.0
     protocol: str = "paper"
-    needs_reference = True
+    losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)  # names in pair_losses.LOSSES, and weights
+    simpo_gamma: float = 0.5
+    length_alpha: float = 0.0
     counts = "examples"
 
-    def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def needs_reference(self) -> bool:
+        return any(name not in WITHOUT_REFERENCE for name, _ in self.losses)
+
+    def __call__(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.examples.unbind(1)
-        pairs = logps[chosen], logps[rejected], ref[chosen], ref[rejected]
-        if self.epsilon is not None and self.protocol == "release":
+        ref = ref if self.needs_reference else None
+        if self.losses != (("sigmoid", 1.0),) or self.length_alpha:
+            losses, *key_rewards, weights = self._summed(logps, ref, batch)
+        elif self.epsilon is not None and self.protocol == "release":
+            pairs = logps[chosen], logps[rejected], ref[chosen], ref[rejected]
             losses, *key_rewards, weights = self._release(*pairs, batch, rejected)
         else:
             losses, *key_rewards, weights = key_token_dpo_loss(
-                *pairs,
+                logps[chosen],
+                logps[rejected],
+                ref[chosen],
+                ref[rejected],
                 batch.valid[chosen],
                 batch.valid[rejected],
                 fraction=1.0 if self.epsilon is None else self.epsilon,
                 beta=self.beta,
                 label_smoothing=self.label_smoothing,
             )
-        sums, rewards = logps.detach().sum(1), self.beta * (logps.detach() - ref).sum(1)
+        sums, tokens = logps.detach().sum(1), batch.valid.sum(1)
+        rewards = self.beta * (sums / tokens if ref is None else (logps.detach() - ref).sum(1))
         metrics = {
             **_reward_metrics("rewards", rewards[chosen], rewards[rejected]),
             "logps/chosen": sums[chosen].mean(),
             "logps/rejected": sums[rejected].mean(),
-            "key_tokens": (weights.sum(1) / batch.valid[rejected].sum(1)).mean(),
+            "key_tokens": (weights.sum(1) / tokens[rejected]).mean(),
         }
-        if self.epsilon is not None:
+        if self.epsilon is not None and ref is not None:
             metrics |= _reward_metrics("key_rewards", *key_rewards)
         return losses.mean(), metrics
+
+    def _summed(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, ...]:
+        """Losses, rewards and key tokens of each pair, as key_token_dpo_loss has them."""
+        chosen, rejected = batch.examples.unbind(1)
+        valid, weights = batch.valid[chosen], batch.valid[rejected].float()
+        if ref is not None and self.epsilon is not None:
+            weights = key_token_weights((logps - ref)[rejected].detach(), batch.valid[rejected], self.epsilon)
+
+        def sums(of_tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return of_tokens[chosen].sum(1), (of_tokens[rejected] * weights).sum(1)
+
+        pairs = Pairs(*sums(logps), valid.sum(1), weights.sum(1), *(() if ref is None else sums(ref)))
+        settings = Settings(self.beta, self.label_smoothing, self.simpo_gamma, self.length_alpha)
+        losses = sum(weight * LOSSES[name](pairs, settings) for name, weight in self.losses)
+        rewards = pairs.means if ref is None else pairs.ratios
+        return losses, *(self.beta * reward.detach() for reward in rewards), weights
 
     def _release(self, chosen, rejected, ref_chosen, ref_rejected, batch: Batch, index: Tensor) -> tuple[Tensor, ...]:
         log_ratios = (rejected - ref_rejected).detach()

@@ -66,7 +66,7 @@ def _timed(job: Job, phase: Phase, section: str, train: TrainConfig) -> Phase:
     count = examples(job.config, job.rows, section)
     seconds = math.ceil(count / train.examples_per_step) * train.num_train_epochs * step_s
     forward = 2.0 * job.shape_in(section).parameters / (speed * job.gpus)  # seconds a token
-    if section not in ("pretrain", "sft", "rewards.train"):
+    if train.needs_reference:
         seconds += count * sum(example_tokens(job.config, section)) * forward
     if section.startswith("rewards"):
         tokens = scoring_tokens(job, section) // job.config.rewards.batch_size

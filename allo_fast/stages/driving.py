@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig, UserError
+from allo_fast.config_train import LossConfig
 from allo_fast.data.batch import Corpus
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import weights_of
@@ -20,16 +21,29 @@ from allo_fast.training.engine import LOG, Trainer
 from allo_fast.training.reference import Reference
 
 
+def objective_of(settings: LossConfig, epsilon: float | None = None, protocol: str = "paper") -> Preference:
+    """epsilon: the fraction of rejected tokens that are key; None: all."""
+    return Preference(
+        settings.beta,
+        epsilon,
+        settings.label_smoothing,
+        protocol,
+        settings.losses,
+        settings.simpo_gamma,
+        settings.length_alpha,
+    )
+
+
 def trainer_of(
     unit: Unit,
     policy: DensePolicy | SparsePolicy,
     corpus: Corpus,
-    objective: Sft | Npo | Dpo,
+    objective: Sft | Npo | Preference,
     settings: TrainConfig,
     **more,
 ) -> Trainer:
     """As a stage trains; more: see `Trainer`."""
-    named = frozen_reference(unit, getattr(settings, "reference", None))
+    named = frozen_reference(unit, getattr(settings, "reference", None) if objective.needs_reference else None)
     given = {"mark": unit.mark, "seed": unit.seed, "zero": unit.zero, "reference": named, **more}
     online = unit.config.reference == "online"
     return Trainer(policy, corpus, objective, settings, unit.folder, cache=cache_of(unit), online=online, **given)

@@ -17,7 +17,7 @@ from allo_fast.durable import SCRATCH, read_json, write_json
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import pieces_of
-from allo_fast.method.objectives import Dpo, Sft
+from allo_fast.method.objectives import Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection, competing
 from allo_fast.model.loading import load_model
@@ -65,7 +65,7 @@ def gradient_scores(
     unit: Unit,
     base: FrozenBase,
     corpus: Corpus,
-    objective: Sft | Dpo,
+    objective: Sft | Preference,
     train: TrainConfig,
     score: str,
     reference: str | None = None,
@@ -78,7 +78,7 @@ def gradient_scores(
     examples.layout = base.logps.layout
     if score == "snr" and len(examples.steps) < 2:
         raise UserError("locate.score: snr: expected at least two optimizer steps, got one, in which all scores are 1")
-    if opened := frozen_reference(unit, reference):
+    if opened := frozen_reference(unit, reference if objective.needs_reference else None):
         examples.reference = yield from responses_done(_other_reference(unit, examples, opened()))
     sizes = {name: size_of(weight) for name, weight in named_weights(base.logps.model).items()}
     total = sum(sizes.values())
@@ -144,7 +144,7 @@ def _other_reference(unit: Unit, examples: Examples, opened: AbstractContextMana
 
 
 def located(
-    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
+    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Preference, train: TrainConfig, ratio: float
 ) -> Generator[Progress, None, tuple[Selection, dict]]:
     """What a stage trains that locates for itself: by `linear`, in one epoch; kept with the unit. And how it did."""
     kept = unit.folder / "selection.safetensors"
@@ -161,7 +161,7 @@ def located(
 
 
 def located_policy(
-    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Dpo, train: TrainConfig, ratio: float
+    unit: Unit, path: str | Path, corpus: Corpus, objective: Sft | Preference, train: TrainConfig, ratio: float
 ) -> Generator[Progress, None, tuple[DensePolicy | SparsePolicy, dict]]:
     """The model at `path`, of which `ratio` trains, located by its own objective; 1: all of it, densely."""
     if ratio == 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allo_fast.data.batch import Batch
 from allo_fast.data.encoding import corpus_of_pairs
-from allo_fast.method.objectives import Dpo
+from allo_fast.method.objectives import Preference
 from allo_fast.runs.rows import Rows, read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train, trainer_of
@@ -27,10 +27,10 @@ def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     settings, path = unit.config.rewards.dpo, unit.config.rewards.model or base_path(unit)
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     selection, locating = yield from located(
-        unit, path, corpus, Dpo(settings.beta), settings, unit.config.rewards.ratio
+        unit, path, corpus, Preference(settings.beta), settings, unit.config.rewards.ratio
     )
     policy = selected_policy(unit, path, selection)
-    trainer = trainer_of(unit, policy, corpus, Dpo(settings.beta), settings)
+    trainer = trainer_of(unit, policy, corpus, Preference(settings.beta), settings)
     facts = yield from train(unit, trainer)
 
     def score(batch: Batch) -> Tensor:

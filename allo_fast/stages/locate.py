@@ -22,7 +22,6 @@ from allo_fast import ranks
 from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.durable import write_bytes
-from allo_fast.method.objectives import Dpo
 from allo_fast.method.rows import row_lengths
 from allo_fast.method.scores import Given, Random, Score
 from allo_fast.method.selection import Selection, changes
@@ -30,6 +29,7 @@ from allo_fast.model.loading import load_model
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.driving import objective_of
 from allo_fast.stages.gradients import frozen_base, gradient_scores
 from allo_fast.stages.models import base_path
 
@@ -116,6 +116,6 @@ def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tup
     with frozen_base(unit, path) as base:
         lengths = row_lengths(base.logps.model)
         scores, facts = yield from gradient_scores(
-            unit, base, corpus, Dpo(settings.beta), settings, unit.config.located_by, settings.reference
+            unit, base, corpus, objective_of(settings), settings, unit.config.located_by, settings.reference
         )
     return Scored(scores, base.fingerprint, lengths), facts

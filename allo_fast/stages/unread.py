@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 from functools import reduce
 
 from allo_fast.config import Config
+from allo_fast.config_train import LOSSES, WITHOUT_REFERENCE, LossConfig
 from allo_fast.plan.rows import SAMPLED
 from allo_fast.section import Section
 
@@ -80,8 +81,21 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
         yield "locate.clip: false", "warmup.max_grad_norm"
     idle = [keys for keys, sources in _OF_REWARDS.items() if config.reward_source not in sources]
     yield f"rewards.source: {config.reward_source}", " ".join(idle)
+    for train in (config.warmup, config.learn):
+        yield from _of_losses(train)
     if config.protocol == "release":
         yield "protocol: release", "forget.threshold"
     for key in ("pretrain", "sft", "warmup", "rewards.train", "rewards.dpo", "forget", "learn"):
         if getattr(reduce(getattr, key.split("."), config), "lr_scheduler_type", None) == "constant":
             yield f"{key}.lr_scheduler_type: constant", f"{key}.warmup_steps"
+
+
+def _of_losses(train: LossConfig) -> Iterator[tuple[str, str]]:
+    readers = {
+        "label_smoothing": {"sigmoid", "robust", "simpo"},
+        "length_alpha": {"sigmoid"},
+        "simpo_gamma": {"simpo"},
+        "reference": {*LOSSES} - {*WITHOUT_REFERENCE},
+    }
+    idle = [f"{train.section}.{key}" for key, losses in readers.items() if not losses & {*train.loss_type}]
+    yield f"{train.section}.loss_type: {', '.join(train.loss_type)}", " ".join(idle)

@@ -9,11 +9,10 @@ Writes model/ in float32, so that updates smaller than the model's own rounding 
 from collections.abc import Generator
 
 from allo_fast.data.encoding import corpus_of_pairs
-from allo_fast.method.objectives import Dpo
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
-from allo_fast.stages.driving import train, trainer_of
+from allo_fast.stages.driving import objective_of, train, trainer_of
 from allo_fast.stages.models import base_path, dense_policy, prompts_of, save_trained
 
 
@@ -22,7 +21,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
     settings = unit.config.warmup
     policy = dense_policy(unit, base_path(unit))
-    trainer = trainer_of(unit, policy, corpus, Dpo(settings.beta), settings)
+    trainer = trainer_of(unit, policy, corpus, objective_of(settings), settings)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()

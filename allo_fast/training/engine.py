@@ -19,7 +19,7 @@ from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch, Corpus
 from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
-from allo_fast.method.objectives import Dpo, Npo, Sft
+from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backend import LocalBackend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
@@ -82,7 +82,7 @@ class Trainer:
         self,
         policy: DensePolicy | SparsePolicy,
         corpus: Corpus,
-        objective: Sft | Npo | Dpo,
+        objective: Sft | Npo | Preference,
         config: TrainConfig,
         folder: Path,
         *,
@@ -97,7 +97,7 @@ class Trainer:
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
         self.open_reference, self.mark, self.cache = reference, mark, cache or folder / SCRATCH
-        self.online = online and isinstance(policy, SparsePolicy) and reference is None
+        self.online = online and isinstance(policy, SparsePolicy) and reference is None and objective.needs_reference
         self.checkpoints = Checkpoints(folder, mark)
         check_divides(config, ranks.world_size())
         self.examples = Examples(corpus, config, seed, token_weights)
