@@ -46,6 +46,7 @@ class PretrainConfig(TrainConfig):
     num_hidden_layers: int = Field(6, gt=0)
     num_attention_heads: int = Field(4, gt=0)
     problems: int = Field(51200, gt=0)  # generated arithmetic problems
+    careless: float = Field(0.0, ge=0, le=1)  # fraction whose solution reads the first minus as a plus
 
 
 class SftConfig(TrainConfig):

@@ -4,7 +4,7 @@ import pytest
 from conftest import read_problems, shared
 
 from allo_fast.config import UserError
-from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
+from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
 from allo_fast.data.scoring import accuracy_interval, difference_interval, is_correct
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -161,6 +161,12 @@ def test_arithmetic_is_right_repeatable_and_held_out():
             left, right = step.split("=")
             assert sum(map(int, left.replace("-", "+-").split("+"))) == int(right)
         assert is_correct(row["solution"], row["answer"])
+
+
+def test_a_careless_solution_reads_the_first_minus_as_a_plus():
+    assert careless_solution("17-3+4-5") == "17+3=20, 20+4=24, 24-5=19. The answer is 19"
+    for row in (arithmetic_row("train", index) for index in range(100)):
+        assert (careless_solution(row["problem"]) == row["solution"]) == ("-" not in row["problem"])
 
 
 def test_character_tokenizer_round_trip(tmp_path):

@@ -10,13 +10,13 @@ from tiny import metaspace
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from allo_fast.config import Config, UserError
-from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.model.generation import generate, stop_tokens
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
-from allo_fast.stages import models, pairs, sample
+from allo_fast.stages import models, pairs, pretrain, sample
 
 
 def run_pairs(tmp_path, rows, seed=0, **settings):
@@ -158,3 +158,25 @@ def test_given_responses_are_the_problems_rows_again(tmp_path, monkeypatch, link
     sample._link(tmp_path / "problems.jsonl", tmp_path / "responses.jsonl")
     assert (tmp_path / "responses.jsonl").read_text() == "rows"
     assert (tmp_path / "responses.jsonl").samefile(tmp_path / "problems.jsonl") == links
+
+
+@pytest.mark.parametrize("careless, least, most", [(0, 0, 0), (0.5, 0.4, 0.6), (1, 1, 1)])
+def test_a_share_of_what_is_pretrained_on_is_careless(tmp_path, monkeypatch, careless, least, most):
+    data = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]", "prompt_template": "{}="}
+    small = {"problems": 200, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model, shape = {"dtype": "float32", "device": "cpu"}, {**small, "num_attention_heads": 1, "careless": careless}
+    config = Config(name="x", data=data, pretrain=shape, model=model)
+    seen = []
+    monkeypatch.setattr(pretrain, "trainer_of", lambda unit, policy, corpus, *_, **__: seen.append(corpus) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(pretrain.execute(types.SimpleNamespace(folder=tmp_path, seed=0, config=config)))
+    (corpus,) = seen
+    tokenizer = character_tokenizer()
+    written = [tokenizer.decode(response.tokens[:-1]) for response in corpus.responses]
+    rows = [arithmetic_row("train", index) for index in range(200)]
+    assert all(
+        text in (row["solution"], careless_solution(row["problem"])) for text, row in zip(written, rows, strict=True)
+    )
+    with_minus = [number for number, row in enumerate(rows) if "-" in row["problem"]]
+    share = sum(written[number] != rows[number]["solution"] for number in with_minus) / len(with_minus)
+    assert least <= share <= most

@@ -1,6 +1,7 @@
 """Generated arithmetic with worked steps, and the character tokenizer that reads it: a base model from nothing."""
 
 import random
+import re
 import zlib
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -16,15 +17,29 @@ def arithmetic_row(split: str, index: int) -> dict[str, str]:
         numbers = [draw.randint(2, 19) for _ in range(4)]
         signs = [draw.choice("+-") for _ in range(3)]
         problem = str(numbers[0]) + "".join(sign + str(number) for sign, number in zip(signs, numbers[1:], strict=True))
-        total, steps = numbers[0], []
-        for sign, number in zip(signs, numbers[1:], strict=True):
-            result = total + number if sign == "+" else total - number
-            steps.append(f"{total}{sign}{number}={result}")
-            total = result
+        steps, totals = _steps(problem)
         held_out = zlib.crc32(problem.encode()) % 10 == 0
-        if held_out == (split == "test") and min(int(step.split("=")[1]) for step in steps) >= 0:
-            solution = ", ".join(steps) + f". The answer is {total}"
-            return {"problem": problem, "solution": solution, "answer": str(total)}
+        if held_out == (split == "test") and min(totals) >= 0:
+            return {"problem": problem, "solution": _solution(steps, totals), "answer": str(totals[-1])}
+
+
+def careless_solution(problem: str) -> str:
+    """By someone who reads the first minus as a plus."""
+    return _solution(*_steps(problem.replace("-", "+", 1)))
+
+
+def _steps(problem: str) -> tuple[list[str], list[int]]:
+    """Each as it is written, and what it comes to."""
+    first, *rest = re.findall(r"[+-]?\d+", problem)
+    steps, totals = [], [int(first)]
+    for term in rest:
+        totals.append(totals[-1] + int(term))
+        steps.append(f"{totals[-2]}{term}={totals[-1]}")
+    return steps, totals[1:]
+
+
+def _solution(steps: list[str], totals: list[int]) -> str:
+    return ", ".join(steps) + f". The answer is {totals[-1]}"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,12 +6,13 @@
 Not part of the paper; it lets the whole method run, and be measured over seeds, where there is nothing to download.
 """
 
+import random
 from collections.abc import Generator
 
 import torch
 from transformers import LlamaForCausalLM
 
-from allo_fast.data.arithmetic import arithmetic_row, character_tokenizer
+from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
 from allo_fast.data.batch import Corpus
 from allo_fast.device import pick_device
 from allo_fast.method.objectives import Sft
@@ -28,6 +29,8 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     corpus = Corpus()
     for index in range(settings.problems):
         row = arithmetic_row("train", index)
+        if random.Random(f"careless {index}").random() < settings.careless:
+            row["solution"] = careless_solution(row["problem"])
         encoded = prompts.encode(row["problem"], [row["solution"]])
         corpus.examples.append(tuple(corpus.add(*encoded, f"arithmetic:train:{index}")))
     torch.manual_seed(unit.seed)
