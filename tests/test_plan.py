@@ -208,6 +208,16 @@ def test_a_reference_of_its_own_is_divided_among_the_devices():
     assert held["forget"] == 2 * shape.parameters // 8 and held["warmup"] == held["learn"] == 0
 
 
+def test_a_loss_without_a_reference_takes_neither_memory_nor_time_for_one():
+    shape, config = shape_of(EIGHT, "bfloat16"), settings()
+    config.learn.reference = "other"
+    asked = by_stage(plan_of(config, shape, Zero(1), 80))["learn"]
+    config.learn.loss_type = ["simpo"]
+    none = by_stage(plan_of(config, shape, Zero(1), 80))["learn"]
+    assert asked.memory["reference"] == 2 * shape.parameters // 8 and none.memory["reference"] == 0
+    assert none.step_s == asked.step_s and none.seconds < asked.seconds
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_sampling_holds_what_generate_does(monkeypatch, padded):
     """Keys and values to the byte; the rest at most what is planned, and not half of it."""

@@ -76,7 +76,7 @@ def _timed(job: Job, phase: Phase, section: str, train: TrainConfig) -> Phase:
 
 def reference_bytes(job: Job, train: TrainConfig, zero: Zero | None) -> int:
     """The policy is its own reference; another is freed before the first step, and counted as if it were not."""
-    if not getattr(train, "reference", None):
+    if not (train.needs_reference and getattr(train, "reference", None)):
         return 0
     return BYTES[job.config.model.dtype] * job.shape.parameters // (job.gpus if zero else 1)
 
