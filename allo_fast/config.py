@@ -197,7 +197,7 @@ class Config(Section):
             if self.protocol == "release" and (train.losses != (("sigmoid", 1.0),) or train.length_alpha):
                 raise ValueError(f"{train.section}.loss_type: protocol: release has sigmoid alone, with weight 1")
         if self.method != "dpo" and not self.learn.needs_reference and self.epsilon < 1:
-            name = ", ".join(losses)
+            name = ", ".join(self.learn.loss_type)
             raise ValueError(f"learn.epsilon: a reference decides what is key, loss_type: {name} has none; set it to 1")
         for key in ("last", "rows", "scope"):
             if self.protocol == "release" and getattr(self.locate, key) not in (False, "global"):

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from allo_fast.config import LearnConfig
 from allo_fast.config_train import LOSSES as NAMES
+from allo_fast.config_train import WITHOUT_REFERENCE
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.method.objectives import Preference
-from allo_fast.method.pair_losses import LOSSES, WITHOUT_REFERENCE, Pairs, Settings
+from allo_fast.method.pair_losses import LOSSES, Pairs, Settings
 
 SETTINGS = Settings(beta=0.5, label_smoothing=0.2, simpo_gamma=0.3, length_alpha=0.25)
 # One pair: r_w = -4 + 6 = 2 over 4 tokens, r_l = -9 + 8 = -1 over 2.

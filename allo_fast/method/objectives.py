@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allo_fast.config import UserError
+from allo_fast.config_train import WITHOUT_REFERENCE
 from allo_fast.data.batch import Batch
-from allo_fast.method.pair_losses import LOSSES, WITHOUT_REFERENCE, Pairs, Settings
+from allo_fast.method.pair_losses import LOSSES, Pairs, Settings
 from allo_kernels import key_token_dpo_loss, key_token_weights
 
 

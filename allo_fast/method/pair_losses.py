@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from allo_fast.config_train import WITHOUT_REFERENCE as WITHOUT_REFERENCE
-
 
 @dataclass(frozen=True)
 class Pairs:
