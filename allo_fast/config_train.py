@@ -74,9 +74,9 @@ WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 
 
 class LossConfig(PreferenceTrainConfig):
-    beta: float = Field(0.1, gt=0)  # of implicit rewards
+    beta: float = Field(0.1, gt=0)  # of implicit rewards; ipo's tau, orpo's lambda; means want more: simpo 2, norm 5
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
-    # TRL's names, one or several; method/pair_losses.py has their equations. [sigmoid, sft] is DPO + NLL on chosen.
+    # By TRL's names, one or several; method/pair_losses.py has their equations. [sigmoid, sft] is DPO + NLL on chosen.
     loss_type: list[Loss] = Field(["sigmoid"], min_length=1)
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = None  # of each loss; null: 1
     simpo_gamma: float = Field(0.5, ge=0)  # of simpo: the margin that it asks for

@@ -1,4 +1,4 @@
-"""Each loss by hand, and against the formulas that TRL computes; gradients against finite differences."""
+"""Each loss by hand, gradients against finite differences, and what a step makes of them."""
 
 from math import exp, log, log1p
 
@@ -13,6 +13,7 @@ from allo_fast.config_train import WITHOUT_REFERENCE
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.method.objectives import Preference
 from allo_fast.method.pair_losses import LOSSES, Pairs, Settings
+from allo_kernels import key_token_weights
 
 SETTINGS = Settings(beta=0.5, label_smoothing=0.2, simpo_gamma=0.3, length_alpha=0.25)
 # One pair: r_w = -4 + 6 = 2 over 4 tokens, r_l = -9 + 8 = -1 over 2.
@@ -118,11 +119,65 @@ def test_key_tokens_are_those_of_any_loss(name):
     batch, ref = collate(corpus, corpus.examples), torch.full((2, 2), -7.0)
     logps = (ref + torch.tensor([[0.5, 0.5], [3.0, -1.0]])).requires_grad_()
     loss, metrics = Preference(2.0, 0.5, losses=((name, 2.0),))(logps, ref, batch)
-    counted = Pairs(*(torch.tensor([value]) for value in (-13.0, -8.0, 2, 1, -14.0, -7.0)))
+    counted = Pairs(*(torch.tensor([value]) for value in (-13.0, -8.0, 2, 2, -14.0, -7.0)))
     torch.testing.assert_close(loss, 2 * LOSSES[name](counted, Settings(2.0)).mean())
     assert metrics["key_tokens"] == 0.5 and metrics["rewards/rejected"] == 4 and metrics["key_rewards/rejected"] == -2
     (gradient,) = torch.autograd.grad(loss, logps)
-    assert gradient[1, 0] == 0 or name == "sft"
+    assert gradient[1, 0] == 0
+
+
+def test_lengths_are_of_whole_responses_whatever_is_key():
+    batch, logps, ref = batch_of_noise()
+    keyed, longer = (Preference(0.5, 0.1, length_alpha=alpha)(logps, ref, batch)[1] for alpha in (0.0, 0.7))
+    assert keyed["key_rewards/margins"] == pytest.approx(longer["key_rewards/margins"].item())
+    plain = Preference(0.5, 0.1, losses=(("sigmoid", 1.0),), length_alpha=0.7)(logps, ref, batch)[0]
+    chosen, rejected = batch.examples.unbind(1)
+    weights = key_token_weights((logps - ref)[rejected], batch.valid[rejected], 0.1)
+    ratios, tokens = logps - ref, batch.valid.sum(1)
+    margins = 0.5 * (ratios[chosen].sum(1) - (ratios[rejected] * weights).sum(1))
+    margins += 0.7 * (tokens[chosen] - tokens[rejected])
+    torch.testing.assert_close(plain, -F.logsigmoid(margins).mean())
+
+
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
+def test_key_tokens_are_of_losses_with_a_reference_alone(name):
+    batch, logps, ref = batch_of_noise()
+    mixed, dpo, other = (
+        Preference(0.5, epsilon, losses=losses)(logps, ref, batch)[0]
+        for epsilon, losses in (
+            (0.1, (("sigmoid", 1.0), (name, 1.0))),
+            (0.1, (("sigmoid", 1.0),)),
+            (None, ((name, 1.0),)),
+        )
+    )
+    torch.testing.assert_close(mixed, dpo + other)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_may_be_cut_anywhere(name):
+    """Means over pairs, weighted by how many they are, are the mean of all."""
+    corpus, objective = pair_corpus(7), Preference(0.5, 0.5, losses=((name, 1.0),), length_alpha=0.1)
+    draw = torch.Generator().manual_seed(3)
+    drawn = -torch.rand(2, len(corpus.responses), corpus.longest, generator=draw)
+
+    def loss(examples) -> torch.Tensor:
+        batch = collate(corpus, examples)
+        logps, ref = (of[batch.responses, : batch.valid.shape[1]] * batch.valid for of in drawn)
+        return objective(logps, ref, batch)[0] * len(examples)
+
+    examples = list(corpus.examples)
+    torch.testing.assert_close(loss(examples[:1]) + loss(examples[1:4]) + loss(examples[4:]), loss(examples))
+
+
+def test_the_fused_loss_is_the_summed_one():
+    batch, logps, ref = batch_of_noise()
+    (fused, metrics), (summed, others) = (
+        Preference(0.5, 0.5, 0.1, losses=(("sigmoid", weight),))(logps, ref, batch) for weight in (1.0, 2.0)
+    )
+    torch.testing.assert_close(2 * fused, summed)
+    assert metrics.keys() == others.keys()
+    for key in metrics:
+        torch.testing.assert_close(metrics[key], others[key])
 
 
 def test_length_alpha_alone_leaves_the_fused_loss():

@@ -76,6 +76,7 @@ def read(tmp_path):
         (["warmup.loss_type=ipo"], ["warmup.simpo_gamma=1"], ["warmup.loss_type=simpo"]),
         (["learn.loss_type=ipo"], ["learn.label_smoothing=.1", "learn.length_alpha=1"], []),
         ([ALL, "learn.loss_type=simpo"], ["learn.reference=m"], [ALL, "learn.loss_type=[simpo, sigmoid]"]),
+        ([ALL, "learn.loss_type=sft"], ["learn.beta=3"], [ALL, "learn.loss_type=[sft, npo]"]),
         (
             ["rewards.source=implicit", "rewards.dpo.lr_scheduler_type=constant"],
             ["rewards.dpo.warmup_steps=3"],

@@ -98,10 +98,10 @@ class Npo:
 class Preference:
     """Learning: a sum of the losses on pairs, each with its weight. By default DPO, with epsilon None the warm-up's.
 
-    Metrics carry TRL's names and mean what TRL's do: rewards are beta (logp - ref) of whole responses; without a
-    reference, beta times the mean logp of their tokens. With epsilon the loss sees key tokens only of the rejected:
-    `key_rewards/` are the rewards that it compares. Which tokens are key depends on their rewards, so that these
-    accuracies and margins are high on noise too.
+    Metrics carry TRL's names: rewards are beta (logp - ref) of whole responses, or without any reference beta times
+    the mean logp of their tokens; `logps/` are sums always. With epsilon, losses that have a reference see key tokens
+    only of the rejected: `key_rewards/` are the rewards of those. Which are key depends on their rewards, so that
+    these accuracies and margins are high on noise too.
     """
 
     beta: float
@@ -152,17 +152,26 @@ class Preference:
     def _summed(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, ...]:
         """Losses, rewards and key tokens of each pair, as key_token_dpo_loss has them."""
         chosen, rejected = batch.examples.unbind(1)
-        valid, weights = batch.valid[chosen], batch.valid[rejected].float()
+        every, tokens = batch.valid[rejected].float(), batch.valid.sum(1).float()
+
+        def pairs(weights: Tensor) -> Pairs:
+            """Of the rejected tokens that weigh; lengths are of all."""
+
+            def sums(of_tokens: Tensor) -> tuple[Tensor, Tensor]:
+                return of_tokens[chosen].sum(1), (of_tokens[rejected] * weights).sum(1)
+
+            return Pairs(*sums(logps), tokens[chosen], tokens[rejected], *(() if ref is None else sums(ref)))
+
+        weights = every
         if ref is not None and self.epsilon is not None:
             weights = key_token_weights((logps - ref)[rejected].detach(), batch.valid[rejected], self.epsilon)
-
-        def sums(of_tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return of_tokens[chosen].sum(1), (of_tokens[rejected] * weights).sum(1)
-
-        pairs = Pairs(*sums(logps), valid.sum(1), weights.sum(1), *(() if ref is None else sums(ref)))
+        whole, keyed = pairs(every), pairs(weights)
         settings = Settings(self.beta, self.label_smoothing, self.simpo_gamma, self.length_alpha)
-        losses = sum(weight * LOSSES[name](pairs, settings) for name, weight in self.losses)
-        rewards = pairs.means if ref is None else pairs.ratios
+        losses = sum(
+            weight * LOSSES[name](whole if name in WITHOUT_REFERENCE else keyed, settings)
+            for name, weight in self.losses
+        )
+        rewards = () if ref is None else keyed.ratios
         return losses, *(self.beta * reward.detach() for reward in rewards), weights
 
     def _release(self, chosen, rejected, ref_chosen, ref_rejected, batch: Batch, index: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Losses on pairs of whole responses, under TRL's names for them: pure functions of log-probabilities, one each.
+"""Losses on pairs, under TRL's names where it has the loss: pure functions of log-probabilities, one number a pair.
 
 w chosen, l rejected; logp the sum over a response's tokens, |y| their number;
 r = logp - ref, m = beta (r_w - r_l), s = label_smoothing
@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class Pairs:
-    """Of B pairs, fp32 [B] each: sums of log-probabilities, and how many tokens they are of.
+    """Of B pairs, fp32 [B] each: sums of log-probabilities, perhaps of key tokens only, and lengths of whole responses.
 
     ref_chosen, ref_rejected: None where the loss has no reference.
     """
@@ -57,7 +57,7 @@ Loss = Callable[[Pairs, Settings], Tensor]  # fp32 [B]
 
 
 def sigmoid(pairs: Pairs, settings: Settings) -> Tensor:
-    """DPO (arXiv 2305.18290), with label_smoothing cDPO, with length_alpha R-DPO (arXiv 2403.19159).
+    """DPO (arXiv 2305.18290), with label_smoothing cDPO (which TRL's ignores), with length_alpha R-DPO (2403.19159).
 
     -(1 - s) log sigmoid(m') - s log sigmoid(-m'),  m' = m + length_alpha (|y_w| - |y_l|)
     """
@@ -107,12 +107,12 @@ def sigmoid_norm(pairs: Pairs, settings: Settings) -> Tensor:
 
 
 def npo(pairs: Pairs, settings: Settings) -> Tensor:
-    """NPO (arXiv 2404.05868, equation 3), which forgets rejected responses: -(2 / beta) log sigmoid(-beta r_l)."""
+    """NPO (arXiv 2404.05868, equation 3): -(2 / beta) log sigmoid(-beta r_l), without forgetting's tokens."""
     return -2 / settings.beta * logsigmoid(-settings.beta * pairs.ratios[1])
 
 
 def simpo(pairs: Pairs, settings: Settings) -> Tensor:
-    """SimPO (arXiv 2405.14734), without a reference.
+    """SimPO (arXiv 2405.14734), without a reference; TRL's CPOTrainer adds `sft` by default.
 
     -(1 - s) log sigmoid(d) - s log sigmoid(-d),  d = beta (logp_w / |y_w| - logp_l / |y_l|) - simpo_gamma
     """
@@ -121,7 +121,7 @@ def simpo(pairs: Pairs, settings: Settings) -> Tensor:
 
 
 def orpo(pairs: Pairs, settings: Settings) -> Tensor:
-    """ORPO (arXiv 2403.07691), without a reference: `sft` and beta times the odds ratio's -log sigmoid.
+    """ORPO (arXiv 2403.07691), without a reference: `sft` (TRL's has the prompt too) and beta times the odds ratio's.
 
     -log p_w - beta log sigmoid(log p_w / (1 - p_w) - log p_l / (1 - p_l)),  log p = logp / |y|
     """
@@ -131,7 +131,7 @@ def orpo(pairs: Pairs, settings: Settings) -> Tensor:
 
 
 def sft(pairs: Pairs, settings: Settings) -> Tensor:
-    """The chosen response's cross-entropy, -logp_w / |y_w|: with weight 1 beside `sigmoid` RPO's (arXiv 2404.19733)."""
+    """Cross-entropy of the chosen, -logp_w / |y_w| (TRL: one mean over all tokens); with `sigmoid` RPO, 2404.19733."""
     return -pairs.means[0]
 
 

@@ -92,6 +92,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
 
 def _of_losses(train: LossConfig) -> Iterator[tuple[str, str]]:
     readers = {
+        "beta": {*LOSSES} - {"sft"},
         "label_smoothing": {"sigmoid", "robust", "simpo"},
         "length_alpha": {"sigmoid"},
         "simpo_gamma": {"simpo"},
