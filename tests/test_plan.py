@@ -212,7 +212,7 @@ def test_a_loss_without_a_reference_takes_neither_memory_nor_time_for_one():
     shape, config = shape_of(EIGHT, "bfloat16"), settings()
     config.learn.reference = "other"
     asked = by_stage(plan_of(config, shape, Zero(1), 80))["learn"]
-    config.learn.loss_type = ["simpo"]
+    config.learn.loss_type, config.learn.epsilon = ["simpo"], 1.0
     none = by_stage(plan_of(config, shape, Zero(1), 80))["learn"]
     assert asked.memory["reference"] == 2 * shape.parameters // 8 and none.memory["reference"] == 0
     assert none.step_s == asked.step_s and none.seconds < asked.seconds
