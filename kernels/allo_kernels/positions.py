@@ -131,7 +131,7 @@ class Positions:
         for block in range(0, last - first, _CHUNK):
             edges = starts[block : block + _CHUNK + 1]
             entries = slice(edges[0], edges[-1])
-            index = self.low[entries].cpu().numpy().astype(np.int64)  # adds to small slices in half of torch's time
+            index = self.low[entries].cpu().numpy().astype(np.int64)  # its small sums are quicker
             for base, (begin, end) in enumerate(pairwise(edges), block):
                 index[begin - edges[0] : end - edges[0]] += base * SPAN
             yield entries, torch.from_numpy(index).to(self.device)
