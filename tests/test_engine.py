@@ -416,3 +416,14 @@ def test_bf16_resident_weights_follow_fp32_values(tmp_path):
         drift = (value - before[name].view(-1)[at.unpack()].float()).abs().max()
         assert 0 < drift < 1e-3, "updates far below bf16's rounding accumulate in the values"
     assert 0 < policy.changed() < selection.selected
+
+
+@pytest.mark.parametrize("loss, asked", [("ipo", True), ("simpo", False)])
+def test_an_online_reference_is_asked_where_the_loss_has_one(tmp_path, monkeypatch, loss, asked):
+    made, seen = trainer(tmp_path, objective=Preference(0.5, losses=((loss, 1.0),))), []
+    (tmp_path / "online").mkdir()
+    again = Trainer(made.policy, pair_corpus(), made.objective, made.config, tmp_path / "online", online=True)
+    plain = made.policy.reference
+    monkeypatch.setattr(made.policy, "reference", lambda: seen.append(1) or plain())
+    deque(again.run(), maxlen=0)
+    assert bool(seen) == asked

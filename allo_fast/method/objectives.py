@@ -119,7 +119,6 @@ class Preference:
 
     def __call__(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.examples.unbind(1)
-        ref = ref if self.needs_reference else None
         if self.losses != (("sigmoid", 1.0),) or self.length_alpha:
             losses, *key_rewards, weights = self._summed(logps, ref, batch)
         elif self.epsilon is not None and self.protocol == "release":
