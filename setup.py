@@ -9,6 +9,7 @@ setup(
     # kernels/ is a source root, not a package: a top-level `kernels` would shadow the PyPI package of that name.
     packages=[
         "allo_fast",
+        "allo_fast.compare",
         "allo_fast.data",
         "allo_fast.locating",
         "allo_fast.method",

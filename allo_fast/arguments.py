@@ -32,6 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
         if name != "report":
             command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
+    command = commands.add_parser("compare", help="many methods on one job, and which differences are clear of chance")
+    command.add_argument("config", type=Path, help="of the comparison, as configs/evidence.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="of the job, for all arms")
+    command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
     command = commands.add_parser("check", help="what would end a run later, all of it, before anything starts")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")

@@ -20,6 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allo_fast import ranks, signals
 from allo_fast.arguments import parse
+from allo_fast.compare.arms import Comparison
+from allo_fast.compare.driving import compare
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.durable import reason, versions
@@ -91,6 +93,11 @@ def _run(options: argparse.Namespace) -> None:
             _complete(unit)
         ranks.on_main(lambda: _report(run))
     ranks.stop()
+
+
+def _compare(options: argparse.Namespace) -> None:
+    for line in compare(Comparison.load(options.config, options.overrides), _show, options.rerun):
+        _say(line)
 
 
 def _rewrite(options: argparse.Namespace) -> None:
@@ -271,6 +278,7 @@ def _env(options: argparse.Namespace) -> None:
 
 _COMMANDS = {
     "run": _run,
+    "compare": _compare,
     "report": _rewrite,
     "check": _check,
     "plan": _plan,

@@ -27,14 +27,7 @@ def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = 
     a file that cannot be read, YAML that does not parse, unknown keys (naming the nearest known one) and values that do
     not fit.
     """
-    try:
-        raw = _parse(Path(path).read_text("utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8, at byte {error.start}; save it as UTF-8") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    raw = read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -47,10 +40,23 @@ def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = 
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explained(error.errors()))) from None
+        raise UserError(f"{path}: {explained(error, Config)}") from None
     if is_auto and not auto:
         logger.info("model.dtype: %s, as suits this machine", config.model.dtype)
     return config
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The keys and values of a YAML file. Raises UserError where it cannot be read, or has none."""
+    try:
+        raw = _parse(Path(path).read_text("utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8, at byte {error.start}; save it as UTF-8") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
 
 
 def dump_config(config: Config) -> str:
@@ -127,12 +133,12 @@ def _assign(raw: dict, dotted: str, value: object) -> None:
     raw[last] = value
 
 
-def _explained(errors: list[dict]) -> list[str]:
-    """One sentence a key, also where a value fits none of several types."""
-    by_key: dict[str, list[dict]] = {}
-    for error in errors:
-        by_key.setdefault(_key(error["loc"]), []).append(error)
-    return [_explain(key, parts) for key, parts in by_key.items()]
+def explained(error: ValidationError, section: type[Section]) -> str:
+    """What is wrong with a file of this section, one sentence a key, also where a value fits none of several types."""
+    known, by_key = known_keys(section), {}
+    for each in error.errors():
+        by_key.setdefault(_key(each["loc"], known), []).append(each)
+    return "; ".join(_explain(key, errors, known) for key, errors in by_key.items())
 
 
 def _is_less_likely(key: str) -> bool:
@@ -140,19 +146,19 @@ def _is_less_likely(key: str) -> bool:
     return not key.startswith("learn.")
 
 
-def _key(parts: tuple) -> str:
+def _key(parts: tuple, known: list[str]) -> str:
     """The dotted key of an error; pydantic adds the type that it tried."""
     dotted = [".".join(map(str, parts[:length])) for length in range(len(parts), 0, -1)]
-    return next((key for key in dotted if key in known_keys(Config)), dotted[0] if dotted else "")
+    return next((key for key in dotted if key in known), dotted[0] if dotted else "")
 
 
-def _explain(key: str, errors: list[dict]) -> str:
+def _explain(key: str, errors: list[dict], known: list[str]) -> str:
     first = errors[0]
     if first["type"] != "extra_forbidden":
         message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
         suffix = "" if first["type"] == "missing" else f" (got {first['input']!r:.200})"
         return f"{key}: {message}{suffix}" if key else message
-    where, known = ".".join(map(str, first["loc"])), known_keys(Config)
+    where = ".".join(map(str, first["loc"]))
     siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
     elsewhere = [name for name in known if name.endswith(f".{where}")]
     near = difflib.get_close_matches(where, siblings, n=1) or sorted(elsewhere, key=_is_less_likely)[:1]

@@ -279,12 +279,11 @@ def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_
 
 def test_obstacles_in_a_reference_s_folder(tmp_path):
     corpus, asked = pair_corpus(), np.arange(4)
-    (tmp_path / "cache/reference-00000.safetensors").mkdir(parents=True)
-    (left := tmp_path / "cache/.reference-00007.safetensors.partial").mkdir()
+    (left := tmp_path / "cache/.reference-00007.safetensors.partial").mkdir(parents=True)
 
     def compute(batch, remove=False):
         if remove:
-            for file in tmp_path.glob("cache/*1.safetensors"):
+            for file in tmp_path.glob("cache/reference-00000-*"):
                 file.unlink()
         return batch.layout(batch.targets.float())
 
@@ -295,11 +294,29 @@ def test_obstacles_in_a_reference_s_folder(tmp_path):
             pass
 
     run(compute)
-    assert not left.exists() and (tmp_path / "cache/reference-00001.safetensors").is_file()
+    assert not left.exists() and len([*tmp_path.glob("cache/*.safetensors")]) == 1
     asked = np.arange(len(corpus.responses))
     with pytest.raises(UserError, match="cache: files were removed while they were needed"):
         run(partial(compute, remove=True))
     run(compute)
+
+
+def test_two_commands_save_references_at_once(tmp_path):
+    corpus = pair_corpus()
+
+    def work(asked):
+        opened = nullcontext(
+            Opened(lambda batch: batch.layout(batch.targets.float()), Layout(packed=True), torch.device("cpu"))
+        )
+        return reference_logps(tmp_path, "a", corpus, np.array(asked), opened, budget=30)
+
+    first = work([0, 1, 2, 3, 4, 5])
+    next(first)
+    for _ in work([6, 7, 8]):
+        pass
+    for _ in first:
+        pass
+    assert len([*tmp_path.glob("*.safetensors")]) == 2
 
 
 def test_what_decides_log_probabilities_is_in_the_mark(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def accuracy_bars(models: dict[str, dict], title: str = "") -> str:
     axis.invert_yaxis()
     axis.set_xlim(0, min(1.0, 1.25 * max(metric["ci95"][1] for metric in models.values())) or 1)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _svg(figure, f"{title or 'accuracy'} of each model")
+    return as_svg(figure, f"{title or 'accuracy'} of each model")
 
 
 def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:
@@ -42,7 +42,7 @@ def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1.2, label=label)
         axis.set_title(f"{stage}: {name}", fontsize=9)
         axis.set_xlabel("step")
-    return _svg(figure, f"training curves of {stage}")
+    return as_svg(figure, f"training curves of {stage}")
 
 
 def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
@@ -66,7 +66,7 @@ def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
     others = ", ".join(f"{name} {share:.2%}" for name, share in outside.items())
     axis.set_title(f"{stage}; outside the layers: {others}", fontsize=8, loc="left")
     figure.colorbar(image, ax=axis, format=lambda value, _: f"{value:.0%}")
-    return _svg(figure, f"share of weights selected for {stage}, per layer and matrix")
+    return as_svg(figure, f"share of weights selected for {stage}, per layer and matrix")
 
 
 def _first(seeds: dict[str, list[dict]]) -> dict:
@@ -78,7 +78,7 @@ def _short(name: str) -> str:
     return ".".join(parts)
 
 
-def _svg(figure: Figure, label: str) -> str:
+def as_svg(figure: Figure, label: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)

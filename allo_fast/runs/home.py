@@ -34,7 +34,13 @@ def recorded(unit: Path) -> Basis:
 
 @dataclass
 class Home:
+    """cache: of what could be computed again, perhaps of several runs; None: in the folder."""
+
     folder: Path
+    cache: Path | None = None
+
+    def __post_init__(self):
+        self.cache = self.cache or self.folder / "cache"
 
     @property
     def is_begun(self) -> bool:

@@ -15,11 +15,15 @@ from allo_fast.durable import make_folder
 logger = logging.getLogger(__name__)
 
 
+class Busy(UserError):
+    """Another command works there."""
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other command works in a run's folder; the end of rank 0's process lets go too.
 
-    Raises UserError where one does already.
+    Raises Busy where one does already.
     """
     with ExitStack() as stack:
         ranks.on_main(lambda: _lock(folder.resolve(), stack))
@@ -33,7 +37,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{folder}: {file.read() or 'another command'} works there; end it first") from None
+        raise Busy(f"{folder}: {file.read() or 'another command'} works there; end it first") from None
     except OSError as error:
         logger.warning("%s: cannot be locked (%s): see to it that one command works there", folder, error.strerror)
     file.truncate(0)

@@ -16,6 +16,7 @@ class Run:
 
     rerun: accept changed settings and run again what they affect. zeros: how DeepSpeed trains "dense" and "sparse"
     stages; None: one process. folder: where a run lies that is to be read, nothing claimed; None: output_dir/name.
+    cache: as of `Home`.
     """
 
     def __init__(
@@ -25,10 +26,11 @@ class Run:
         rerun: bool = False,
         zeros: dict[str, Zero] | None = None,
         folder: Path | None = None,
+        cache: Path | None = None,
     ):
         self.config, self.stages, self.rerun = config, stages, rerun
         self.zeros = zeros or {"dense": None, "sparse": None}
-        self.home = Home(folder or Path(config.output_dir) / config.name)
+        self.home = Home(folder or Path(config.output_dir) / config.name, cache)
         if folder is None:
             ranks.on_main(self._claim)
 

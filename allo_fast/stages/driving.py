@@ -51,7 +51,7 @@ def trainer_of(
 
 def cache_of(unit: Unit) -> Path:
     """Of what stages share, and could compute again."""
-    return unit.owner.home.folder / "cache"
+    return unit.owner.home.cache
 
 
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,10 +133,11 @@ class Reference(Lazy[list[float]]):
             make_folder(self.folder)
         except OSError as error:  # of which the other ranks would not hear
             raise UserError(f"{self.folder}: cannot be written: {reason(error)}; it may be deleted") from None
-        names = (self.folder / PARTS.replace("*", f"{number:05d}") for number in count())
-        path = next(path for path in names if path not in self._whole and not path.is_dir())
         responses = np.concatenate([part.responses for part in computed])
         digests = self._digests[np.searchsorted(self.responses, responses)]
+        # By what it holds, too, so that of two commands that save at once neither takes the other's place.
+        name = f"{len(self._whole):05d}-{hashlib.sha256(digests.tobytes()).hexdigest()[:8]}"
+        path = self.folder / PARTS.replace("*", name)
         lengths = torch.from_numpy(self.corpus.responses.tokens.lengths[responses])
         tensors = {"digests": torch.from_numpy(digests.view(np.uint8).reshape(-1, 16))}
         tensors |= {"ends": lengths.cumsum(0), "values": torch.cat([part.values for part in computed])}

@@ -1,0 +1,166 @@
+"""What is compared: a YAML file that names a job, and the arms, each a few settings of their own.
+
+    job: quickstart.yaml                      # beside this file
+    development: arithmetic:train[200000:200500]
+    arms:
+      dpo: {method: dpo, warmup.learning_rate: {best: [1e-5, 3e-5]}}
+      sparse: {method: sparse-dpo, learn.ratio: {each: [0.01, 0.1]}, learn.learning_rate: {best: [3e-5, 1e-4]}}
+
+`each` makes an arm of every value, `best` takes the value that is best on `development`; of several keys, all of their
+combinations.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import explained, load_config, read_yaml
+from allo_fast.runs.basis import flat
+from allo_fast.section import Section
+
+Values = dict[str, Any]  # by dotted key of the job's configuration
+_CHOICES = ("each", "best")
+
+
+class CompareConfig(Section):
+    job: str  # the configuration that all arms share, a path from this file's folder
+    # Of the job, for all arms. `name`: of the comparison, whose folder is output_dir/name; by default the file's.
+    set: Values = {}
+    development: str | None = None  # the data source, as data.test, on which `best` values are chosen
+    development_seeds: int = Field(1, gt=0)  # the first so many of the job's `seeds` choose
+    against: list[str] = Field(["base"], min_length=1)  # of these, `base` or arms, the difference to each arm is shown
+    arms: dict[str, Values] = Field(min_length=1)  # by name
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key, values in self._choices():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"arms.{key}: expected a list of values, got {values!r:.200}")
+        chooses = any(key.endswith(".best") for key, _ in self._choices())
+        if chooses and not self.development:
+            raise ValueError("development: on which data are the `best` values chosen? Name some beside data.test")
+        if self.development and not chooses:
+            raise ValueError("development: no arm has `best` values to choose")
+        if unknown := [name for name in self.against if name != "base" and name not in self.named]:
+            raise ValueError(f"against: no arm is called {unknown[0]}; there are base, {', '.join(self.named)}")
+        return self
+
+    def _choices(self) -> Iterator[tuple[str, Any]]:
+        for name, values in self.arms.items():
+            for key, value in flat(values).items():
+                if key.rpartition(".")[2] in _CHOICES:
+                    yield f"{name}.{key}", value
+
+    @property
+    def named(self) -> dict[str, "Arm"]:
+        arms = {arm.name: arm for name, values in self.arms.items() for arm in _arms(name, values)}
+        if "base" in arms:
+            raise ValueError("arms.base: that is what the model is called before it is trained")
+        return arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method. candidates: values to choose between, {} alone where there is nothing to choose."""
+
+    name: str
+    settings: Values
+    candidates: tuple[Values, ...]
+
+
+def _arms(name: str, values: Mapping) -> Iterator[Arm]:
+    entries = flat(values)
+    each, best = ({key.rpartition(".")[0]: v for key, v in entries.items() if key.endswith(f".{c}")} for c in _CHOICES)
+    fixed = {key: value for key, value in entries.items() if key.rpartition(".")[2] not in _CHOICES}
+    candidates = tuple(_combined(best))
+    for chosen in _combined(each):
+        label = ", ".join([name, *(shown(value) for value in chosen.values())])
+        yield Arm(label, fixed | chosen, candidates)
+
+
+def _combined(values: Mapping[str, list]) -> Iterator[Values]:
+    return (dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
+
+
+def shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of one arm with one candidate; of all that it makes, only the predictions count."""
+
+    arm: Arm
+    values: Values
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.config.name
+
+    @property
+    def label(self) -> str:
+        return ", ".join([self.arm.name, *(f"{key} {shown(value)}" for key, value in self.values.items())])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file says, with overrides of the job on top."""
+
+    config: CompareConfig
+    job: Path
+    words: tuple[str, ...]  # overrides of the job, for all arms
+    folder: Path
+
+    @classmethod
+    def load(cls, path: Path, overrides: list[str]) -> "Comparison":
+        """Raises UserError for what does not fit, with the key, of the file as of the job."""
+        try:
+            config = CompareConfig.model_validate(read_yaml(path))
+        except ValidationError as error:
+            raise UserError(f"{path}: {explained(error, CompareConfig)}") from None
+        words = [*_words({"name": path.stem, **flat(config.set)}), *overrides]
+        job = path.parent / config.job
+        common = load_config(job, words)
+        if common.deepspeed:
+            raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
+        return cls(config, job, tuple(words), Path(common.output_dir) / common.name)
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [*self.config.named.values()]
+
+    def development(self, arm: Arm) -> list[Trial]:
+        """None where there is nothing to choose."""
+        if len(arm.candidates) < 2:
+            return []
+        more = {"data.test": self.config.development}
+        return [self._trial(arm, values, more, self.config.development_seeds) for values in arm.candidates]
+
+    def final(self, arm: Arm, values: Values) -> Trial:
+        return self._trial(arm, values, {})
+
+    def _trial(self, arm: Arm, values: Values, more: Values, seeds: int | None = None) -> Trial:
+        name = " ".join(f"{key}={shown(value)}" for key, value in values.items()) if more else "final"
+        place = {"output_dir": str(self.folder / _slug(arm.name)), "name": _slug(name), "rivals": []}
+        try:
+            config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)])
+        except UserError as error:
+            raise UserError(f"arms: {arm.name}: {error}") from None
+        return Trial(arm, values, config.model_copy(update={"seeds": config.seeds[:seeds]}))
+
+
+def _words(values: Values) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _slug(name: str) -> str:
+    """As a folder may be called."""
+    return re.sub(r"[^\w.=+-]+", "-", name)

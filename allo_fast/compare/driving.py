@@ -1,0 +1,174 @@
+"""Runs of a comparison one after another: those that choose, then the final ones, then what they say."""
+
+import hashlib
+import json
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from allo_fast import signals
+from allo_fast.compare.arms import Arm, Comparison, Trial
+from allo_fast.compare.results import results, sentences, table, values_of
+from allo_fast.compare.sharing import alone_with, take
+from allo_fast.config import UserError
+from allo_fast.runs.home import MANIFEST
+from allo_fast.runs.lock import Busy, alone_in
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages import STAGES, stages_of
+from allo_fast.stages.check import require, was_checked
+from allo_fast.stages.driving import hidden_updates
+from allo_fast.stages.unread import unread
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 2.0  # between two looks at a run that another command works on
+Show = Callable[[str, Iterator[Progress]], object]  # drives a unit, with its label
+
+
+def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator[str]:
+    """Yields lines for whoever waits. Several commands may work on one comparison: each run is made by one of them."""
+    arms = comparison.arms
+    choosing = {arm.name: comparison.development(arm) for arm in arms}
+    clock = Clock([*(trial for trials in choosing.values() for trial in trials), *_likely_finals(comparison)])
+    yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {clock.units} stages to go{clock.left}"
+    _check(arms, choosing, comparison)
+    worker = Worker(comparison, show, rerun, clock)
+    tried = defaultdict(dict)
+    for trial in worker.complete([trial for trials in choosing.values() for trial in trials]):
+        tried[trial.arm.name][trial.label] = score = _mean(trial)
+        yield f"{trial.label}: {score:.1%} on development data{clock.left}"
+    finals = []
+    for arm in arms:
+        scores = [(tried[arm.name][trial.label], trial.values) for trial in choosing[arm.name]]
+        best = max(scores, key=lambda pair: pair[0])[1] if scores else arm.candidates[0]
+        finals.append((comparison.final(arm, best), scores))
+    for trial in worker.complete([trial for trial, _ in finals]):
+        yield f"{trial.label}: {_mean(trial):.1%} on data.test{clock.left}"
+    metric, rows = results(comparison, finals)
+    yield table(rows, metric)
+    yield from sentences(rows)
+    yield str(comparison.folder / "compare.md")
+
+
+def _likely_finals(comparison: Comparison) -> list[Trial]:
+    """For the time that they take, whichever candidates are the best."""
+    return [comparison.final(arm, arm.candidates[0]) for arm in comparison.arms]
+
+
+def _mean(trial: Trial) -> float:
+    return fmean(map(fmean, values_of(Run(trial.config, STAGES))[1]))
+
+
+def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Comparison) -> None:
+    """Raises UserError for what would end one of the runs later, or is set for an arm that does not read it."""
+    for arm in arms:
+        trial = comparison.final(arm, arm.candidates[0])
+        own = {*arm.settings, *trial.values}
+        for line in unread(trial.config):
+            keys, why = line.removeprefix("not read: ").removesuffix(")").split(" (", 1)
+            if idle := own & {*keys.split(", ")}:
+                raise UserError(f"arms: {arm.name}: {', '.join(sorted(idle))} is not read: {why}")
+        for each in [*choosing[arm.name][:1], trial]:
+            if not was_checked(each.folder):
+                try:
+                    require(each.config)
+                except UserError as error:
+                    raise UserError(f"arms: {each.label}: {error}") from None
+
+
+@dataclass
+class Worker:
+    comparison: Comparison
+    show: Show
+    rerun: bool
+    clock: "Clock"
+
+    def complete(self, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """Each when it is complete; those that other commands work on last."""
+        waiting, busy = deque(trials), 0
+        while waiting:
+            trial = waiting.popleft()
+            try:
+                with alone_in(trial.folder):
+                    self._make(trial)
+            except Busy:
+                waiting.append(trial)
+                busy += 1
+                if busy >= len(waiting):
+                    signals.check()
+                    time.sleep(_SECONDS)
+                continue
+            busy = 0
+            yield trial
+
+    def _make(self, trial: Trial) -> None:
+        folder = self.comparison.folder
+        run = Run(trial.config, STAGES, self.rerun, cache=folder / "cache")
+        for unit in run.units(stages_of(trial.config)):
+            if not unit.is_complete():
+                with alone_with(unit, folder):
+                    if not take(unit, folder):
+                        self._execute(trial, unit)
+            unit.tidy()
+            self.clock.ended(unit)
+
+    def _execute(self, trial: Trial, unit: Unit) -> None:
+        label = f"{trial.label}: {unit.name} {unit.key}"
+        self.show(label, unit.execute())
+        if warning := hidden_updates(trial.config.model, unit.manifest()["facts"]):
+            logger.warning("%s: %s", label, warning)
+
+
+@dataclass
+class Clock:
+    """How long is left, by what stages took so far; runs share stages, each of which is counted once."""
+
+    trials: Sequence[Trial]
+    _seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by stage
+    _left: dict[str, str] = field(default_factory=dict)  # by a unit's signature its stage
+
+    def __post_init__(self):
+        done = set()
+        for trial in self.trials:
+            run = Run(trial.config, STAGES, folder=trial.folder)
+            for unit in run.units(stages_of(trial.config)):
+                if (unit.folder / MANIFEST).exists():
+                    done.add(_signature(unit))
+                    self._seconds[unit.name].append(unit.manifest()["seconds"])
+                self._left[_signature(unit)] = unit.name
+        for signature in done:
+            del self._left[signature]
+
+    @property
+    def runs(self) -> int:
+        return len(self.trials)
+
+    @property
+    def units(self) -> int:
+        return len(self._left)
+
+    def ended(self, unit: Unit) -> None:
+        if self._left.pop(_signature(unit), None):
+            self._seconds[unit.name].append(unit.manifest()["seconds"])
+
+    @property
+    def left(self) -> str:
+        """In words; a stage that has not run yet counts nothing, which is said."""
+        if not self._left:
+            return ""
+        known = [fmean(self._seconds[name]) for name in self._left.values() if name in self._seconds]
+        if not known:
+            return ", whose time is known when they have run once"
+        unknown = {*self._left.values()} - {*self._seconds}
+        beside = f" beside {', '.join(sorted(unknown))}" if unknown else ""
+        return f"; about {sum(known) / 60:.0f} minutes of one process left{beside}"
+
+
+def _signature(unit: Unit) -> str:
+    """Of what it is made from, as far as the settings say: files are not read."""
+    parts = [unit.name, unit.seed, unit.settings(), sorted(map(_signature, unit.upstream()))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
