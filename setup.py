@@ -43,7 +43,8 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "gguf": ["gguf>=0.17"],
         "flash-attn": ["flash-attn>=2.8"],
-        "test": ["pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16"],
+        "lora": ["peft>=0.18"],
+        "test": ["pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16", "peft>=0.18"],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},
 )

@@ -181,6 +181,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise UserError(f"--host-memory: expected GB of a node, got {host:g}")
     if gpus > 1 and config.deepspeed is None:
         raise UserError(f"--gpus {gpus}: deepspeed is not set; add deepspeed=configs/zero2.json, or deepspeed=auto")
+    if config.warms_up and config.warmup.lora:
+        raise UserError("warmup.lora: not planned; warmup.lora=null plans dense DPO instead")
     _check_ranks(config, gpus)
     job = job_of(config, gpus, options.gpu_memory * 1e9, options.model_config)
     job = replace(job, device=DEVICES[options.device], rows=count_rows(config), host_bytes=host and host * 1e9)

@@ -172,6 +172,12 @@ class Config(Section):
             raise ValueError(
                 f"sample.engine: server: data.format: {self.data.format} has its responses, none is sampled"
             )
+        if self.warmup.lora and self.located_by == "delta" and self.method != "dpo":
+            raise ValueError(
+                "warmup.lora: adapters change all weights at once, and locate none; delta needs lora: null"
+            )
+        if self.warmup.lora and self.deepspeed:
+            raise ValueError("warmup.lora: needs one process without deepspeed")
         if self.rewards.model and self.rewards.source == "file":
             raise ValueError("rewards.model: with rewards.source: file no model is asked")
         if self.deepspeed and (self.protocol == "release" or "all" in (self.forget.clip, self.learn.clip)):

@@ -97,10 +97,20 @@ class LossConfig(PreferenceTrainConfig):
         return not {*self.loss_type} <= {*WITHOUT_REFERENCE}
 
 
+class LoraSettings(Section):
+    """By PEFT's names."""
+
+    r: int = Field(16, gt=0)  # the adapters' rank
+    lora_alpha: float = Field(32, gt=0)  # their products are scaled by lora_alpha / r
+    target_modules: str | list[str] = "all-linear"  # the layers that have one: all but the head, or by name
+
+
 class WarmupConfig(LossConfig):
     section = "warmup"
 
     learning_rate: float = Field(1e-6, gt=0)
+    # Low-rank adapters train instead of all weights, and are merged then: the rival in memory. null: all weights.
+    lora: LoraSettings | None = None
 
 
 class RewriterConfig(TrainConfig):

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, SparseTrainConfig, UserError
+from allo_fast.config_train import LoraSettings
 from allo_fast.data.batch import Layout
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
+from allo_fast.method.lora import LoraPolicy
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
@@ -83,6 +85,12 @@ def dense_policy(unit: Unit, path: str | Path) -> DensePolicy:
     else:
         model = load_model(path, unit.config.model).float()
     return DensePolicy(model, autocast=None if dtype == torch.float32 else dtype)
+
+
+def lora_policy(unit: Unit, path: str | Path, settings: LoraSettings) -> LoraPolicy:
+    """Adapters beside the base in the configured dtype; half of them begin at random."""
+    torch.manual_seed(unit.seed)
+    return LoraPolicy(load_model(path, unit.config.model), settings)
 
 
 def sparse_policy(unit: Unit, config: SparseTrainConfig, start: Path | None = None) -> SparsePolicy:

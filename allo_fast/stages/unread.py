@@ -67,7 +67,10 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     if method == "sparse-dpo":
         yield "method: sparse-dpo forgets nothing", "rewards.* forget.*"
     if not config.warms_up and "warmup" in located:
-        yield "weights are located by its steps, and none is taken", "warmup.save_* warmup.skip_nonfinite_steps"
+        yield (
+            "weights are located by its steps, and none is taken",
+            "warmup.save_* warmup.skip_nonfinite_steps warmup.lora.*",
+        )
     elif not config.warms_up:
         yield "no warm-up runs, and its steps locate no weights", "warmup.*"
     if not located:

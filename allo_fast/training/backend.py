@@ -32,7 +32,7 @@ class LocalBackend:
             self.optimizer = SparseAdamW(policy, **adamw_settings(config), hf_eps=protocol == "release")
             policy.adds_gradients = True  # nothing else waits for them here
         else:
-            self.parameters = dict(policy.model.named_parameters())
+            self.parameters = {name: w for name, w in policy.model.named_parameters() if w.requires_grad}
             self._trained = list(self.parameters.values())
             self.optimizer = ClippedAdamW(self._trained, max_grad_norm=config.max_grad_norm, **adamw_settings(config))
             self.optimizer.start_state(self._trained)
