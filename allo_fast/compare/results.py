@@ -42,8 +42,8 @@ class Result:
     """Of an arm, or of the base.
 
     chosen: on development data, with `tried`, what each candidate got there. edges: chosen keys of which no candidate
-    was beyond the best. states: bytes per parameter, of the stage that has most. seconds: of a seed, in what the arm
-    trains, locates and scores for itself.
+    was beyond the best. states: bytes per parameter, of the stage that learns (or forgets) with most. seconds: of a
+    seed, in what the arm trains, locates and scores for itself.
     """
 
     name: str
@@ -151,7 +151,8 @@ def _costs(run: Run) -> tuple[float, float, float]:
     config = run.config
     own = [stage for stage in stages_of(config) if stage in ("warmup", "locate", "rewards", "forget", "learn")]
     manifests = {stage: [unit.manifest() for unit in run.units([stage])] for stage in own}
-    states = [m["facts"].get("state_bytes_per_parameter", 0.0) for of_stage in manifests.values() for m in of_stage]
+    trains = ["warmup"] if config.method == "dpo" else ["forget", "learn"]
+    states = [m["facts"]["state_bytes_per_parameter"] for stage in trains for m in manifests.get(stage, [])]
     seconds = sum(fmean(m["seconds"] for m in of_stage) for of_stage in manifests.values())
     return max(states), seconds, 1.0 if config.method == "dpo" else config.learn.ratio
 
