@@ -44,7 +44,15 @@ setup(
         "gguf": ["gguf>=0.17"],
         "flash-attn": ["flash-attn>=2.8"],
         "lora": ["peft>=0.18"],
-        "test": ["pytest>=8,<9.2", "pytest-xdist>=3.6", "ruff>=0.15", "trl>=1.16", "peft>=0.18"],
+        "math": ["math-verify[antlr4_13_2]>=0.8"],
+        "test": [
+            "pytest>=8,<9.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.15",
+            "trl>=1.16",
+            "peft>=0.18",
+            "math-verify[antlr4_13_2]>=0.8",
+        ],
     },
     entry_points={"console_scripts": ["allo-fast = allo_fast.__main__:main"]},
 )

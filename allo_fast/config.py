@@ -56,7 +56,7 @@ class DataConfig(Section):
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
-    scorer: Literal["strict", "release"] = "strict"  # which answers count as right; evaluation counts by both
+    scorer: Literal["strict", "release", "math"] = "strict"  # which answers are right; evaluation counts by others too
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
@@ -116,7 +116,11 @@ class RewardsConfig(Section):
 
 
 class EvaluateConfig(Section):
-    max_new_tokens: int = Field(512, gt=0)  # of a greedy answer
+    max_new_tokens: int = Field(512, gt=0)  # of an answer
+    # Answers to each problem. 1: greedy; more: sampled, accuracy is pass@1, and pass@k and maj@k stand beside it.
+    num_return_sequences: int = Field(1, gt=0)
+    temperature: float = Field(0.7, gt=0)  # of sampling
+    top_p: float = Field(0.95, gt=0, le=1)  # probability that sampling draws from
     batch_size: int = Field(16, gt=0)  # problems whose options, or answers, are computed at once
 
 

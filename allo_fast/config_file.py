@@ -28,6 +28,8 @@ def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = 
     not fit.
     """
     raw = read_yaml(path)
+    if "arms" in raw:
+        raise UserError(f"{path}: a comparison; `allo-fast compare {path}` runs it")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step | scaling | sample | locate | accuracy | rewards | positions | data | zero | ...`"""
+"""`python -m benchmarks step | scaling | sample | locate | rewards | positions | data | zero | ...`"""
 
 import argparse
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 
 SOURCES = ["rewriter", "confidence", "prompted", "implicit"]
 SCORES = ["linear", "snr", "grad_sum", "fisher", "magnitude", "random"]
-LOCATED = ["linear", "snr", "delta", "random", "last"]
 OURS = ["sparse", "sparse-checkpointed", "sparse-768", "sparse-768-checkpointed", "sparse-rows", "sparse-2-ranks"]
 OURS += ["dense"]
 THEIRS = ["trl", "trl-checkpointed", "trl-lora", "trl-lora-all", "peft-shira", "peft-supertuning"]
@@ -55,14 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command.add_argument("--out", type=Path, help="folder for locate.json and locate.svg")
     command.set_defaults(command=_locate)
-    command = commands.add_parser("accuracy", help="of models by what located their weights, each at its own rate")
-    command.add_argument("config", type=Path, help="of a run, which is run with each score")
-    command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
-    command.add_argument("--scores", nargs="+", default=LOCATED, choices=LOCATED)
-    command.add_argument("--rates", nargs="+", type=float, default=[3e-6, 1e-5, 3e-5], help="learning rates")
-    command.add_argument("--development", required=True, help="data source on which the rate is chosen")
-    command.add_argument("--out", type=Path, help="JSON file")
-    command.set_defaults(command=_accuracy)
     command = commands.add_parser(
         "rewards", help="token rewards by each source: which tokens, what follows, at what cost"
     )
@@ -141,13 +132,6 @@ def _locate(given: argparse.Namespace) -> int:
     from benchmarks import locate
 
     locate.run(given.config, given.overrides, given.scores, given.variants, given.out)
-    return 0
-
-
-def _accuracy(given: argparse.Namespace) -> int:
-    from benchmarks import accuracy
-
-    accuracy.run(given.config, given.overrides, given.scores, given.rates, given.development, given.out)
     return 0
 
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from allo_fast.runs.home import MANIFEST
 from benchmarks.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("runs")
@@ -39,30 +38,6 @@ def test_locate_without_variants(copied, capsys):
     main(["locate", str(copied[0]), "--scores", "random", "--no-variants"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("linear", "random"))]
     assert [line.split()[:2] for line in lines][2:] == [["random,", "between"]] and len(lines) == 3
-
-
-def test_accuracy_chooses_each_scores_rate_on_other_problems(copied, tmp_path, capsys):
-    sizes = [
-        "seeds=[0]",
-        "rewards.source=confidence",
-        "data.test=arithmetic:test[:5]",
-        "--development",
-        "arithmetic:train[2000:2003]",
-    ]
-    main(
-        ["accuracy", str(copied[0]), *sizes, "--scores", "last", "random", "--rates", "1e-3", "1e-2"]
-        + ["--out", str(tmp_path / "accuracy.json")]
-    )
-    last, random = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
-    assert (last["score"], random["score"]) == ("last", "random")
-    for row in (last, random):
-        assert set(row["tried"]) == {"0.001", "0.01"} and len(row["seeds"]) == 1
-        assert row["tried"][str(row["learning_rate"])] == max(row["tried"].values())
-    assert set(last["minus"]) == {"base", "random"} and set(random["minus"]) == {"base"}
-    runs = copied[1], copied[1].with_name("micro-accuracy")
-    scores = [json.loads((run / "05-locate/seed-0" / MANIFEST).read_text())["facts"]["score"] for run in runs]
-    assert scores == ["delta", "random"], "the job's own run is as it was; the other has the last score"
-    assert "of 3 development problems" in capsys.readouterr().out
 
 
 def test_rewards_compares_sources_on_the_same_responses(copied, tmp_path, capsys):

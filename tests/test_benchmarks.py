@@ -195,28 +195,17 @@ def test_agreement_is_of_responses_that_both_sources_reward():
     assert rewards._agreement(first, {("a",): [1.0, 0.5, 0.0]}) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("command", [["rewards"], ["accuracy", "--development", "d"]])
-def test_preferences_have_no_right_answers(tmp_path, command):
-    (config := tmp_path / "c.yaml").write_text(
-        "{name: x, model: {name_or_path: m}, data: {train: a, test: b, format: preference}}"
-    )
-    with pytest.raises(SystemExit, match="data.format: preference has no right answers"):
-        main([command[0], str(config), *command[1:]])
-
-
 @pytest.mark.parametrize(
-    "command, method, why",
+    "job, why",
     [
-        (["accuracy", "--development", "d"], "dpo", "method: dpo locates nothing"),
-        (["rewards"], "sparse-dpo", "method: sparse-dpo has no token rewards"),
+        ("data: {train: a, test: b, format: preference}", "data.format: preference has no right answers"),
+        ("method: sparse-dpo, data: {train: a, test: b}", "method: sparse-dpo has no token rewards"),
     ],
 )
-def test_methods_that_have_nothing_to_compare(tmp_path, command, method, why):
-    (config := tmp_path / "c.yaml").write_text(
-        f"{{name: x, method: {method}, model: {{name_or_path: m}}, data: {{train: a, test: b}}}}"
-    )
+def test_jobs_without_token_rewards_or_answers(tmp_path, job, why):
+    (config := tmp_path / "c.yaml").write_text(f"{{name: x, model: {{name_or_path: m}}, {job}}}")
     with pytest.raises(SystemExit, match=why):
-        main([command[0], str(config), *command[1:]])
+        main(["rewards", str(config)])
 
 
 def test_overlap_is_the_share_of_the_first():

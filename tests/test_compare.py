@@ -12,6 +12,7 @@ from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import Clock, compare
 from allo_fast.compare.results import Result, difference, edges, interval, sentences, table
 from allo_fast.config import UserError
+from allo_fast.config_file import load_config
 from allo_fast.data.scoring import difference_interval
 from allo_fast.runs.lock import alone_in
 from tests.conftest import MICRO
@@ -204,8 +205,7 @@ def test_the_clock_counts_shared_stages_once(file):
     comparison = Comparison.load(file, ["seeds=[0]"])
     trials = [comparison.final(arm, arm.candidates[0]) for arm in comparison.arms]
     # pretrain, sample, pairs, the base's evaluation; warm-up; locate and learn twice; allo's locate, ...; 4 evaluations
-    assert Clock(trials[:1]).units == 6 and Clock(trials[:3]).units == 6 + 3 + 3
-    assert Clock(trials).units == 6 + 3 + 3 + 5
+    assert [len(Clock(trials[:count]).waiting) for count in (1, 3, 4)] == [6, 6 + 3 + 3, 6 + 3 + 3 + 5]
 
 
 def crossed(seeds: int, problems: int, of_seeds: float, of_problems: float) -> np.ndarray:
@@ -264,3 +264,8 @@ def test_what_is_said_of_each_difference():
         "| allo | 100.0% | 100.0% .. 100.0% | +100.0% (+100.0% .. +100.0%) | +0.0% (+0.0% .. +0.0%) ~ "
         "| learn.learning_rate 0.0001 [1] | 5.31 | 7 |"
     )
+
+
+def test_a_comparison_is_not_a_job(file):
+    with pytest.raises(UserError, match="compare.yaml: a comparison; `allo-fast compare .*compare.yaml` runs it"):
+        load_config(file)

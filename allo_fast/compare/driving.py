@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 from allo_fast import signals
@@ -34,7 +34,7 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     arms = comparison.arms
     choosing = {arm.name: comparison.development(arm) for arm in arms}
     clock = Clock([*(trial for trials in choosing.values() for trial in trials), *_likely_finals(comparison)])
-    yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {clock.units} stages to go{clock.left}"
+    yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {len(clock.waiting)} stages to go{clock.left}"
     _check(arms, choosing, comparison)
     worker = Worker(comparison, show, rerun, clock)
     tried = defaultdict(dict)
@@ -114,56 +114,47 @@ class Worker:
                     if not take(unit, folder):
                         self._execute(trial, unit)
             unit.tidy()
-            self.clock.ended(unit)
 
     def _execute(self, trial: Trial, unit: Unit) -> None:
         label = f"{trial.label}: {unit.name} {unit.key}"
         self.show(label, unit.execute())
+        self.clock.made(unit)
         if warning := hidden_updates(trial.config.model, unit.manifest()["facts"]):
             logger.warning("%s: %s", label, warning)
 
 
-@dataclass
 class Clock:
     """How long is left, by what stages took so far; runs share stages, each of which is counted once."""
 
-    trials: Sequence[Trial]
-    _seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by stage
-    _left: dict[str, str] = field(default_factory=dict)  # by a unit's signature its stage
-
-    def __post_init__(self):
-        done = set()
-        for trial in self.trials:
+    def __init__(self, trials: Sequence[Trial]):
+        self.runs = len(trials)
+        self._seconds: dict[str, list[float]] = defaultdict(list)  # by stage
+        self._equal: dict[str, list[Unit]] = defaultdict(list)  # by signature; one of them will be made
+        for trial in trials:
             run = Run(trial.config, STAGES, folder=trial.folder)
             for unit in run.units(stages_of(trial.config)):
+                self._equal[_signature(unit)].append(unit)
                 if (unit.folder / MANIFEST).exists():
-                    done.add(_signature(unit))
-                    self._seconds[unit.name].append(unit.manifest()["seconds"])
-                self._left[_signature(unit)] = unit.name
-        for signature in done:
-            del self._left[signature]
+                    self.made(unit)
+
+    def made(self, unit: Unit) -> None:
+        self._seconds[unit.name].append(unit.manifest()["seconds"])
 
     @property
-    def runs(self) -> int:
-        return len(self.trials)
-
-    @property
-    def units(self) -> int:
-        return len(self._left)
-
-    def ended(self, unit: Unit) -> None:
-        if self._left.pop(_signature(unit), None):
-            self._seconds[unit.name].append(unit.manifest()["seconds"])
+    def waiting(self) -> list[str]:
+        """The stage of each unit that no command has made yet."""
+        made = [any((unit.folder / MANIFEST).exists() for unit in units) for units in self._equal.values()]
+        return [units[0].name for units, is_made in zip(self._equal.values(), made, strict=True) if not is_made]
 
     @property
     def left(self) -> str:
         """In words; a stage that has not run yet counts nothing, which is said."""
-        if not self._left:
+        if not (waiting := self.waiting):
             return ""
-        known = [fmean(self._seconds[name]) for name in self._left.values() if name in self._seconds]
+        known = [fmean(self._seconds[name]) for name in waiting if name in self._seconds]
         if not known:
             return ", whose time is known when they have run once"
-        unknown = {*self._left.values()} - {*self._seconds}
+        unknown = {*waiting} - {*self._seconds}
         beside = f" beside {', '.join(sorted(unknown))}" if unknown else ""
         return f"; about {sum(known) / 60:.0f} minutes of one process left{beside}"
 

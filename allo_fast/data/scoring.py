@@ -10,7 +10,9 @@ from itertools import product
 from math import fsum
 from statistics import NormalDist, fmean, variance
 
-SCORERS = ("strict", "release")
+from allo_fast.data.equivalence import is_equivalent
+
+SCORERS = ("strict", "release")  # of every evaluation
 _Z = NormalDist().inv_cdf(0.975)
 _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 
@@ -18,13 +20,26 @@ _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
     """strict: case, surrounding punctuation and markdown do not matter, numbers compare as numbers, to the last digit.
 
+    math: also what math-verify finds equal, in the final answer or, without one, in the whole response (\\boxed).
     release: the published code's rule, kept to measure the difference: an exact lower-cased match with a gold answer
     that is not lower-cased, so that "The answer is beads." is wrong for "beads".
     """
     if scorer == "release":
         return "The answer is" in response and response.split("The answer is")[-1].strip().lower() == answer.strip()
+    if final_answer(response) == _normalized(answer):
+        return True
+    return scorer == "math" and is_equivalent(_MARKER.split(response)[-1], answer)
+
+
+def final_answer(response: str) -> str | None:
+    """As `strict` compares it; None where there is none."""
     tail = _MARKER.split(response)
-    return len(tail) > 1 and _normalized(tail[-1]) == _normalized(answer)
+    return _normalized(tail[-1]) if len(tail) > 1 else None
+
+
+def scorers_with(scorer: str) -> tuple[str, ...]:
+    """By which evaluation judges."""
+    return tuple(dict.fromkeys([*SCORERS, scorer]))
 
 
 def _normalized(text: str) -> str:

@@ -38,7 +38,7 @@ def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
     """Of one model; a run evaluates the base, the given one where that is another, and what each seed aligns."""
     config, settings, rows = job.config, job.config.evaluate, job.rows
     if config.data.format in SAMPLED:
-        work = _generating(job, zero, settings, 1, rows.tests)
+        work = _generating(job, zero, settings, settings.num_return_sequences, rows.tests)
     else:
         row = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens
         tokens = max(TOKENS, row)

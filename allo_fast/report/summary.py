@@ -8,12 +8,12 @@ from statistics import fmean
 from allo_fast.config import Config
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.scoring import (
-    SCORERS,
     accuracy_interval,
     difference_interval,
     mean_interval,
     pair_margins,
     problem_values,
+    scorers_with,
 )
 from allo_fast.durable import versions, write_bytes
 from allo_fast.runs.home import SUMMARY
@@ -74,7 +74,8 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
     """Of each model the share of problems that it answers right, and the differences."""
     models, scorer = {}, config.data.scorer
     for model, seeds in predictions.items():
-        by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in SCORERS}
+        scorers = scorers_with(scorer)
+        by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in scorers}
         accuracy, interval = by_scorer[scorer]
         models[model] = {
             "accuracy": accuracy,
@@ -83,10 +84,22 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
             "seeds": [sum(row[scorer] for row in rows) / len(rows) for rows in seeds],
             "scorers": {name: scores[0] for name, scores in by_scorer.items()},
         }
+        models[model] |= sampled_shares(seeds, scorer)
         if "tie" in seeds[0][0]:
             models[model]["ties"] = sum(row["tie"] for rows in seeds for row in rows)
     right = {model: [[row[scorer] for row in rows] for rows in seeds] for model, seeds in predictions.items()}
     return {"models": models, "differences": _paired_differences(right)}
+
+
+def sampled_shares(seeds: list[list[dict]], scorer: str) -> dict[str, dict]:
+    """pass@k and maj@k, of predictions that have several responses each."""
+    if "majority" not in seeds[0][0]:
+        return {}
+    k, shares = len(seeds[0][0]["responses"]), {}
+    for name, key in (("pass", "pass"), ("maj", "majority")):
+        accuracy, interval = accuracy_interval([[row[key][scorer] for row in rows] for rows in seeds])
+        shares[f"{name}@{k}"] = {"accuracy": accuracy, "ci95": interval}
+    return shares
 
 
 def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
@@ -170,12 +183,14 @@ def is_preference(summary: dict) -> bool:
 
 
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
-    lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{'strict':>9}{'release':>9}  per seed"]
+    names = "".join(f"{scorer:>9}" for scorer in next(iter(models.values()))["scorers"])
+    lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{names}  per seed"]
     for name, model in models.items():
         scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
         seeds = " ".join(map(percent, model["seeds"]))
         interval = shown_interval("accuracy", model["ci95"])
         lines.append(f"{name:<12}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
+    lines += [shares_line(name, model) for name, model in models.items() if any("@" in key for key in model)]
     return lines + [ties_line(name, model["ties"]) for name, model in models.items() if model.get("ties")]
 
 
@@ -200,10 +215,22 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
         counted = f"{facts['pairs']} pairs of {facts['problems']} problems"
         ties = [ties_line(name, metric["ties"]) for name, metric in metrics.items() if metric.get("ties")]
     else:
-        parts = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in SCORERS]
+        scorers = scorers_with(config.data.scorer)
+        parts = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in scorers]
+        parts += [shares_line("sampled", shares)] if (shares := sampled_shares([rows], config.data.scorer)) else []
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
     return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties])
+
+
+def shares_line(name: str, model: dict) -> str:
+    """pass@k and maj@k of several responses to a problem."""
+    parts = [
+        f"{key} {percent(shares['accuracy'])} ({shown_interval('accuracy', shares['ci95'])})"
+        for key, shares in model.items()
+        if "@" in key
+    ]
+    return f"{name}: {', '.join(parts)}"
 
 
 def ties_line(name: str, count: int) -> str:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import Config, UserError
+from allo_fast.data import equivalence
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
@@ -27,6 +28,7 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.server import api_key
 from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
+from allo_fast.plan.rows import SAMPLED
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
@@ -73,6 +75,8 @@ def check(config: Config) -> Findings:
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
     _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
     _check_budgets(findings, config)
+    if config.data.scorer == "math" and config.data.format in SAMPLED:
+        findings.attempt(equivalence.require)
     if config.sample.engine == "server":
         findings.attempt(lambda: api_key(config.sample))
     if config.method == "allo":

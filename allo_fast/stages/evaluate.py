@@ -1,6 +1,7 @@
 """How one model does on the test rows. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
 
-Sampled problems: a greedy response, whose final answer must match.
+Sampled problems: a greedy response, whose final answer must match; or `evaluate.num_return_sequences` sampled ones, of
+which the share that is right is pass@1, any right one pass@k, and the commonest answer maj@k.
 Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
 sum favours short options; `per_token` says whether the highest mean is right too.
 Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
@@ -9,24 +10,34 @@ implicit rewards, nor has the model of which `sft` made it.
 
 Models are judged in `model.dtype`; a dense warm-up, which is saved in float32, loses there what rounding takes from it.
 A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
-(right by either scorer), response} of sampled problems; of multiple choice {..., per_token, tie, responses}; of
-preferences {id, responses}. Responses are {logp, tokens, correct, ref_logp (by the base model)} in the row's order.
+(right by either scorer), response} of sampled problems, or {..., pass, majority, responses} of several; of multiple
+choice {..., per_token, tie, responses}; of preferences {id, responses}. Responses of these two are {logp, tokens,
+correct, ref_logp (by the base model)} in the row's order.
 """
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from statistics import fmean, mode
 
 import numpy as np
 import torch
 
 from allo_fast import ranks
-from allo_fast.config import EvaluateConfig, UserError
+from allo_fast.config import Config, UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import SCORERS, best_response, is_correct, is_tie, pair_margins
+from allo_fast.data.scoring import (
+    SCORERS,
+    best_response,
+    final_answer,
+    is_correct,
+    is_tie,
+    pair_margins,
+    scorers_with,
+)
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
@@ -39,7 +50,7 @@ from allo_fast.training.reference import micro_batches
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
-_COUNTED = {"strict": "strict", "release": "release", "per_token": "per_token", "tie": "ties"}
+_COUNTED = {name: name for name in ("strict", "release", "math", "per_token")} | {"tie": "ties"}
 # The stage that makes each model; none the base, nor the given one where `sft` made the base of it.
 PRODUCERS = {"given": None, "base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}
 
@@ -99,7 +110,7 @@ def evaluate(
 
         def work(chunk: list[dict], start: int) -> list[dict]:
             if not scoring:
-                return _answered(frozen, prompts, chunk, unit.config.evaluate)
+                return _answered(frozen, prompts, chunk, start, unit.config)
             logps = response_logps(frozen, chunk)
             judged = reference[start : start + len(chunk)] if reference else [None] * len(chunk)
             return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
@@ -167,29 +178,47 @@ def _chosen(row: dict, responses: list[dict]) -> dict:
     }
 
 
-def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], settings: EvaluateConfig) -> list[dict]:
+def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], start: int, config: Config) -> list[dict]:
+    """start: the number of the chunk's first problem, which decides what is drawn."""
+    settings, several = config.evaluate, config.evaluate.num_return_sequences > 1
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if several else {}
     responses = generate(
         frozen.model,
         prompts.tokenizer,
         [problem["prompt_ids"] for problem in chunk],
         prompts.end_tokens,
         max_new_tokens=settings.max_new_tokens,
-        rows=settings.batch_size,
+        first=start,
+        num_return_sequences=settings.num_return_sequences,
+        rows=settings.batch_size * settings.num_return_sequences,
         sharded=frozen.sharded,
+        **sampling,
     )
-    judged = []
-    for problem, (text,) in zip(chunk, responses, strict=True):
-        right = {scorer: is_correct(text, problem["answer"], scorer) for scorer in SCORERS}
-        judged.append({"id": problem["id"], **right, "response": text})
-    return judged
+    scorers = scorers_with(config.data.scorer)
+    return [judged(problem, texts, scorers) for problem, texts in zip(chunk, responses, strict=True)]
 
 
-def _counts(rows: Rows) -> dict[str, int]:
+def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
+    """A row of predictions.jsonl; of several responses the majority's answer is the one that came first of equals."""
+    right = [{scorer: is_correct(text, problem["answer"], scorer) for scorer in scorers} for text in texts]
+    if len(texts) == 1:
+        return {"id": problem["id"], **right[0], "response": texts[0]}
+    answers = [final_answer(text) for text in texts]
+    return {
+        "id": problem["id"],
+        **{scorer: fmean(row[scorer] for row in right) for scorer in scorers},
+        "pass": {scorer: any(row[scorer] for row in right) for scorer in scorers},
+        "majority": right[answers.index(mode(answers))],
+        "responses": texts,
+    }
+
+
+def _counts(rows: Rows) -> dict[str, int | float]:
     """How many are right, and how many ties are among the others; of preferences, how many pairs there are and tie."""
     counts = Counter()
     for row in rows:
         if "strict" in row:
-            counts.update({count: int(row[name]) for name, count in _COUNTED.items() if name in row})
+            counts.update({count: row[name] + 0 for name, count in _COUNTED.items() if name in row})
         else:
             margins = pair_margins(row["responses"], 1.0)
             counts.update(pairs=len(margins["logps"]))

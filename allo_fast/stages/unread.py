@@ -46,8 +46,10 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
         sampling = "sample.[nt]* sample.max_new_tokens sample.batch_size sample.stop"
         yield (
             f"data.format: {config.data.format} has its responses",
-            f"{sampling} pairs.gold data.scorer evaluate.max_new_tokens",
+            f"{sampling} pairs.gold data.scorer evaluate.max_new_tokens evaluate.[nt]*",
         )
+    if config.data.format in SAMPLED and config.evaluate.num_return_sequences == 1:
+        yield "evaluate.num_return_sequences: 1, greedy", "evaluate.temperature evaluate.top_p"
     if config.sample.engine == "local":
         yield "sample.engine: local", "sample.server.*"
     else:
