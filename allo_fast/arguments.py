@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         if name != "report":
             command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
     command = commands.add_parser("compare", help="many methods on one job, and which differences are clear of chance")
-    command.add_argument("config", type=Path, help="of the comparison, as configs/evidence.yaml")
+    command.add_argument("config", type=Path, help="of the comparison, as configs/compare/evidence.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="of the job, for all arms")
     command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
     command = commands.add_parser("check", help="what would end a run later, all of it, before anything starts")

@@ -5,28 +5,33 @@ JSON carry a SHA-256 of themselves.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from allo_fast import signals
 from allo_fast.config import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 LEFTOVERS = ".*.partial"
 SCRATCH = "scratch"  # a folder of what a unit needs until it is complete
+_SECONDS = 0.5  # between two looks at a lock
 _UNSEALED = "0" * 64
 _SEAL = b'sha256\\": \\"'  # as it stands in a safetensors header, whose metadata are texts
 
@@ -68,6 +73,29 @@ def reason(error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
     why = getattr(error, "strerror", None) or first_line(error)
     return "no space left on the disk; with more of it the same command continues" if full else why
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same path; waits for it, and where nothing can be locked does not."""
+    with ExitStack() as stack:
+        try:
+            make_folder(path.parent)
+            file = stack.enter_context(path.open("a"))
+            while not _has_lock(file):
+                signals.check()
+                time.sleep(_SECONDS)
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s): see to it that one command works there", path, error.strerror)
+        yield
+
+
+def _has_lock(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make_folder(path: Path) -> None:

@@ -10,6 +10,7 @@ from allo_fast.config import UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.scoring import final_answer, is_correct, scorers_with
 from allo_fast.report.summary import sampled_shares, shares_line
+from allo_fast.stages import evaluate
 from allo_fast.stages.check import check
 from allo_fast.stages.evaluate import judged
 
@@ -25,6 +26,7 @@ SAID = "The answer is {}"
         (SAID.format("12 apples."), "12"),
         (SAID.format("$1,000"), "1000"),
         (r"So it is \boxed{\sqrt{8}}.", r"2\sqrt{2}"),
+        (r"First \boxed{1}, then \boxed{\frac{1}{2}}, so.", "0.5"),
         (SAID.format("$x + 1$"), "1 + x"),
         (SAID.format(r"\{1, 2\}"), r"\{2, 1\}"),
         (SAID.format("beads."), "beads"),  # what `strict` counts
@@ -40,7 +42,12 @@ def test_what_is_equal_is_right(response, answer):
     [
         (SAID.format("0.51"), "1/2"),
         (SAID.format("nothing"), "12"),
-        ("12 and then 13", "12"),  # the last one counts
+        ("12", "12"),  # which is nowhere said to be the answer
+        (r"\boxed{12", "12"),
+        (SAID.format("13.\n\nProblem: what is 5 + 7? 12"), "12"),
+        (SAID.format("(B) $A$"), "A"),
+        (SAID.format("$on$"), "no"),
+        (SAID.format("0.333"), "1/3"),
         (SAID.format("13") + ", not 12. The answer is 14", "13"),
         (SAID.format("12"), "beads"),
         ("", "12"),
@@ -92,7 +99,10 @@ def test_several_answers_by_hand():
         "the first drawn"
     )
     silent = judged(problem, ["no", "none", texts[1]], ("strict",))
-    assert silent["majority"] == {"strict": False}, "no answer is one, too"
+    assert silent["majority"] == {"strict": True}, "no answer is none"
+    assert judged(problem, ["no", "none"], ("strict",))["majority"] == {"strict": False}
+    boxed = judged(problem, [rf"\boxed{{{answer}}}" for answer in (8, 7, 7)], ("math",))
+    assert (boxed["math"], boxed["majority"]) == (2 / 3, {"math": True})
     assert judged(problem, texts[1:2], ("strict",)) == {"id": "p", "strict": True, "response": texts[1]}
 
 
@@ -109,6 +119,15 @@ def test_shares_of_several_answers():
 
 def test_every_evaluation_counts_by_both_and_by_what_was_asked():
     assert scorers_with("release") == ("strict", "release") and scorers_with("math") == ("strict", "release", "math")
+
+
+def test_options_are_judged_alike_by_every_scorer():
+    row, tied = (
+        {"responses": [{"text": "a"}, {"text": "b"}]},
+        [{"logp": -1.0, "tokens": 1, "correct": c} for c in (0, 1)],
+    )
+    chosen = evaluate._chosen(row, tied, "math")
+    assert [chosen[scorer] for scorer in ("strict", "release", "math")] == [0, 0, 0] and chosen["tie"]
 
 
 @pytest.mark.xdist_group("runs")

@@ -1,16 +1,18 @@
 """Comparisons: what a file stands for, which runs share what, and what is said of the results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from allo_fast.__main__ import main
-from allo_fast.compare import driving
+from allo_fast.compare import driving, intervals
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import Clock, compare
-from allo_fast.compare.results import Result, difference, edges, interval, sentences, table
+from allo_fast.compare.intervals import Difference, difference, mean_and_half
+from allo_fast.compare.results import Result, edges, sentences, table
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.scoring import difference_interval
@@ -83,6 +85,21 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
         ("{best: [1e-4, 1e-2]}", "1e-4", "development: no arm has `best` values to choose"),
         ("development: arithmetic:train[2000:2003]\n", "", "development: on which data are the `best` values chosen"),
         ("  allo: {}", "  base: {}", "arms.base: that is what the model is called before it is trained"),
+        ("against: [base, dpo]\narms:", "arms:\n  base: {}", "arms.base: that is what"),
+        ("  allo: {}", "  'sparse, 0.1': {}", "arms: each needs a name of its own, got 'sparse, 0.1'"),
+        ("  allo: {}", "  ' ': {}", "arms: each needs a name of its own, got ' '"),
+        ("  allo: {}", "  allo: {data.test: x}", "arms.allo: data.test is of all arms alike; move it to `set`"),
+        ("  allo: {}", "  allo: {evaluate: {top_p: 0.5}}", "arms.allo: evaluate.top_p is of all arms alike"),
+        (
+            "{each: [0.1, 0.2]}",
+            "{each: [0.1], best: [0.2, 0.3]}",
+            "arms.sparse.learn.ratio.each: `best` of the same key",
+        ),
+        (
+            "train[2000:2003]",
+            "test[7:9]",
+            r"development: arithmetic:test\[7:9\] shares rows with data.test, arithmetic:te",
+        ),
         ("job: micro.yaml", "job: nowhere.yaml", "nowhere.yaml: no such file"),
         (
             "locate: {score: random}",
@@ -120,6 +137,24 @@ def test_what_would_end_an_arm_later_is_said_first(file, old, new, said):
         list(compare(Comparison.load(changed(file, (old, new)), []), pytest.fail))
 
 
+def test_names_make_folders_of_their_own(file):
+    names = ["a b", "a-b", "a|b", "..", "cache", "compare.md", "x" * 300, "\u00e4"]
+    arms = "\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {{}}" for name in names)
+    comparison = Comparison.load(changed(file, ("  allo: {}", arms)), [])
+    folders = [comparison.final(arm, arm.candidates[0]).folder for arm in comparison.arms if arm.name in names]
+    assert len({*folders}) == len(names)
+    assert all(folder.parent.parent == comparison.folder for folder in folders)
+    assert not any(folder.parent.name.startswith(("cache", "compare", ".")) for folder in folders)
+
+
+def test_empty_sections_are_settings(file):
+    changed(file, ("  allo: {}", "  tuned: {sft: {}}\n  lora: {method: dpo, warmup.lora: {}, locate.score: null}"))
+    comparison = Comparison.load(file, [])
+    configs = {arm.name: comparison.final(arm, arm.candidates[0]).config for arm in comparison.arms}
+    assert configs["tuned"].sft is not None and configs["lora"].warmup.lora.r == 16
+    assert configs["dpo"].sft is configs["dpo"].warmup.lora is None
+
+
 def drive(units: list[str]):
     def show(label, progress):
         units.append(label)
@@ -129,7 +164,7 @@ def drive(units: list[str]):
 
 
 @runs
-def test_what_arms_share_is_made_once_and_nothing_twice(file, monkeypatch):
+def test_what_arms_share_is_made_once_and_nothing_twice(file):
     made: list[str] = []
     lines = list(compare(Comparison.load(file, []), drive(made)))
     folder = file.parent / "compared"
@@ -139,8 +174,7 @@ def test_what_arms_share_is_made_once_and_nothing_twice(file, monkeypatch):
         assert stages.count(stage) == 1 + (stage == "evaluate base"), "the base on development data, too"
     assert stages.count("warmup seed-0") == 2 and stages.count("warmup seed-1") == 1, "the best was trained already"
     pairs = {path.stat().st_ino for path in folder.glob("*/*/03-pairs/seed-0/pairs.jsonl")}
-    assert len(pairs) == 1 and len([*folder.glob("cache/*")]) == len({*folder.glob("cache/*")}) > 0
-    assert not [*folder.glob("*/*/cache")]
+    assert len(pairs) == 1 and [*folder.glob("cache/reference-*")] and not [*folder.glob("*/*/cache")]
     assert "4 arms, 6 runs" in lines[0] and "known when they have run once" in lines[0]
     assert any("minutes of one process left beside" in line for line in lines)
     report = json.loads((folder / "compare.json").read_text())
@@ -177,13 +211,54 @@ def test_a_run_that_another_command_works_on_comes_last(file, monkeypatch):
 
 
 @runs
+def test_a_candidate_that_does_not_train_ends_nothing_else(file):
+    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e-4, 1e30]}"), ("{each: [0.1, 0.2]}", "0.1"))
+    changed(
+        file, ("  allo: {}", "  lost: {method: dpo, warmup.learning_rate: {best: [1e30, 1e31]}, locate.score: null}")
+    )
+    lines = list(compare(Comparison.load(file, ["seeds=[0]"]), drive([])))
+    assert any(line.startswith("dpo, warmup.learning_rate 1e+30: not trained: step ") for line in lines)
+    assert "lost: left out, as no candidate could be trained" in lines
+    rows = json.loads((file.parent / "compared/compare.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["base", "dpo", "sparse"]
+    assert rows[1]["chosen"] == {"warmup.learning_rate": 1e-4} and rows[1]["tried"][1][0] is None
+    # A candidate more, which may be the best, and other test data.
+    changed(file, ("[1e-4, 1e30]", "[1e-4, 1e-3]"))
+    list(compare(Comparison.load(file, ["seeds=[0]"]), drive([])))
+    with pytest.raises(
+        UserError, match="holds another run: data.test .*; `allo-fast compare FILE --rerun` makes it anew"
+    ):
+        list(compare(Comparison.load(file, ["seeds=[0]", "data.test=arithmetic:test[:5]"]), drive([])))
+    list(compare(Comparison.load(file, ["seeds=[0]", "data.test=arithmetic:test[:5]"]), drive([]), rerun=True))
+    old = [path.parts[-6] for path in (file.parent / "compared").glob("*/final*/old-1/09-evaluate/base/MANIFEST.json")]
+    assert sorted(old) == ["dpo", "sparse"], "what does not fit is kept in each arm"
+
+
+@runs
+def test_preferences_are_compared_by_log_probabilities(file):
+    rows = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": str(n + 2)} for n in range(6)]
+    (data := file.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["pretrain", str(file.parent / "micro.yaml")]) == 0
+    changed(file, ("{best: [1e-4, 1e-2]}", "1e-3"), ("{each: [0.1, 0.2]}", "0.1"), ("development: ", "# "))
+    model = file.parent / "micro/00-pretrain/base/model"
+    changed(
+        file, ("name: compared", f"name: compared, seeds: [0], data.format: preference, model.name_or_path: {model}")
+    )
+    words = [f"data.train={data}[:3]", f"data.test={data}[3:]", "forget.threshold=1"]
+    lines = list(compare(Comparison.load(file, words), drive([])))
+    assert any(line.startswith("dpo: ") and " base " in line for line in lines)
+    report = json.loads((file.parent / "compared/compare.json").read_text())
+    assert report["metric"] == "logps/accuracies" and set(report["rows"][1]["minus"]) == {"base"}
+
+
+@runs
 def test_damaged_units_are_not_shared(file):
     changed(file, ("{best: [1e-4, 1e-2]}", "1e-4"), ("development: arithmetic:train[2000:2003]\n", ""))
     made: list[str] = []
     work = compare(Comparison.load(file, ["seeds=[0]"]), drive(made))
     while not next(work).startswith("dpo: "):
         pass
-    path = file.parent / "compared/dpo/final/03-pairs/seed-0/pairs.jsonl"
+    (path,) = file.parent.glob("compared/dpo/final*/03-pairs/seed-0/pairs.jsonl")
     path.write_text(path.read_text() + "\n")
     list(work)
     assert sum(label.endswith("pairs seed-0") for label in made) == 2
@@ -208,60 +283,67 @@ def test_the_clock_counts_shared_stages_once(file):
     assert [len(Clock(trials[:count]).waiting) for count in (1, 3, 4)] == [6, 6 + 3 + 3, 6 + 3 + 3 + 5]
 
 
-def crossed(seeds: int, problems: int, of_seeds: float, of_problems: float) -> np.ndarray:
-    draw = np.random.default_rng(3)
-    parts = draw.normal(0, of_seeds, (seeds, 1)), draw.normal(0, of_problems, (1, problems))
-    return sum(parts) + draw.normal(0, 0.1, (seeds, problems))
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_problems", "of_both"),
+    [(1, 0, 1, 0), (2, 0, 1, 0.3), (2, 1, 0.1, 0.1), (5, 0.5, 0.1, 1), (5, 0, 1, 1), (5, 0, 0, 1)],
+)
+def test_intervals_hold_the_mean_nineteen_times_of_twenty(seeds, of_seeds, of_problems, of_both):
+    draw, held, runs = np.random.default_rng(3), 0, 600
+    for _ in range(runs):
+        parts = draw.normal(0, of_seeds, (seeds, 1)), draw.normal(0, of_problems, (1, 60))
+        middle, half = mean_and_half(sum(parts) + draw.normal(0, of_both, (seeds, 60)))
+        held += abs(middle) <= half
+    assert 0.92 < held / runs < (0.975 if of_seeds + of_problems else 1)
 
 
-@pytest.mark.parametrize(("seeds", "of_seeds", "of_problems"), [(1, 0, 1), (2, 0, 1), (5, 0.3, 0.1), (8, 0.1, 1)])
-def test_intervals_are_as_wide_as_the_variances_say(seeds, of_seeds, of_problems):
-    values = crossed(seeds, 300, of_seeds, of_problems)
-    low, high = interval(values)
-    variance = values.mean(0).var(ddof=1) / 300 + (values.mean(1).var(ddof=1) / seeds if seeds > 1 else 0)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.12)
-    assert interval(values) == (low, high), "the same every time"
+def test_an_interval_by_hand():
+    """Of four problems by two seeds: MS of seeds 2, of problems 1, of the rest 1/3; t of 2.5 ** 2 / ... degrees."""
+    values = np.array([[1.0, 2, 3, 3], [0.0, 2, 1, 2]])
+    middle, half = mean_and_half(values)
+    by_seed = 4 * np.var([2.25, 1.25], ddof=1)
+    by_problem, rest = 2 * np.var([0.5, 2, 2, 2.5], ddof=1), ((values - [0.5, 2, 2, 2.5]) ** 2).sum() - 8 * 0.25
+    total = by_seed + by_problem - rest / 3
+    degrees = total**2 / (by_seed**2 / 1 + by_problem**2 / 3 + (rest / 3) ** 2 / 3)
+    assert middle == 1.75 and half == pytest.approx(intervals._t(degrees) * (total / 8) ** 0.5)
+    assert [intervals._t(n) for n in (2, 4, 30)] == pytest.approx([4.303, 2.776, 2.042], rel=0.01)  # from tables
 
 
-def test_differences_are_paired():
+def test_differences_are_paired_and_few_wins_prove_nothing():
     draw = np.random.default_rng(1)
     worse = draw.random((5, 400)) < np.linspace(0.1, 0.9, 400)
     better = worse | (draw.random((5, 400)) < 0.05)
-    found = difference(better.astype(float), worse.astype(float))
+    clear = difference(better.astype(float), worse.astype(float))
     points, ends = difference_interval(better.tolist(), worse.tolist())
-    assert found.points == pytest.approx(points) and found.verdict == "clear of zero"
-    assert found.interval == pytest.approx(ends, abs=0.006)
+    assert clear.points == pytest.approx(points) and clear.verdict == "clear of zero"
+    assert clear.interval == pytest.approx(ends, abs=0.006)
     assert difference(worse.astype(float), worse[:1].astype(float)).verdict == "inside the noise"
+    few = np.zeros((1, 500))
+    few[0, :4] = 1
+    assert difference(few, 0 * few).verdict == "inside the noise", "McNemar's p is .125"
 
 
 def test_a_choice_at_the_end_of_what_was_tried_is_marked():
-    tried = [
-        (0.1, {"a.rate": "1e-5", "b": True}),
-        (0.3, {"a.rate": "3e-5", "b": True}),
-        (0.2, {"a.rate": 1e-4, "b": True}),
-    ]
-    assert edges({"a.rate": "3e-5", "b": True}, tried) == []
-    assert edges({"a.rate": 1e-4, "b": True}, tried) == ["a.rate"] == edges({"a.rate": "1e-5", "b": True}, tried)
-    assert edges({"a.rate": 1e-4}, tried[2:]) == [], "nothing else was tried"
+    tried = [(0.1, {"a": 1e-5, "b": True}), (0.3, {"a": 3e-5, "b": True}), (0.2, {"a": 1e-4, "b": True})]
+    assert edges({"a": 3e-5, "b": True}, tried) == []
+    assert edges({"a": 1e-4, "b": True}, tried) == ["a"] == edges({"a": 1e-5, "b": True}, tried)
+    assert edges({"a": 1e-4}, tried[2:]) == [], "nothing else was tried"
+    assert edges({"a": 64}, [(0.1, {"a": 64}), (0.2, {"a": None}), (0.3, {"a": "auto"})]) == []
 
 
 def test_what_is_said_of_each_difference():
-    ones = np.ones((2, 50))
-    minus = {"base": difference(ones, 0 * ones), "dpo": difference(ones, ones)}
-    base = Result("base", 0, (0, 0), [0, 0], {"dpo": difference(0 * ones, ones)}, {}, [], [], None, None, None, {})
-    allo = Result(
-        "allo", 1, (1, 1), [1, 1], minus, {"learn.learning_rate": 1e-4}, [], ["learn.learning_rate"], 5.31, 7, 0.1, {}
-    )
-    assert sentences([base, allo]) == [
-        "base: 100.0% below dpo (-100.0% .. -100.0%), clear of zero",
-        "allo: 100.0% above base (+100.0% .. +100.0%), clear of zero",
-        "allo: 0.0% level with dpo (+0.0% .. +0.0%), inside the noise",
+    above, level = Difference(1.0, (0.9, 1.0)), Difference(0.0, (-0.02, 0.02))
+    base = Result("base", 0, (0, 0.1), [0, 0], {"dpo": Difference(-1.0, (-1.0, -0.9))})
+    dpo = Result("dpo", 1, (0.9, 1), [1, 1], {"base": above}, states=16.0, seconds=3, ratio=1.0)
+    allo = Result("a|b", 1, (0.9, 1), [1, 1], {"base": above, "dpo": level}, states=5.31, seconds=7, ratio=0.1)
+    allo = replace(allo, chosen={"learn.learning_rate": 1e-4}, edges=["learn.learning_rate"])
+    assert sentences([base, dpo, allo]) == [
+        "dpo: 100.0% above base (+90.0% .. +100.0%), clear of zero",
+        "a|b: 100.0% above base (+90.0% .. +100.0%), clear of zero",
+        "a|b: 0.0% level with dpo (-2.0% .. +2.0%), inside the noise",
     ]
-    dpo = Result("dpo", 1, (1, 1), [1, 1], {}, {}, [], [], 16.0, 3, 1.0, {})
     *_, last = table([base, dpo, allo], "accuracy").splitlines()
     assert last == (
-        "| allo | 100.0% | 100.0% .. 100.0% | +100.0% (+100.0% .. +100.0%) | +0.0% (+0.0% .. +0.0%) ~ "
+        "| a/b | 100.0% | 90.0% .. 100.0% | +100.0% (+90.0% .. +100.0%) | +0.0% (-2.0% .. +2.0%) ~ "
         "| learn.learning_rate 0.0001 [1] | 5.31 | 7 |"
     )
 

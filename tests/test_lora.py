@@ -7,12 +7,14 @@ import torch
 
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
+from allo_fast.config_file import load_config
 from allo_fast.config_train import LoraSettings
 from allo_fast.data.batch import collate
 from allo_fast.method.lora import LoraPolicy
 from allo_fast.method.optim import ClippedAdamW
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.weights import fingerprint
+from allo_fast.stages.check import check
 from tests.conftest import MICRO, pair_corpus, tiny_llama
 
 
@@ -54,9 +56,10 @@ def test_a_bfloat16_base_stays_one():
     assert {weight.dtype for _, weight in policy.full_weights()} == {torch.float32}
 
 
-def test_layers_that_are_not_there():
-    with pytest.raises(UserError, match="warmup.lora: .*nowhere"):
-        LoraPolicy(tiny_llama(), LoraSettings(target_modules=["nowhere"]))
+@pytest.mark.parametrize("layers", [["nowhere"], "("])
+def test_layers_that_are_not_there(layers):
+    with pytest.raises(UserError, match="warmup.lora: "):
+        LoraPolicy(tiny_llama(), LoraSettings(target_modules=layers))
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
@@ -70,6 +73,10 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match="warmup.lora: PEFT is not installed: pip install peft"):
         LoraPolicy(tiny_llama(), LoraSettings())
+    words = ["method=dpo", "rivals=[]", "warmup.lora={}", "data.train=arithmetic:train[:3]"]
+    assert check(load_config("configs/quickstart.yaml", words)).problems == [
+        "warmup.lora: PEFT is not installed: pip install peft"
+    ]
 
 
 @pytest.mark.xdist_group("runs")

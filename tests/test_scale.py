@@ -3,9 +3,11 @@
 import json
 import random
 import tracemalloc
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from operator import eq
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ from allo_fast.data import arrays
 from allo_fast.data.arrays import Chained, Chunks, Ragged, Tuples
 from allo_fast.data.batch import Corpus, Layout, collate
 from allo_fast.data.encoding import Limits, corpus_of_pairs
-from allo_fast.durable import Damaged
+from allo_fast.durable import Damaged, locked
 from allo_fast.model.weights import fingerprint
 from allo_fast.runs.rows import by_chunks, read_jsonl, rendered_once, split_once, write_jsonl
 from allo_fast.stages import forget, pairs, problems, responses
@@ -279,11 +281,12 @@ def test_a_killed_reference_goes_on_with_the_passes_that_it_would_have_made(tmp_
 
 def test_obstacles_in_a_reference_s_folder(tmp_path):
     corpus, asked = pair_corpus(), np.arange(4)
-    (left := tmp_path / "cache/.reference-00007.safetensors.partial").mkdir(parents=True)
+    (tmp_path / "cache/reference-00000.safetensors").mkdir(parents=True)
+    (left := tmp_path / "cache/.reference-00007.safetensors.partial").mkdir()
 
     def compute(batch, remove=False):
         if remove:
-            for file in tmp_path.glob("cache/reference-00000-*"):
+            for file in tmp_path.glob("cache/*1.safetensors"):
                 file.unlink()
         return batch.layout(batch.targets.float())
 
@@ -294,29 +297,33 @@ def test_obstacles_in_a_reference_s_folder(tmp_path):
             pass
 
     run(compute)
-    assert not left.exists() and len([*tmp_path.glob("cache/*.safetensors")]) == 1
+    assert not left.exists() and (tmp_path / "cache/reference-00001.safetensors").is_file()
     asked = np.arange(len(corpus.responses))
     with pytest.raises(UserError, match="cache: files were removed while they were needed"):
         run(partial(compute, remove=True))
     run(compute)
 
 
-def test_two_commands_save_references_at_once(tmp_path):
-    corpus = pair_corpus()
+def test_two_commands_compute_references_one_after_the_other(tmp_path):
+    corpus, asked, computed = pair_corpus(), np.arange(6), []
 
-    def work(asked):
-        opened = nullcontext(
-            Opened(lambda batch: batch.layout(batch.targets.float()), Layout(packed=True), torch.device("cpu"))
-        )
-        return reference_logps(tmp_path, "a", corpus, np.array(asked), opened, budget=30)
+    def compute(batch):
+        computed.append(batch)
+        return batch.layout(batch.targets.float())
 
-    first = work([0, 1, 2, 3, 4, 5])
-    next(first)
-    for _ in work([6, 7, 8]):
-        pass
-    for _ in first:
-        pass
-    assert len([*tmp_path.glob("*.safetensors")]) == 2
+    def run():
+        opened = nullcontext(Opened(compute, Layout(packed=True), torch.device("cpu")))
+        deque(reference_logps(tmp_path / "cache", "a", corpus, asked, opened, budget=30), maxlen=0)
+
+    with locked(tmp_path / ".cache.lock"):
+        second = Thread(target=run)
+        second.start()
+        second.join(1)
+        assert second.is_alive() and not computed
+    second.join(10)
+    count = len(computed)
+    run()
+    assert len(computed) == count > 0, "what the other has computed is there"
 
 
 def test_what_decides_log_probabilities_is_in_the_mark(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def read(tmp_path):
         ([SAMPLED], ["evaluate.temperature=1", "evaluate.top_p=1"], [SAMPLED, "evaluate.num_return_sequences=2"]),
         ([GIVEN], ["evaluate.temperature=1", "evaluate.top_p=1"], [SAMPLED, "evaluate.num_return_sequences=2"]),
         ([GIVEN], ["warmup.lora.r=2"], [GIVEN, "rivals=[dpo]"]),
+        ([GIVEN], ["warmup.lora={}"], [GIVEN, "rivals=[dpo]"]),
         ([SAMPLED], ["sample.server.url=http://a", "sample.server.retries=1"], [SAMPLED, "sample.engine=server"]),
         ([SAMPLED, "sample.engine=server", "sample.server.url=http://a"], ["sample.batch_size=3"], [SAMPLED]),
         (["data.chat_template=false"], ["data.chat_template_kwargs={a: 1}"], []),

@@ -1,4 +1,4 @@
-"""What is compared: a YAML file that names a job, and the arms, each a few settings of their own.
+"""What is compared: a YAML file that names a job, and the arms, each a few settings of their own, but for what judges.
 
     job: quickstart.yaml                      # beside this file
     development: arithmetic:train[200000:200500]
@@ -10,10 +10,12 @@
 combinations.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import explained, load_config, read_yaml
-from allo_fast.runs.basis import flat
+from allo_fast.data.sources import split_slice
 from allo_fast.section import Section
 
 Values = dict[str, Any]  # by dotted key of the job's configuration
 _CHOICES = ("each", "best")
+# What all arms are judged by, and where they lie.
+_JUDGES = "seeds data.test data.scorer data.format evaluate.* name output_dir rivals deepspeed".split()
 
 
 class CompareConfig(Section):
@@ -43,27 +47,37 @@ class CompareConfig(Section):
         for key, values in self._choices():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"arms.{key}: expected a list of values, got {values!r:.200}")
+            if key.endswith(".each") and any(other == key.replace(".each", ".best") for other, _ in self._choices()):
+                raise ValueError(f"arms.{key}: `best` of the same key; one of both")
+        named = self.named
         chooses = any(key.endswith(".best") for key, _ in self._choices())
         if chooses and not self.development:
             raise ValueError("development: on which data are the `best` values chosen? Name some beside data.test")
         if self.development and not chooses:
             raise ValueError("development: no arm has `best` values to choose")
-        if unknown := [name for name in self.against if name != "base" and name not in self.named]:
-            raise ValueError(f"against: no arm is called {unknown[0]}; there are base, {', '.join(self.named)}")
+        if unknown := [name for name in self.against if name != "base" and name not in named]:
+            raise ValueError(f"against: no arm is called {unknown[0]}; there are base, {', '.join(named)}")
         return self
 
     def _choices(self) -> Iterator[tuple[str, Any]]:
         for name, values in self.arms.items():
-            for key, value in flat(values).items():
+            for key, value in _flat(values).items():
                 if key.rpartition(".")[2] in _CHOICES:
                     yield f"{name}.{key}", value
 
     @property
     def named(self) -> dict[str, "Arm"]:
-        arms = {arm.name: arm for name, values in self.arms.items() for arm in _arms(name, values)}
-        if "base" in arms:
+        arms = [arm for name, values in self.arms.items() for arm in _arms(name, values)]
+        names = [arm.name for arm in arms]
+        if "base" in names:
             raise ValueError("arms.base: that is what the model is called before it is trained")
-        return arms
+        if twice := [name for name in names if names.count(name) > 1 or not name.strip()]:
+            raise ValueError(f"arms: each needs a name of its own, got {twice[0]!r}")
+        for arm in arms:
+            keys = [*arm.settings, *arm.candidates[0]]
+            if judging := [key for key in keys if any(fnmatch(key, pattern) for pattern in _JUDGES)]:
+                raise ValueError(f"arms.{arm.name}: {judging[0]} is of all arms alike; move it to `set`")
+        return dict(zip(names, arms, strict=True))
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Arm:
 
 
 def _arms(name: str, values: Mapping) -> Iterator[Arm]:
-    entries = flat(values)
+    entries = _flat(values)
     each, best = ({key.rpartition(".")[0]: v for key, v in entries.items() if key.endswith(f".{c}")} for c in _CHOICES)
     fixed = {key: value for key, value in entries.items() if key.rpartition(".")[2] not in _CHOICES}
     candidates = tuple(_combined(best))
@@ -126,11 +140,13 @@ class Comparison:
             config = CompareConfig.model_validate(read_yaml(path))
         except ValidationError as error:
             raise UserError(f"{path}: {explained(error, CompareConfig)}") from None
-        words = [*_words({"name": path.stem, **flat(config.set)}), *overrides]
+        words = [*_words({"name": path.stem, **_flat(config.set)}), *overrides]
         job = path.parent / config.job
         common = load_config(job, words)
         if common.deepspeed:
             raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
+        if config.development and _overlap(config.development, common.data.test):
+            raise UserError(f"{path}: development: {config.development} shares rows with data.test, {common.data.test}")
         return cls(config, job, tuple(words), Path(common.output_dir) / common.name)
 
     @property
@@ -148,7 +164,7 @@ class Comparison:
         return self._trial(arm, values, {})
 
     def _trial(self, arm: Arm, values: Values, more: Values, seeds: int | None = None) -> Trial:
-        name = " ".join(f"{key}={shown(value)}" for key, value in values.items()) if more else "final"
+        name = "-".join([*([] if more else ["final"]), *(f"{key}={value}" for key, value in values.items())])
         place = {"output_dir": str(self.folder / _slug(arm.name)), "name": _slug(name), "rivals": []}
         try:
             config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)])
@@ -158,9 +174,34 @@ class Comparison:
 
 
 def _words(values: Values) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in values.items()]
 
 
 def _slug(name: str) -> str:
-    """As a folder may be called."""
-    return re.sub(r"[^\w.=+-]+", "-", name)
+    """As a folder may be called, another for each name."""
+    plain = re.sub(r"[^\w.=+-]+", "-", name, flags=re.ASCII)[:100]
+    is_plain = plain == name and re.match(r"[^\W_]", name) and not name.startswith(("cache", "compare"))
+    return plain if is_plain else f"arm-{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _flat(values: Mapping, prefix: str = "") -> Values:
+    """By dotted key; an empty section, as `sft: {}`, is a value. 1e-5, which YAML 1.1 takes for a text, is a number."""
+    entries = {}
+    for key, value in values.items():
+        entries |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: _number(value)}
+        )
+    return entries
+
+
+def _number(value: object) -> object:
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether two data sources, as far as their names say, share rows."""
+    (name, begin, end), (other, other_begin, other_end) = split_slice(first), split_slice(second)
+    last, other_last = (float("inf") if stop is None else stop for stop in (end, other_end))
+    return name == other and max(begin, other_begin) < min(last, other_last)

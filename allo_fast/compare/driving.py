@@ -3,17 +3,20 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from allo_fast import signals
 from allo_fast.compare.arms import Arm, Comparison, Trial
-from allo_fast.compare.results import results, sentences, table, values_of
+from allo_fast.compare.results import Tried, results, sentences, table, values_of
 from allo_fast.compare.sharing import alone_with, take
 from allo_fast.config import UserError
+from allo_fast.durable import locked
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.lock import Busy, alone_in
 from allo_fast.runs.run import Run
@@ -22,6 +25,7 @@ from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.check import require, was_checked
 from allo_fast.stages.driving import hidden_updates
 from allo_fast.stages.unread import unread
+from allo_fast.training.engine import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +41,24 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {len(clock.waiting)} stages to go{clock.left}"
     _check(arms, choosing, comparison)
     worker = Worker(comparison, show, rerun, clock)
-    tried = defaultdict(dict)
+    tried: dict[str, float] = {}
     for trial in worker.complete([trial for trials in choosing.values() for trial in trials]):
-        tried[trial.arm.name][trial.label] = score = _mean(trial)
-        yield f"{trial.label}: {score:.1%} on development data{clock.left}"
-    finals = []
+        tried[trial.label] = _mean(trial) if trial.label not in worker.failed else -math.inf
+        yield f"{trial.label}: {_said(trial, worker, 'development data')}{clock.left}"
+    chosen: dict[str, tuple[Trial, Tried]] = {}
     for arm in arms:
-        scores = [(tried[arm.name][trial.label], trial.values) for trial in choosing[arm.name]]
-        best = max(scores, key=lambda pair: pair[0])[1] if scores else arm.candidates[0]
-        finals.append((comparison.final(arm, best), scores))
-    for trial in worker.complete([trial for trial, _ in finals]):
-        yield f"{trial.label}: {_mean(trial):.1%} on data.test{clock.left}"
-    metric, rows = results(comparison, finals)
+        scores = [(tried[trial.label], trial.values) for trial in choosing[arm.name]]
+        best = max(scores, key=lambda pair: pair[0]) if scores else (0.0, arm.candidates[0])
+        if math.isfinite(best[0]):
+            chosen[arm.name] = comparison.final(arm, best[1]), scores
+        else:
+            yield f"{arm.name}: left out, as no candidate could be trained"
+    for trial in worker.complete([trial for trial, _ in chosen.values()]):
+        yield f"{trial.label}: {_said(trial, worker, 'data.test')}{clock.left}"
+        if trial.label in worker.failed:
+            del chosen[trial.arm.name]
+    with locked(comparison.folder / ".locks" / "results"):
+        metric, rows = results(comparison, [*chosen.values()])
     yield table(rows, metric)
     yield from sentences(rows)
     yield str(comparison.folder / "compare.md")
@@ -60,7 +70,11 @@ def _likely_finals(comparison: Comparison) -> list[Trial]:
 
 
 def _mean(trial: Trial) -> float:
-    return fmean(map(fmean, values_of(Run(trial.config, STAGES))[1]))
+    return float(values_of(Run(trial.config, STAGES, folder=trial.folder))[1].mean())
+
+
+def _said(trial: Trial, worker: "Worker", where: str) -> str:
+    return worker.failed.get(trial.label) or f"{_mean(trial):.1%} on {where}"
 
 
 def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Comparison) -> None:
@@ -72,7 +86,7 @@ def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Co
             keys, why = line.removeprefix("not read: ").removesuffix(")").split(" (", 1)
             if idle := own & {*keys.split(", ")}:
                 raise UserError(f"arms: {arm.name}: {', '.join(sorted(idle))} is not read: {why}")
-        for each in [*choosing[arm.name][:1], trial]:
+        for each in [*choosing[arm.name][: arm is arms[0]], trial]:  # reading a data set takes its time
             if not was_checked(each.folder):
                 try:
                     require(each.config)
@@ -82,10 +96,13 @@ def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Co
 
 @dataclass
 class Worker:
+    """failed: by a trial's label, what ended its training; too high a rate ends its own trial alone."""
+
     comparison: Comparison
     show: Show
     rerun: bool
     clock: "Clock"
+    failed: dict[str, str] = field(default_factory=dict)
 
     def complete(self, trials: Sequence[Trial]) -> Iterator[Trial]:
         """Each when it is complete; those that other commands work on last."""
@@ -102,18 +119,29 @@ class Worker:
                     signals.check()
                     time.sleep(_SECONDS)
                 continue
+            except TrainingError as error:
+                self.failed[trial.label] = f"not trained: {error}"
             busy = 0
             yield trial
 
     def _make(self, trial: Trial) -> None:
         folder = self.comparison.folder
-        run = Run(trial.config, STAGES, self.rerun, cache=folder / "cache")
+        try:
+            run = Run(trial.config, STAGES, self.rerun, cache=folder / "cache")
+        except UserError as error:
+            raise UserError(str(error).split(". ")[0] + "; `allo-fast compare FILE --rerun` makes it anew") from None
         for unit in run.units(stages_of(trial.config)):
             if not unit.is_complete():
                 with alone_with(unit, folder):
-                    if not take(unit, folder):
-                        self._execute(trial, unit)
+                    self._complete(trial, unit)
             unit.tidy()
+
+    def _complete(self, trial: Trial, unit: Unit) -> None:
+        """What lies there and does not fit is moved aside, or refused, before another run's takes its place."""
+        if self.rerun and unit.look()[1]:
+            unit.owner.home.set_aside(unit.place)
+        if unit.folder.exists() or not take(unit, self.comparison.folder):
+            self._execute(trial, unit)
 
     def _execute(self, trial: Trial, unit: Unit) -> None:
         label = f"{trial.label}: {unit.name} {unit.key}"
@@ -138,7 +166,8 @@ class Clock:
                     self.made(unit)
 
     def made(self, unit: Unit) -> None:
-        self._seconds[unit.name].append(unit.manifest()["seconds"])
+        with suppress(UserError):  # damaged, which is said when it is its turn
+            self._seconds[unit.name].append(unit.manifest()["seconds"])
 
     @property
     def waiting(self) -> list[str]:

@@ -2,48 +2,37 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from statistics import fmean
 
 import numpy as np
 
 from allo_fast.compare import figures
 from allo_fast.compare.arms import Comparison, Trial, Values, shown
-from allo_fast.config import Config
+from allo_fast.compare.intervals import Difference, Interval, difference
+from allo_fast.config import UserError
+from allo_fast.data.scoring import accuracy_interval
 from allo_fast.durable import versions, write_bytes
 from allo_fast.report.summary import percent, preference_values
-from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.rows import Rows, read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.evaluate import PREDICTIONS
 
-_DRAWS, _AT_ONCE = 10_000, 500
-Interval = tuple[float, float]
-Tried = list[tuple[float, Values]]  # what each candidate got on development data
-
-
-@dataclass(frozen=True)
-class Difference:
-    """In accuracy; interval: 95 %, paired by problem and seed."""
-
-    points: float
-    interval: Interval
-
-    @property
-    def verdict(self) -> str:
-        low, high = self.interval
-        return "clear of zero" if low > 0 or high < 0 else "inside the noise"
+_PREFERENCE = "logps/accuracies"
+Tried = list[tuple[float, Values]]  # what each candidate got on development data, -inf where it did not train
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of an arm, or of the base.
+    """Of an arm, or of the base, which has no settings and costs nothing.
 
     chosen: on development data, with `tried`, what each candidate got there. edges: chosen keys of which no candidate
-    was beyond the best. states: bytes per parameter, of the stage that learns (or forgets) with most. seconds: of a
-    seed, in what the arm trains, locates and scores for itself.
+    was beyond the best. states: bytes per parameter, of what it trains, a dense warm-up too, with most. seconds: of a
+    seed, in what it trains, locates and scores. ratio: of the weights that train in the end.
     """
 
     name: str
@@ -51,110 +40,92 @@ class Result:
     interval: Interval
     seeds: list[float]
     minus: dict[str, Difference]
-    chosen: Values
-    tried: Tried
-    edges: list[str]
-    states: float | None
-    seconds: float | None
-    ratio: float | None
-    settings: Values
+    chosen: Values = field(default_factory=dict)
+    tried: Tried = field(default_factory=list)
+    edges: list[str] = field(default_factory=list)
+    states: float | None = None
+    seconds: float | None = None
+    ratio: float | None = None
+    settings: Values = field(default_factory=dict)
 
 
 def values_of(run: Run, key: str | None = None) -> tuple[str, np.ndarray]:
-    """The metric, and its numbers, fp64 [seeds, problems]; key: of the one unit that judges the base; None: the arm."""
-    config = run.config
-    keys = [key] if key else [f"{config.method}-seed-{seed}" for seed in config.seeds]
-    rows = [read_jsonl(Unit(run, "evaluate", key).folder / PREDICTIONS) for key in keys]
-    if config.data.format == "preference":
-        metric = "logps/accuracies" if key else "rewards/accuracies"
-        return metric, np.array(preference_values([*map(list, rows)], _beta(config))[0][metric])
-    return "accuracy", np.array([[float(row[config.data.scorer]) for row in seed] for seed in rows])
+    """The metric, and its numbers, fp64 [seeds, problems]; key: of the one unit that judges the base; None: the arm.
 
-
-def _beta(config: Config) -> float:
-    return config.warmup.beta if config.method == "dpo" else config.learn.beta
-
-
-def interval(values: np.ndarray, draws: int = _DRAWS) -> Interval:
-    """95 % of the mean of values [S, P]: problems and seeds are drawn with replacement, both together.
-
-    The pigeonhole bootstrap (Owen 2007, arXiv 0712.1111), of S - 1 seeds (Rao & Wu 1988, so that their variance is not
-    too small), and of P problems; one seed stands for all.
+    Of preferences logps/accuracies, which the base has too, and losses without a reference are meant for.
     """
-    seeds, problems = values.shape
-    random, means = np.random.default_rng(0), []
-    for _ in range(0, draws, _AT_ONCE):
-        drawn = max(1, seeds - 1)
-        of_seeds = random.multinomial(drawn, np.full(seeds, 1 / seeds), _AT_ONCE) / drawn
-        of_problems = random.multinomial(problems, np.full(problems, 1 / problems), _AT_ONCE) / problems
-        means.append(np.einsum("ds,sp,dp->d", of_seeds, values, of_problems, optimize=True))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
-    return low, high
+    rows = [list(predictions) for predictions in _predictions(run, key)]
+    if run.config.data.format == "preference":
+        return _PREFERENCE, np.array(preference_values(rows, 1.0)[0][_PREFERENCE])
+    return "accuracy", np.array([[float(row[run.config.data.scorer]) for row in seed] for seed in rows])
 
 
-def difference(better: np.ndarray, worse: np.ndarray) -> Difference:
-    """Of [S, P] or, of a model without seeds, [1, P]."""
-    paired = better - worse
-    return Difference(float(paired.mean()), interval(paired))
+def _predictions(run: Run, key: str | None) -> list[Rows]:
+    keys = [key] if key else [f"{run.config.method}-seed-{seed}" for seed in run.config.seeds]
+    return [read_jsonl(Unit(run, "evaluate", key).folder / PREDICTIONS) for key in keys]
 
 
 def results(comparison: Comparison, finals: Sequence[tuple[Trial, Tried]]) -> tuple[str, list[Result]]:
     """The metric; of the base and every arm, which are complete; writes compare.json, compare.md and its figures."""
     runs = {trial.arm.name: Run(trial.config, STAGES, folder=trial.folder) for trial, _ in finals}
-    values = {name: values_of(run)[1] for name, run in runs.items()}
-    metric = values_of(next(iter(runs.values())))[0]
-    if metric == "accuracy":
-        values = {"base": values_of(next(iter(runs.values())), "base")[1]} | values
+    if not runs:
+        raise UserError(f"{comparison.folder}: no arm is left to compare")
+    first = next(iter(runs.values()))
+    metric, base = values_of(first, "base")
+    values = {"base": base} | {name: values_of(run)[1] for name, run in runs.items()}
+    _check_alike(runs)
     against = [name for name in comparison.config.against if name in values]
     trials = {trial.arm.name: (trial, tried) for trial, tried in finals}
     rows = []
     for name, numbers in values.items():
-        trial, tried = trials.get(name, (None, []))
-        rows.append(
-            Result(
-                name,
-                float(numbers.mean()),
-                interval(numbers),
-                numbers.mean(1).tolist(),
-                {other: difference(numbers, values[other]) for other in against if other != name},
-                trial.values if trial else {},
-                tried,
-                edges(trial.values, tried) if trial else [],
-                *(_costs(runs[name]) if trial else (None, None, None)),
-                trial.arm.settings if trial else {},
-            )
-        )
-    _write(comparison, metric, rows, next(iter(values[name] for name in runs)).shape)
+        score, interval = accuracy_interval(numbers.tolist())
+        minus = {other: difference(numbers, values[other]) for other in against if other != name}
+        row = Result(name=name, accuracy=score, interval=interval, seeds=numbers.mean(1).tolist(), minus=minus)
+        if name in trials:
+            trial, tried = trials[name]
+            costs = dict(zip(("states", "seconds", "ratio"), _costs(runs[name]), strict=True))
+            own = {"chosen": trial.values, "tried": tried, "edges": edges(trial.values, tried)}
+            row = replace(row, settings=trial.arm.settings, **own, **costs)
+        rows.append(row)
+    _write(comparison, metric, rows, values[next(iter(runs))].shape)
     return metric, rows
+
+
+def _check_alike(runs: Mapping[str, Run]) -> None:
+    """Raises UserError where an arm was not judged on the same problems as the others."""
+    problems: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for predictions in _predictions(run, None):
+            problems[name] = [row["id"] for row in predictions]
+            if problems[name] != next(iter(problems.values())):
+                raise UserError(f"arms: {name} was judged on other problems than {next(iter(problems))}")
 
 
 def edges(chosen: Values, tried: Tried) -> list[str]:
     """Chosen numbers at an end of what was tried: beyond it might be better ones."""
     found = []
     for key, value in chosen.items():
-        numbers = sorted({float(values[key]) for _, values in tried if _is_number(values[key])})
-        if len(numbers) > 1 and _is_number(value) and float(value) in (numbers[0], numbers[-1]):
+        numbers = sorted({values[key] for _, values in tried if _is_number(values[key])})
+        if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
             found.append(key)
     return found
 
 
 def _is_number(value: object) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _costs(run: Run) -> tuple[float, float, float]:
-    """State bytes per parameter, seconds of a seed, ratio of the weights that train in the end."""
-    config = run.config
-    own = [stage for stage in stages_of(config) if stage in ("warmup", "locate", "rewards", "forget", "learn")]
+def _costs(run: Run) -> tuple[float, float, float | None]:
+    """State bytes per parameter, seconds of a seed, and the ratio of weights that train; None of adapters."""
+    config, names = run.config, stages_of(run.config)
+    own = [stage for stage in names if stage in ("warmup", "locate", "rewards", "forget", "learn")]
     manifests = {stage: [unit.manifest() for unit in run.units([stage])] for stage in own}
-    trains = ["warmup"] if config.method == "dpo" else ["forget", "learn"]
-    states = [m["facts"]["state_bytes_per_parameter"] for stage in trains for m in manifests.get(stage, [])]
+    trains = [stage for stage in ("warmup", "forget", "learn") if stage in names]
+    states = max(m["facts"]["state_bytes_per_parameter"] for stage in trains for m in manifests[stage])
     seconds = sum(fmean(m["seconds"] for m in of_stage) for of_stage in manifests.values())
-    return max(states), seconds, 1.0 if config.method == "dpo" else config.learn.ratio
+    if config.method == "dpo":
+        return states, seconds, None if config.warmup.lora else 1.0
+    return states, seconds, config.learn.ratio
 
 
 def table(rows: Sequence[Result], metric: str) -> str:
@@ -168,14 +139,16 @@ def table(rows: Sequence[Result], metric: str) -> str:
         chosen = ", ".join(f"{key} {shown(value)}{' [1]' * (key in row.edges)}" for key, value in row.chosen.items())
         costs = [f"{row.states:.2f}", f"{row.seconds:.0f}"] if row.seconds is not None else ["", ""]
         lines.append([row.name, percent(row.accuracy), " .. ".join(map(percent, row.interval)), *minus, chosen, *costs])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def sentences(rows: Sequence[Result]) -> list[str]:
-    """One for each difference."""
-    said = []
+    """One for each difference; of two that are compared both ways, the later one's."""
+    said, names = [], [row.name for row in rows]
     for row in rows:
         for other, minus in row.minus.items():
+            if names.index(other) > names.index(row.name) and row.name in rows[names.index(other)].minus:
+                continue
             where = "above" if minus.points > 0 else "below" if minus.points < 0 else "level with"
             low, high = (percent(end, "+") for end in minus.interval)
             said.append(f"{row.name}: {percent(abs(minus.points))} {where} {other} ({low} .. {high}), {minus.verdict}")
@@ -191,7 +164,7 @@ def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tupl
     seeds, problems = counts
     facts = {"job": str(comparison.job), "words": comparison.words, "development": comparison.config.development}
     facts |= {"metric": metric, "seeds": seeds, "problems": problems, "versions": versions()}
-    facts |= {"date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows]}
+    facts |= {"date": time.strftime("%Y-%m-%d"), "rows": [_as_json(row) for row in rows]}
     write_bytes(comparison.folder / "compare.json", json.dumps(facts, indent=1).encode())
     drawn = _figures(rows, metric)
     for name, svg in drawn.items():
@@ -207,6 +180,12 @@ def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tupl
     write_bytes(comparison.folder / "compare.md", ("\n\n".join(parts) + "\n").encode())
 
 
+def _as_json(row: Result) -> dict:
+    """JSON has no infinity: null is what did not train."""
+    tried = [(mean if isfinite(mean) else None, values) for mean, values in row.tried]
+    return {**asdict(row), "tried": tried}
+
+
 def _figures(rows: Sequence[Result], metric: str) -> dict[str, str]:
     """By file name, of what there is to draw."""
     families: dict[str, list[figures.Point]] = {}
@@ -215,9 +194,12 @@ def _figures(rows: Sequence[Result], metric: str) -> dict[str, str]:
         if row.ratio is not None:
             point = figures.Point(row.ratio, row.accuracy, row.interval, row.states)
             families.setdefault(_family(row), []).append(point)
-        if len(row.chosen) == 1 and _is_number(value := next(iter(row.chosen.values()))) and float(value) > 0:
+        if len(row.chosen) == 1:
             ((key, _),) = row.chosen.items()
-            curves.setdefault(key, {})[row.name] = [(float(values[key]), mean) for mean, values in row.tried]
+            points = [(values[key], mean) for mean, values in row.tried if _is_number(values[key]) and values[key] > 0]
+            points = [point for point in points if isfinite(point[1])]
+            if len(points) > 1:
+                curves.setdefault(key, {})[row.name] = points
     lines = {name: sorted(points) for name, points in families.items()}
     drawn = {"ratio.svg": figures.by_ratio(lines, metric)} if any(len(points) > 1 for points in lines.values()) else {}
     return drawn | {f"{key}.svg": figures.by_value(key, lines, metric) for key, lines in curves.items()}

@@ -1,26 +1,17 @@
 """Units that several runs of a comparison have in common are made once: a unit's basis says what comes of it."""
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from allo_fast import signals
 from allo_fast.config import UserError
-from allo_fast.durable import appearing, make_folder, read_json
+from allo_fast.durable import appearing, locked, read_json
 from allo_fast.runs.contents import damage
 from allo_fast.runs.home import MANIFEST, recorded
 from allo_fast.runs.unit import Unit
-
-logger = logging.getLogger(__name__)
-
-_SECONDS = 1.0  # between two looks at a lock
 
 
 def take(unit: Unit, folder: Path) -> bool:
@@ -32,7 +23,7 @@ def take(unit: Unit, folder: Path) -> bool:
     for manifest in sorted(folder.glob(f"*/*/{unit.place}/{MANIFEST}")):
         with suppress(UserError):  # damaged, or of another version: not equal
             if recorded(source := manifest.parent) == basis and not damage(source, read_json(manifest)["outputs"], {}):
-                with appearing(unit.folder, replace=True) as partial:
+                with appearing(unit.folder) as partial:
                     shutil.copytree(source, partial, copy_function=_linked)
                 return True
     return False
@@ -45,17 +36,7 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-@contextmanager
-def alone_with(unit: Unit, folder: Path) -> Iterator[None]:
+def alone_with(unit: Unit, folder: Path) -> AbstractContextManager[None]:
     """Until the context ends no other command makes an equal unit; one that is at it is waited for."""
     name = hashlib.sha256(json.dumps([str(unit.place), unit.basis()], sort_keys=True).encode()).hexdigest()[:32]
-    make_folder(locks := folder / ".locks")
-    with (locks / name).open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                signals.check()
-                time.sleep(_SECONDS)
-        yield
+    return locked(folder / ".locks" / name)

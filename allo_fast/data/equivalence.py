@@ -21,5 +21,4 @@ def is_equivalent(text: str, answer: str) -> bool:
 
     # A gold answer is an expression as a whole; a response has one where it says so, or writes LaTeX.
     gold = parse(f"${answer}$") or parse(answer)
-    is_bare = "\\" in text and "$" not in text and "\\boxed" not in text
-    return bool(gold) and verify(gold, parse(f"${text}$" if is_bare else text))
+    return bool(gold) and verify(gold, parse(f"${text}$" if "\\" in text and "$" not in text else text))

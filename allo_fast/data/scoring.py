@@ -6,7 +6,7 @@ sum of the tokens' log-probabilities, their number, and whether it is a right on
 
 import re
 from collections.abc import Sequence
-from itertools import product
+from itertools import accumulate, product
 from math import fsum
 from statistics import NormalDist, fmean, variance
 
@@ -20,21 +20,34 @@ _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
     """strict: case, surrounding punctuation and markdown do not matter, numbers compare as numbers, to the last digit.
 
-    math: also what math-verify finds equal, in the final answer or, without one, in the whole response (\\boxed).
+    math: also what math-verify finds equal to a gold answer with digits or LaTeX, to six digits: the final answer is
+    then the line after the marker or, without one, what LaTeX's last boxed{} holds.
     release: the published code's rule, kept to measure the difference: an exact lower-cased match with a gold answer
     that is not lower-cased, so that "The answer is beads." is wrong for "beads".
     """
     if scorer == "release":
         return "The answer is" in response and response.split("The answer is")[-1].strip().lower() == answer.strip()
-    if final_answer(response) == _normalized(answer):
+    tail = _MARKER.split(response)
+    if len(tail) > 1 and _normalized(tail[-1]) == _normalized(answer):
         return True
-    return scorer == "math" and is_equivalent(_MARKER.split(response)[-1], answer)
+    if scorer != "math" or not re.search(r"[\d\\]", answer):
+        return False
+    said = _first_line(tail[-1]) if len(tail) > 1 else _boxed(response)
+    return said is not None and is_equivalent(said, answer)
 
 
 def final_answer(response: str) -> str | None:
-    """As `strict` compares it; None where there is none."""
+    """As `strict` compares it, or what is in the last boxed{}; None where there is none."""
     tail = _MARKER.split(response)
-    return _normalized(tail[-1]) if len(tail) > 1 else None
+    return _normalized(tail[-1]) if len(tail) > 1 else _boxed(response)
+
+
+def _boxed(response: str) -> str | None:
+    """Up to the brace that closes it."""
+    _, found, rest = response.rpartition("\\boxed{")
+    depths = accumulate(1 if char == "{" else -1 if char == "}" else 0 for char in rest)
+    end = next((place for place, depth in enumerate(depths) if depth < 0), None)
+    return rest[:end] if found and end is not None else None
 
 
 def scorers_with(scorer: str) -> tuple[str, ...]:
@@ -42,9 +55,12 @@ def scorers_with(scorer: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*SCORERS, scorer]))
 
 
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")
+
+
 def _normalized(text: str) -> str:
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    text = re.sub(r"\s+", " ", line).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
+    text = re.sub(r"\s+", " ", _first_line(text)).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
     number = re.fullmatch(r"([-+]?)\$?([1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.(\d*))?%?", text)
     if not number or not (number[2] or number[3]):
         return text

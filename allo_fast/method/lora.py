@@ -1,5 +1,7 @@
 """LoRA through PEFT: the rival in memory, low-rank adapters beside a frozen base (arXiv 2106.09685)."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 
@@ -10,6 +12,14 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint
 
 
+def require() -> None:
+    """Raises UserError where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401  whether it is there
+    except ImportError:
+        raise UserError("warmup.lora: PEFT is not installed: pip install peft") from None
+
+
 class LoraPolicy(DensePolicy):
     """Trains float32 adapters of `model`'s layers; the base lies frozen beside them, in its own dtype, and is the
     policy until the first step. Raises UserError where PEFT is not installed or knows none of the layers."""
@@ -17,16 +27,15 @@ class LoraPolicy(DensePolicy):
     autocast = None  # the adapters' products run in float32, the base's in its dtype
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings):
-        try:
-            import peft
-        except ImportError:
-            raise UserError("warmup.lora: PEFT is not installed: pip install peft") from None
+        require()
+        import peft
+
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.base = fingerprint(model)
         given = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": settings.target_modules}
         try:
             self.adapted = peft.get_peft_model(model, peft.LoraConfig(**given))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise UserError(f"warmup.lora: {error}") from None
         self.model = model
         self.logps = ResponseLogps(model)

@@ -22,6 +22,7 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
 from allo_fast.device import pick_device
 from allo_fast.locating.windows import pieces_of, windows_of
+from allo_fast.method import lora
 from allo_fast.method.selection import check_ratio
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import load_tokenizer
@@ -77,6 +78,8 @@ def check(config: Config) -> Findings:
     _check_budgets(findings, config)
     if config.data.scorer == "math" and config.data.format in SAMPLED:
         findings.attempt(equivalence.require)
+    if config.warms_up and config.warmup.lora:
+        findings.attempt(lora.require)
     if config.sample.engine == "server":
         findings.attempt(lambda: api_key(config.sample))
     if config.method == "allo":

@@ -30,7 +30,6 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import (
-    SCORERS,
     best_response,
     final_answer,
     is_correct,
@@ -158,20 +157,20 @@ def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], referen
         for logp, response in zip(logps, row["responses"], strict=True)
     ]
     if unit.config.data.format != "preference":
-        return {"id": row["id"], **_chosen(row, responses), "responses": responses}
+        return {"id": row["id"], **_chosen(row, responses, unit.config.data.scorer), "responses": responses}
     if reference:
         for response, judged in zip(responses, reference["responses"], strict=True):
             response["ref_logp"] = judged["logp"]
     return {"id": row["id"], "responses": responses}
 
 
-def _chosen(row: dict, responses: list[dict]) -> dict:
-    """Which response wins: there is no text to judge, so the scorers agree."""
+def _chosen(row: dict, responses: list[dict], scorer: str) -> dict:
+    """Which response wins: there is no text to judge, so all scorers agree."""
     logps = [response["logp"] for response in responses]
     best = best_response(logps, responses)
     per_token = best_response([response["logp"] / response["tokens"] for response in responses], responses)
     return {
-        **dict.fromkeys(SCORERS, responses[best]["correct"]),
+        **dict.fromkeys(scorers_with(scorer), responses[best]["correct"]),
         "per_token": responses[per_token]["correct"],
         "tie": is_tie(logps, responses),
         "response": row["responses"][best]["text"],
@@ -199,16 +198,21 @@ def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], start: int
 
 
 def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
-    """A row of predictions.jsonl; of several responses the majority's answer is the one that came first of equals."""
+    """A row of predictions.jsonl.
+
+    Of several responses the majority's answer is the commonest text, the first of equals; no answer is none, unless
+    no response has one.
+    """
     right = [{scorer: is_correct(text, problem["answer"], scorer) for scorer in scorers} for text in texts]
     if len(texts) == 1:
         return {"id": problem["id"], **right[0], "response": texts[0]}
     answers = [final_answer(text) for text in texts]
+    votes = [answer for answer in answers if answer is not None] or answers
     return {
         "id": problem["id"],
         **{scorer: fmean(row[scorer] for row in right) for scorer in scorers},
         "pass": {scorer: any(row[scorer] for row in right) for scorer in scorers},
-        "majority": right[answers.index(mode(answers))],
+        "majority": right[answers.index(mode(votes))],
         "responses": texts,
     }
 

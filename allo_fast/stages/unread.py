@@ -32,7 +32,8 @@ def _changed(section: Section, prefix: str = "") -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            yield from _changed(value, f"{prefix}{name}.")
+            below = [*_changed(value, f"{prefix}{name}.")]
+            yield from below or [prefix + name] * (field.default is None)
         elif value != field.default:
             yield prefix + name
 
@@ -71,7 +72,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     if not config.warms_up and "warmup" in located:
         yield (
             "weights are located by its steps, and none is taken",
-            "warmup.save_* warmup.skip_nonfinite_steps warmup.lora.*",
+            "warmup.save_* warmup.skip_nonfinite_steps warmup.lora*",
         )
     elif not config.warms_up:
         yield "no warm-up runs, and its steps locate no weights", "warmup.*"

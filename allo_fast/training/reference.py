@@ -10,9 +10,9 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
 from allo_fast.durable import (
     LEFTOVERS,
     about_of,
+    locked,
     make_folder,
     mark_of,
     open_tensors,
@@ -133,11 +134,10 @@ class Reference(Lazy[list[float]]):
             make_folder(self.folder)
         except OSError as error:  # of which the other ranks would not hear
             raise UserError(f"{self.folder}: cannot be written: {reason(error)}; it may be deleted") from None
+        names = (self.folder / PARTS.replace("*", f"{number:05d}") for number in count())
+        path = next(path for path in names if path not in self._whole and not path.is_dir())
         responses = np.concatenate([part.responses for part in computed])
         digests = self._digests[np.searchsorted(self.responses, responses)]
-        # By what it holds, too, so that of two commands that save at once neither takes the other's place.
-        name = f"{len(self._whole):05d}-{hashlib.sha256(digests.tobytes()).hexdigest()[:8]}"
-        path = self.folder / PARTS.replace("*", name)
         lengths = torch.from_numpy(self.corpus.responses.tokens.lengths[responses])
         tensors = {"digests": torch.from_numpy(digests.view(np.uint8).reshape(-1, 16))}
         tensors |= {"ends": lengths.cumsum(0), "values": torch.cat([part.values for part in computed])}
@@ -167,7 +167,15 @@ def reference_logps(
     What `folder` has already, from an earlier session or another stage, is not computed again. opened: the reference
     model, while entered. budget: tokens of a forward pass. mark: of the model and of how it computes.
     """
-    reference = Reference(folder, mark, corpus, responses)
+    with ExitStack() as stack:  # two commands that share a cache compute what both lack once
+        ranks.on_main(lambda: stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"))) or None)
+        return (yield from _reference_logps(Reference(folder, mark, corpus, responses), opened, budget))
+
+
+def _reference_logps(
+    reference: Reference, opened: AbstractContextManager[Opened], budget: int | None
+) -> Generator[tuple[int, int], None, Reference]:
+    folder, corpus, responses = reference.folder, reference.corpus, reference.responses
     reference.read()
     planned, missing = reference.missing()
     if not missing:
