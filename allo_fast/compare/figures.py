@@ -1,6 +1,7 @@
 """The figures of a comparison, as SVG text."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 from matplotlib import pyplot as plt
@@ -15,9 +16,14 @@ class Point(NamedTuple):
     states: float  # bytes per parameter
 
 
-def by_ratio(lines: Mapping[str, Sequence[Point]], metric: str) -> str:
-    """Accuracy against the ratio of weights that train; on the second axis the bytes of their states."""
+def by_ratio(lines: Mapping[str, Sequence[Point]], levels: Mapping[str, float], metric: str) -> str:
+    """Accuracy against the ratio of weights that train; on the second axis the bytes of their states.
+
+    levels: accuracies to compare with, as the base's.
+    """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, level), style in zip(levels.items(), cycle((":", "--", "-.")), strict=False):
+        axis.axhline(level, color="#555555", linewidth=0.9, linestyle=style, label=name)
     second = axis.twinx()
     second.spines["right"].set_visible(True)
     for name, points in lines.items():
@@ -37,6 +43,7 @@ def by_ratio(lines: Mapping[str, Sequence[Point]], metric: str) -> str:
 def by_value(key: str, lines: Mapping[str, Sequence[tuple[float, float]]], metric: str) -> str:
     """What candidates got on development data, against one key, as a learning rate; lines: (value, accuracy)."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1.2, label=name)
     axis.set_xscale("log")

@@ -200,8 +200,9 @@ def _figures(rows: Sequence[Result], metric: str) -> dict[str, str]:
             points = [point for point in points if isfinite(point[1])]
             if len(points) > 1:
                 curves.setdefault(key, {})[row.name] = points
-    lines = {name: sorted(points) for name, points in families.items()}
-    drawn = {"ratio.svg": figures.by_ratio(lines, metric)} if any(len(points) > 1 for points in lines.values()) else {}
+    lines = {name: sorted(points) for name, points in families.items() if len(points) > 1}
+    levels = {row.name: row.accuracy for row in rows if any(row.name in other.minus for other in rows)}
+    drawn = {"ratio.svg": figures.by_ratio(lines, levels, metric)} if lines else {}
     return drawn | {f"{key}.svg": figures.by_value(key, lines, metric) for key, lines in curves.items()}
 
 
