@@ -10,7 +10,7 @@ import pytest
 from allo_fast.__main__ import main
 from allo_fast.compare import driving, intervals
 from allo_fast.compare.arms import Comparison
-from allo_fast.compare.driving import Clock, compare
+from allo_fast.compare.driving import Clock, Worker, compare
 from allo_fast.compare.intervals import Difference, difference, mean_and_half
 from allo_fast.compare.results import Result, edges, sentences, table
 from allo_fast.config import UserError
@@ -195,6 +195,17 @@ def test_what_arms_share_is_made_once_and_nothing_twice(file):
     list(compare(Comparison.load(file, []), drive(made)))
     stages = {label.rpartition(": ")[2].split()[0] for label in made}
     assert stages == {"forget", "learn", "evaluate"}
+
+
+@runs
+def test_what_another_command_made_counts_for_the_time(file):
+    changed(file, ("{best: [1e-4, 1e-2]}", "1e-4"), ("development: ", "# "))
+    one, both = (Comparison.load(file, [f"seeds={seeds}"]) for seeds in ([0], [0, 1]))
+    first, second = (one.final(arm, {}) for arm in one.arms[1:3])
+    assert [*Worker(one, drive([]), False, Clock([])).complete([first])] == [first]
+    clock = Clock([both.final(both.arms[3], {})])
+    assert [*Worker(one, drive([]), False, clock).complete([second])] == [second]
+    assert clock.left.endswith("one process left beside forget, rewards")
 
 
 @runs

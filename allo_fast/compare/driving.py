@@ -142,11 +142,11 @@ class Worker:
             unit.owner.home.set_aside(unit.place)
         if unit.folder.exists() or not take(unit, self.comparison.folder):
             self._execute(trial, unit)
+        self.clock.made(unit)
 
     def _execute(self, trial: Trial, unit: Unit) -> None:
         label = f"{trial.label}: {unit.name} {unit.key}"
         self.show(label, unit.execute())
-        self.clock.made(unit)
         if warning := hidden_updates(trial.config.model, unit.manifest()["facts"]):
             logger.warning("%s: %s", label, warning)
 
