@@ -8,7 +8,7 @@ def require() -> None:
     try:
         import math_verify  # noqa: F401  whether it is there
     except ImportError:
-        raise UserError('data.scorer: math needs math-verify: pip install "math-verify[antlr4_13_2]"') from None
+        raise UserError("data.scorer: math needs math-verify: pip install math-verify") from None
 
 
 def is_equivalent(text: str, answer: str) -> bool:
