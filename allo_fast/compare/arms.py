@@ -154,7 +154,7 @@ class Comparison:
         return [*self.config.named.values()]
 
     def development(self, arm: Arm) -> list[Trial]:
-        """None where there is nothing to choose."""
+        """A run of each candidate; none where there is nothing to choose."""
         if len(arm.candidates) < 2:
             return []
         more = {"data.test": self.config.development}
