@@ -66,7 +66,7 @@ def unit_in(folder: Path, earlier: Path, zero=None, windows="auto", **settings) 
     config = Config(name="x", data=data, model=model, rewards=settings, locate={"windows": windows})
     folder.mkdir(exist_ok=True)
     about = {"name": "rewards", "seed": 0, "mark": "", "needed": lambda stage: earlier, "upstream": list}
-    about["owner"] = types.SimpleNamespace(home=types.SimpleNamespace(folder=folder))
+    about["owner"] = types.SimpleNamespace(home=types.SimpleNamespace(folder=folder, cache=folder / "cache"))
     return types.SimpleNamespace(**about, config=config, folder=folder, zero=zero)
 
 
