@@ -56,7 +56,9 @@ class DataConfig(Section):
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
-    scorer: Literal["strict", "release", "math"] = "strict"  # which answers are right; evaluation counts by others too
+    # Which answers are right: strict, release, math; evaluation counts by others too. FILE.py:FUNCTION: the user's own,
+    # of a response and the data's row.
+    scorer: str = Field("strict", pattern=r"^(strict|release|math|.+\.py:\w+)$")
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
@@ -255,6 +257,11 @@ class Config(Section):
     @property
     def reward_source(self) -> str:
         return self.rewards.source or ("confidence" if self.data.format == "preference" else "rewriter")
+
+    @property
+    def reads_solutions(self) -> bool:
+        """Whether a stage trains on gold solutions, or shows them."""
+        return self.sft is not None or (self.method == "allo" and self.reward_source in ("rewriter", "prompted"))
 
     @property
     def epsilon(self) -> float:

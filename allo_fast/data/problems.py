@@ -28,6 +28,7 @@ class Problem:
     wrong: tuple[Turn, ...] = ()
     tools: list[dict] | None = None
     plain_prompt: str | None = None  # what a model without a chat template continues, where it is not `prompt`
+    fields: dict | None = None  # the row itself, for a judge of the user's own
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,16 @@ class Quarantined:
     reason: str
 
 
-def read_problems(source: str, format: str) -> Iterator[Problem | Quarantined]:
+def read_problems(source: str, format: str, own_judge: bool = False) -> Iterator[Problem | Quarantined]:
     """The usable problems of a source, one by one, and between them the rows that are set aside with the reason.
 
     source: see `read_rows`. format: problems {problem, solution, answer}; gsm8k {question, answer with "#### N"};
     multiple_choice {problem with an "Options:" list, answer} or {question | question_stem, choices {text, label},
     answerKey}; preference, see `read_preference`: single judged completions come behind all others, those of one prompt
-    as one problem. Raises UserError when the source or, at its end, every row of it is unusable.
+    as one problem. own_judge: a function of the user's judges, which sees the rows; those of `problems` need neither
+    solution nor answer then. Raises UserError when the source or, at its end, every row of it is unusable.
     """
-    read = (_read(row_id, row, format) for row_id, row in read_rows(source))
+    read = (_read(row_id, row, format, own_judge) for row_id, row in read_rows(source))
     aside, usable = "", False
     for outcome in _grouped(read) if format == "preference" else read:
         usable = usable or isinstance(outcome, Problem)
@@ -55,9 +57,13 @@ def read_problems(source: str, format: str) -> Iterator[Problem | Quarantined]:
         raise UserError(f"{source}: no usable row{aside}")
 
 
-def _read(row_id: str, row: Callable[[], dict], format: str) -> Problem | Quarantined:
+def _read(row_id: str, row: Callable[[], dict], format: str, own_judge: bool) -> Problem | Quarantined:
     try:
-        return _FORMATS[format](row_id, row())
+        if not own_judge:
+            return _FORMATS[format](row_id, row())
+        fields = row()
+        read = _unsolved if format == "problems" else _FORMATS[format]
+        return replace(read(row_id, fields), fields=fields)
     except UnusableRow as error:
         return Quarantined(row_id, str(error))
 
@@ -70,6 +76,11 @@ def _field(row: dict, name: str) -> str:
 
 def _problem(row_id: str, row: dict) -> Problem:
     return Problem(row_id, _field(row, "problem"), _field(row, "solution"), _field(row, "answer").strip())
+
+
+def _unsolved(row_id: str, row: dict) -> Problem:
+    solution, answer = (_field(row, name) if name in row else "" for name in ("solution", "answer"))
+    return Problem(row_id, _field(row, "problem"), solution, answer.strip())
 
 
 def _gsm8k(row_id: str, row: dict) -> Problem:

@@ -11,6 +11,7 @@ from math import fsum
 from statistics import NormalDist, fmean, variance
 
 from allo_fast.data.equivalence import is_equivalent
+from allo_fast.data.verifier import Judge, is_own, own_judge
 
 SCORERS = ("strict", "release")  # of every evaluation
 _Z = NormalDist().inv_cdf(0.975)
@@ -50,9 +51,16 @@ def _boxed(response: str) -> str | None:
     return rest[:end] if found and end is not None else None
 
 
+def judge_of(scorer: str) -> Judge:
+    """Of a response and its row of `encode_problems`: by `is_correct`, or by a function of the user's own."""
+    if is_own(scorer):
+        return lambda response, row: own_judge(scorer)(response, row["fields"])
+    return lambda response, row: is_correct(response, row["answer"], scorer)
+
+
 def scorers_with(scorer: str) -> tuple[str, ...]:
     """By which evaluation judges."""
-    return tuple(dict.fromkeys([*SCORERS, scorer]))
+    return (scorer,) if is_own(scorer) else tuple(dict.fromkeys([*SCORERS, scorer]))
 
 
 def _first_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from allo_fast.data.sources import split_slice
+from allo_fast.data.verifier import is_own
 
 Basis = dict[str, object]
 
@@ -37,7 +38,9 @@ def deciding(entries: Basis) -> Basis:
 
 
 def part_of(source: str) -> str:
-    """Which rows of a data set: [i:j]."""
+    """Which rows of a data set: [i:j]; which function of a scorer's file."""
+    if is_own(source):
+        return source.rpartition(":")[2]
     _, start, stop = split_slice(source)
     return "all" if (start, stop) == (0, None) else f"[{start}:{'' if stop is None else stop}]"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import source_files
+from allo_fast.data.verifier import file_of, is_own
 from allo_fast.durable import versions
 from allo_fast.model.loading import model_files
 from allo_fast.runs.basis import flat
@@ -45,7 +46,12 @@ def _one_file(path: str) -> dict[str, Path]:
     return {"the file": Path(path)} if os.path.isfile(path) else {}
 
 
-_READ = {"data.train": _rows, "data.test": _rows, "rewards.path": _one_file}  # all others name models
+def _own_scorer(scorer: str) -> dict[str, Path]:
+    return _one_file(str(file_of(scorer))) if is_own(scorer) else {}
+
+
+# All others name models.
+_READ = {"data.train": _rows, "data.test": _rows, "data.scorer": _own_scorer, "rewards.path": _one_file}
 
 
 def _given(config: Config) -> list[tuple[str, str]]:
@@ -126,7 +132,7 @@ STAGES = {
         settings=("sample", "protocol", "data.train", *_DATA),
         needs=_needs(),
         keys=_seeds,
-        files=_files("data.train"),
+        files=_files("data.train", "data.scorer"),
     ),
     "pairs": Stage(
         number=3,
@@ -192,7 +198,7 @@ STAGES = {
         settings=("evaluate", "data.test", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,
-        files=_files("data.test"),
+        files=_files("data.test", "data.scorer"),
     ),
 }
 

@@ -19,6 +19,7 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.scoring import judge_of
 from allo_fast.data.sources import UnusableRow
 from allo_fast.device import pick_device
 from allo_fast.locating.windows import pieces_of, windows_of
@@ -151,6 +152,8 @@ def _check_data(
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
         findings.shortest = seen.shortest
+        if "fields" in seen.first:
+            findings.attempt(lambda: judge_of(config.data.scorer)(seen.first["solution"], seen.first))
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))

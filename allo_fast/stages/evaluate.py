@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from allo_fast import ranks
-from allo_fast.config import Config, UserError
+from allo_fast.config import Config, DataConfig, UserError
 from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import (
     best_response,
     final_answer,
-    is_correct,
     is_tie,
+    judge_of,
     pair_margins,
     scorers_with,
 )
@@ -49,7 +49,6 @@ from allo_fast.training.reference import micro_batches
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
-_COUNTED = {name: name for name in ("strict", "release", "math", "per_token")} | {"tie": "ties"}
 # The stage that makes each model; none the base, nor the given one where `sft` made the base of it.
 PRODUCERS = {"given": None, "base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}
 
@@ -117,7 +116,7 @@ def evaluate(
         size = unit.config.evaluate.batch_size
         size = size if scoring else frozen.at_once(size)
         rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work, frozen.sharded)
-    return {"problems": len(rows), "quarantined": quarantined, **_counts(rows)}
+    return {"problems": len(rows), "quarantined": quarantined, **_counts(rows, unit.config.data)}
 
 
 def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[Rows, int]:
@@ -203,7 +202,8 @@ def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
     Of several responses the majority's answer is the commonest text, the first of equals; no answer is none, unless
     no response has one.
     """
-    right = [{scorer: is_correct(text, problem["answer"], scorer) for scorer in scorers} for text in texts]
+    judges = {scorer: judge_of(scorer) for scorer in scorers}
+    right = [{scorer: judge(text, problem) for scorer, judge in judges.items()} for text in texts]
     if len(texts) == 1:
         return {"id": problem["id"], **right[0], "response": texts[0]}
     answers = [final_answer(text) for text in texts]
@@ -217,12 +217,13 @@ def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
     }
 
 
-def _counts(rows: Rows) -> dict[str, int | float]:
+def _counts(rows: Rows, data: DataConfig) -> dict[str, int | float]:
     """How many are right, and how many ties are among the others; of preferences, how many pairs there are and tie."""
     counts = Counter()
+    counted = {name: name for name in (*scorers_with(data.scorer), "per_token")} | {"tie": "ties"}
     for row in rows:
-        if "strict" in row:
-            counts.update({count: row[name] + 0 for name, count in _COUNTED.items() if name in row})
+        if data.format != "preference":
+            counts.update({count: row[name] + 0 for name, count in counted.items() if name in row})
         else:
             margins = pair_margins(row["responses"], 1.0)
             counts.update(pairs=len(margins["logps"]))

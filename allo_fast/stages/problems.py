@@ -8,6 +8,7 @@ from allo_fast.config import Config, UserError
 from allo_fast.data.encoding import Limits, encode_problems
 from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.verifier import is_own
 from allo_fast.plan.shapes import model_config
 from allo_fast.runs.rows import Rows, split_once
 from allo_fast.runs.unit import Unit
@@ -48,8 +49,12 @@ def usable_problems(
 
 
 def problems_of(config: Config, key: Key) -> Iterator[Problem | Quarantined]:
+    """Those of data.train without a solution are set aside, where a stage trains on it or shows it."""
+    data, gold = config.data, key == "train" and config.reads_solutions
     try:
-        yield from read_problems(getattr(config.data, key), config.data.format)
+        for row in read_problems(getattr(data, key), data.format, is_own(data.scorer)):
+            lacking = gold and isinstance(row, Problem) and not (row.solution or row.right)
+            yield Quarantined(row.id, "no solution, which sft and rewards.source need") if lacking else row
     except UserError as error:
         raise UserError(f"data.{key}: {error}") from None
 

@@ -16,7 +16,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.encoding import encode_responses
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import is_correct
+from allo_fast.data.scoring import judge_of
 from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
@@ -114,7 +114,8 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
 
 def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts, positions: float) -> dict:
     cut = [_cut(text, unit.config.sample.stop) for text in texts]
-    judged = [(text, is_correct(text, row["answer"], unit.config.data.scorer)) for text in cut]
+    judge = judge_of(unit.config.data.scorer)
+    judged = [(text, judge(text, row)) for text in cut]
     return encode_responses(row, judged, prompts, positions)
 
 

@@ -1,0 +1,50 @@
+"""A judge of the user's own: `data.scorer: FILE.py:FUNCTION`, with FUNCTION(response: str, row: dict) -> bool.
+
+The row is that of the data, with all its fields. Rows need neither solution nor answer, where nothing trains on them.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from allo_fast.errors import UserError, first_line
+
+Judge = Callable[[str, dict], bool]  # of a response and the row that it answers
+
+
+def is_own(scorer: str) -> bool:
+    return re.fullmatch(r".+\.py:\w+", scorer) is not None
+
+
+def file_of(scorer: str) -> Path:
+    return Path(scorer.rpartition(":")[0]).expanduser()
+
+
+@cache
+def own_judge(scorer: str) -> Judge:
+    """Raises UserError where the file cannot be run or has no such function; the judge, for what it does not judge."""
+    path, name = file_of(scorer), scorer.rpartition(":")[2]
+    if not path.is_file():
+        raise UserError(f"data.scorer: {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"data.scorer: {path}: {type(error).__name__}: {first_line(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"data.scorer: {path}: no function {name}")
+
+    def judge(response: str, row: dict) -> bool:
+        try:
+            right = function(response, row)
+        except Exception as error:
+            raise UserError(f"data.scorer: {name}: {type(error).__name__}: {first_line(error)}") from error
+        if not (isinstance(right, int | float) or hasattr(right, "item")) or right not in (0, 1):
+            raise UserError(f"data.scorer: {name}: expected True or False, got {right!r:.200}")
+        return bool(right)
+
+    return judge
