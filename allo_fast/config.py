@@ -50,7 +50,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str  # a file, a saved data set, org/name:config:split, or arithmetic:train; all take a slice: file.jsonl[:9]
+    # A file, a saved data set, org/name:config:split, arithmetic:train, reasoning_gym:TASK; and a slice: x.jsonl[:9]
+    train: str
     test: str  # likewise; the problems that `evaluate` answers
     format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from allo_fast.config import UserError, first_line
 from allo_fast.data.arithmetic import arithmetic_row
+from allo_fast.data.gym import PREFIX, gym_rows
 from allo_fast.data.tables import arrow_rows, check_columns, hub_files, parquet_rows, saved_files
 
 Row = tuple[str, Callable[[], dict]]  # where it stands, and what gives it or raises UnusableRow
@@ -41,18 +42,25 @@ def lacks(row: dict, name: str) -> UnusableRow:
 
 def read_rows(source: str) -> Iterator[Row]:
     """source: a file (.jsonl, .json, .csv, .tsv, .parquet; the first four also .gz), a folder of
-    `datasets.save_to_disk` (FOLDER or FOLDER:split), org/name:config:split of the Hugging Face hub, or
-    arithmetic:train; each with an optional slice [i:j]. Raises UserError when it cannot be read.
+    `datasets.save_to_disk` (FOLDER or FOLDER:split), org/name:config:split of the Hugging Face hub, arithmetic:train,
+    or reasoning_gym:TASK, see `gym_rows`; each with an optional slice [i:j]. Raises UserError when it cannot be read.
     """
     name, start, stop = split_slice(source)
     if re.search(r"\[[^\[\]/]*\]$", name):
         raise UserError(f"{source}: a slice is [i:j], of whole numbers that are not negative")
-    if name in _GENERATED:
+    if is_generated(name):
         if stop is None:
             raise UserError(f"{source}: the generator is endless; name a slice like {name}[:500]")
+        if name.startswith(PREFIX):
+            return gym_rows(name, start, stop)
         return ((f"{name}:{i}", lambda i=i: arithmetic_row(name.split(":")[1], i)) for i in range(start, stop))
     rows = _file_rows(_path(name)) if _is_file(name) else _set_rows(name)
     return islice(rows, start, stop)
+
+
+def is_generated(name: str) -> bool:
+    """Whether a source, without its slice, is read from nowhere."""
+    return name in _GENERATED or name.startswith(PREFIX)
 
 
 def source_files(source: str) -> list[Path]:
@@ -61,7 +69,7 @@ def source_files(source: str) -> list[Path]:
     Raises UserError for a data set that cannot be had.
     """
     name, _, _ = split_slice(source)
-    if name in _GENERATED:
+    if is_generated(name):
         return []
     return [_path(name)] if _is_file(name) else _set_files(name)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from allo_fast.config import Config, TrainConfig, UserError
 from allo_fast.data.problems import Problem, read_problems
-from allo_fast.data.sources import split_slice
+from allo_fast.data.sources import is_generated, split_slice
 from allo_fast.data.verifier import is_own
 
 _THOUSAND = 1000
@@ -56,7 +56,7 @@ def _rows(config: Config, train: Counter[str] | None, test: Counter[str] | None)
 def _count(source: str, config: Config) -> Counter[str] | None:
     """None where it lies elsewhere, or `allo-fast check` has something to say of it."""
     name = split_slice(source)[0]
-    if not (name.startswith("arithmetic:") or Path(name).is_file() or Path(name.partition(":")[0]).is_dir()):
+    if not (is_generated(name) or Path(name).is_file() or Path(name.partition(":")[0]).is_dir()):
         return None
     counts = Counter(options=0)
     try:
