@@ -70,6 +70,16 @@ def test_each_makes_arms_and_best_candidates(file):
     assert len(folders) == 8 and all(folder.parent.parent == file.parent / "compared" for folder in folders)
 
 
+def test_what_suits_the_machine_is_said_once(file, caplog):
+    micro = file.parent / "micro.yaml"
+    micro.write_text(micro.read_text().replace("dtype: float32", "dtype: auto"))
+    caplog.set_level("INFO")
+    comparison = Comparison.load(file, [])
+    configs = [comparison.final(arm, arm.candidates[0]).config for arm in comparison.arms]
+    assert caplog.text.count("as suits this machine") == 1
+    assert {config.model.dtype for config in configs} == {comparison.dtype}
+
+
 def test_the_file_names_the_folder_where_nothing_else_does(file):
     changed(file, ("name: compared, ", ""))
     assert Comparison.load(file, []).folder.name == "compare"

@@ -132,6 +132,7 @@ class Comparison:
     job: Path
     words: tuple[str, ...]  # overrides of the job, for all arms
     folder: Path
+    dtype: str  # of the model, where the job leaves it to the machine
 
     @classmethod
     def load(cls, path: Path, overrides: list[str]) -> "Comparison":
@@ -147,7 +148,7 @@ class Comparison:
             raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
         if config.development and _overlap(config.development, common.data.test):
             raise UserError(f"{path}: development: {config.development} shares rows with data.test, {common.data.test}")
-        return cls(config, job, tuple(words), Path(common.output_dir) / common.name)
+        return cls(config, job, tuple(words), Path(common.output_dir) / common.name, common.model.dtype)
 
     @property
     def arms(self) -> list[Arm]:
@@ -167,7 +168,7 @@ class Comparison:
         name = "-".join([*([] if more else ["final"]), *(f"{key}={value}" for key, value in values.items())])
         place = {"output_dir": str(self.folder / _slug(arm.name)), "name": _slug(name), "rivals": []}
         try:
-            config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)])
+            config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)], self.dtype)
         except UserError as error:
             raise UserError(f"arms: {arm.name}: {error}") from None
         return Trial(arm, values, config.model_copy(update={"seeds": config.seeds[:seeds]}))
