@@ -135,6 +135,12 @@ class SparseTrainConfig(PreferenceTrainConfig):
     clip: Literal["selected", "all"] | None = None  # whose norm is clipped; null: paper selected, release all
 
 
+class GuardSettings(Section):
+    max_drop: float = Field(0.5, gt=0)  # nats per token, of the responses' mean log-probability; more ends forgetting
+    steps: int = Field(10, gt=0)  # between two looks
+    responses: int = Field(32, gt=0)  # right ones, of as many problems, drawn at random
+
+
 class ForgetConfig(SparseTrainConfig):
     section = "forget"
 
@@ -144,6 +150,7 @@ class ForgetConfig(SparseTrainConfig):
     beta: float = Field(0.1, gt=0)  # of NPO
     # Tokens whose reward is below it are forgotten (protocol: paper); mean: below the mean of their own response.
     threshold: Literal["mean"] | Annotated[float, Field(ge=0, le=1)] = 0.5
+    guard: GuardSettings | None = GuardSettings()  # watches right responses; null, and protocol: release: none does
 
 
 class LearnConfig(LossConfig, SparseTrainConfig):

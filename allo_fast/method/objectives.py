@@ -87,11 +87,12 @@ class Npo:
     beta: float
     needs_reference = True
     counts = "weights"
+    CHANGE = "logps/forgotten_change"  # nats per token, of a step before its update
 
     def __call__(self, logps: Tensor, ref: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = batch.token_weights
         change = ((logps.detach() - ref) * weights).sum() / weights.count_nonzero().clamp(min=1)
-        return npo_token_loss(logps, ref, weights, beta=self.beta), {"logps/forgotten_change": change}
+        return npo_token_loss(logps, ref, weights, beta=self.beta), {self.CHANGE: change}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from allo_fast.config import UserError
 from allo_fast.data.prompts import as_text
 from allo_fast.durable import write_bytes
+from allo_fast.method.objectives import Npo
 from allo_fast.report import figures
 from allo_fast.report.summary import is_preference, percent, shown, shown_interval, trained_line
 from allo_fast.runs.home import REPORT
@@ -16,6 +17,7 @@ from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import tokenizer_of
+from allo_fast.training.guard import CHANGE
 
 _SHOWN_RESPONSES = 6
 
@@ -165,9 +167,19 @@ def _responses(run: Run) -> str:
         responses.append(f"<figure><figcaption>{question}</figcaption><p class=tokens>{spans}</p></figure>")
     return _section(
         title,
-        "Shade: the token's weight in forgetting. Point at a token for its reward.",
+        f"Shade: the token's weight in forgetting. Point at a token for its reward.{_forgotten(unit)}",
         "".join(responses),
     )
+
+
+def _forgotten(unit: Unit) -> str:
+    """What forgetting did to the tokens that it forgets, and to those that it must not."""
+    facts = unit.manifest()["facts"]
+    gave, cost = facts.get(Npo.CHANGE), facts.get(CHANGE)
+    said = f" When it ended, the log-probability of a forgotten token had changed by {gave:+.3f}" if gave else ""
+    said += f", that of a token of right responses by {cost:+.3f}" if said and cost is not None else ""
+    ended = f"; it ended before its {facts['ended_before_steps']} steps" if "ended_before_steps" in facts else ""
+    return said and f"{said}{ended}."
 
 
 def _section(title: str, text: str, content: str) -> str:

@@ -33,7 +33,7 @@ from allo_fast.runs.basis import (
 from allo_fast.runs.contents import damage, identities, sha256
 from allo_fast.runs.home import MANIFEST, STARTED, Home, recorded
 from allo_fast.training.checkpoints import CHECKPOINTS
-from allo_fast.training.engine import LOG
+from allo_fast.training.metrics import LOG
 from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
 

@@ -177,7 +177,7 @@ STAGES = {
         outputs=("delta.safetensors",),
         copies=_SAVED,
         settings=("forget", "protocol", "model.rounding", *_PROMPTS),
-        needs=_needs("locate", "rewards"),
+        needs=_needs("sample", "locate", "rewards"),
         keys=_seeds,
         files=_files("forget.reference"),
     ),

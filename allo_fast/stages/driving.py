@@ -17,7 +17,8 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import frozen_reference
 from allo_fast.stages.problems import max_positions
-from allo_fast.training.engine import LOG, Trainer
+from allo_fast.training.engine import Trainer
+from allo_fast.training.metrics import LOG
 from allo_fast.training.reference import Reference
 
 
@@ -66,8 +67,10 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     facts = {
         "parameters": parameters,
         "examples": len(trainer.examples),
-        "steps": len(trainer.steps),
+        "steps": trainer.made,
     }
+    if trainer.made < len(trainer.steps):
+        facts["ended_before_steps"] = len(trainer.steps)
     if seconds:  # else the log of all steps was lost
         facts["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
     if trainer.examples.set_aside:

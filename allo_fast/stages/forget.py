@@ -4,10 +4,12 @@
     `allo-fast forget CONFIG`
 
 paper: w_t = 1[reward_t < 0.5], as of tokens that a rewriter would change. release: w_t = reward_t, which weighs the
-kept tokens most and contradicts the paper's figure. Writes delta.safetensors, with `save_models: all` also model/.
+kept tokens most and contradicts the paper's figure. `forget.guard` watches right responses meanwhile: where they lose
+too much, forgetting ends. Writes delta.safetensors, with `save_models: all` also model/.
 """
 
 import logging
+import random
 from collections.abc import Generator, Iterable
 from itertools import groupby
 from math import fsum
@@ -27,6 +29,10 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.models import base_path, prompts_of, save_trained, sparse_policy
+from allo_fast.stages.problems import distinct_responses
+from allo_fast.stages.sample import RESPONSES
+from allo_fast.training.guard import CHANGE, Guard
+from allo_fast.training.metrics import LOG
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +54,40 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
             tokens,
         )
     policy = sparse_policy(unit, settings)
-    trainer = trainer_of(unit, policy, corpus, Npo(settings.beta), settings, protocol=protocol, token_weights=weights)
+    guard = guard_of(unit)
+    more = {"protocol": protocol, "token_weights": weights, "guard": guard}
+    trainer = trainer_of(unit, policy, corpus, Npo(settings.beta), settings, **more)
     facts = yield from train(unit, trainer)
+    if guard and trainer.made < len(trainer.steps):
+        logger.warning(
+            "forgetting ended after %d of %d steps: right responses lost more than forget.guard.max_drop: %s nats a "
+            "token; a smaller forget.learning_rate or forget.threshold forgets less",
+            trainer.made,
+            len(trainer.steps),
+            guard.max_drop,
+        )
     save_trained(unit, policy, prompts)
     trainer.backend.close()
-    return {**facts, "forgotten_tokens": forgotten, "tokens": tokens}
+    last = ranks.on_main(lambda: dict(next(iter(read_jsonl(unit.folder / LOG)[-1:]), {})))
+    changes = {name: last[name] for name in (Npo.CHANGE, CHANGE) if name in last}
+    return {**facts, **changes, "forgotten_tokens": forgotten, "tokens": tokens}
+
+
+def guard_of(unit: Unit) -> Guard | None:
+    """Of right responses to the problems that train, of each at most one, which forgetting never sees; or solutions."""
+    settings = unit.config.forget.guard
+    if settings is None or unit.config.protocol == "release":
+        return None
+    rows = read_jsonl(unit.needed("sample") / RESPONSES)
+    draw, corpus = random.Random(f"{unit.seed} guard"), Corpus()
+    for number in draw.sample(range(len(rows)), len(rows)):
+        row = rows[number]
+        given = [{"ids": row["solution_ids"]}] if "solution_ids" in row else []
+        if right := distinct_responses(row, True) or given:
+            corpus.add(row["prompt_ids"], [draw.choice(right)["ids"]], row["id"])
+        if len(corpus.responses) == settings.responses:
+            break
+    return Guard(corpus, settings.steps, settings.max_drop) if len(corpus.responses) else None
 
 
 Threshold = float | Literal["mean"] | None

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backend import LocalBackend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
+from allo_fast.training.guard import Guard
+from allo_fast.training.metrics import LOG, StepMetrics
 from allo_fast.training.reference import Opened, described, kept, reference_logps
 from allo_fast.training.steps import MicroBatch
 from allo_fast.training.zero import Zero, check_divides
@@ -33,29 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOG = "metrics.jsonl"
-
 
 class TrainingError(RuntimeError):
     """A loss, gradient or weight that is not finite: nothing after it could be trusted."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    step: int  # from 1
-    total_steps: int
-    epoch: float
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int  # of prompts, once for all their responses, and of responses but for the last of each
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def row(self) -> dict[str, float]:
-        row = dict(vars(self))
-        metrics = row.pop("metrics")
-        return {**row, **metrics}
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,8 @@ class Trainer:
     ranks divide the micro-batches of each step, the same to rounding for any number of them. Raises UserError
     where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
     compare with, while the reference's log-probabilities are computed. cache: where these are kept, by content; None:
-    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead.
+    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead. guard: looks
+    at the policy every so many steps, and may end training; `made` is how many steps there were.
     """
 
     def __init__(
@@ -94,6 +77,7 @@ class Trainer:
         reference: Callable[[], AbstractContextManager[Opened]] | None = None,
         cache: Path | None = None,
         online: bool = False,
+        guard: Guard | None = None,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
         self.open_reference, self.mark, self.cache = reference, mark, cache or folder / SCRATCH
@@ -101,7 +85,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, mark)
         check_divides(config, ranks.world_size())
         self.examples = Examples(corpus, config, seed, token_weights)
-        self.steps = self.examples.steps
+        self.steps, self.guard, self.made = self.examples.steps, guard, 0
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.examples.layout, self.traffic = policy.logps.layout, ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
@@ -137,25 +121,30 @@ class Trainer:
         """
         if self.examples.reference is None:
             deque(self.prepare(), maxlen=0)
-        done = self._resume()
+        self.made = done = self._resume()
+        _, ended = self._looks(done)
         log = self._open_log(done) if ranks.is_main() else None
         coming = self.examples.batches(done)
         with signals.deferred() as received, closing(coming):
             self._received, self._saved_at = received, time.monotonic()
-            for number in range(done, len(self.steps)):
-                metrics = self._step(number, coming)
+            while not ended and self.made < len(self.steps):
+                metrics = self._step(self.made, coming)
+                self.made += 1
+                seen, ended = self._looks(self.made)
+                if metrics:
+                    metrics.metrics.update(seen)
                 if metrics and log:
                     log.append([metrics.row()])
-                if self.asks.due or self.asks.stop or (number + 1) % self.config.save_steps == 0:
-                    self._save(number + 1)
+                if self.asks.due or self.asks.stop or self.made % self.config.save_steps == 0:
+                    self._save(self.made)
                 if metrics:
                     yield metrics
                 if self.asks.stop:
                     raise signals.Interrupted(received() or signal.SIGTERM)
             if ranks.add_up(torch.tensor(float(bool(received())))):  # since the last step looked
-                self._save(len(self.steps))
+                self._save(self.made)
                 raise signals.Interrupted(received() or signal.SIGTERM)
-        self._check_weights(len(self.steps))
+        self._check_weights(self.made)
         ranks.on_main(lambda: log.flush())
 
     def _resume(self) -> int:
@@ -165,7 +154,17 @@ class Trainer:
         progress = self.backend.load(path)
         self.skipped, self.traffic_by_operation = progress["skipped"], progress["traffic_by_operation"]
         self._state_bytes = progress["state_bytes"]
+        if self.guard:
+            self.guard.before = progress["guarded"]
         return progress["step"]
+
+    def _looks(self, made: int) -> tuple[dict[str, float], bool]:
+        """What the guard sees after so many steps, if it looks then, and whether training ends; on all ranks alike."""
+        if not self.guard or (made % self.guard.every and made < len(self.steps) and self.guard.before is not None):
+            return {}, False
+        logps = self.policy.logps
+        seen = self.guard.look(self.backend.response_logps, logps.layout, self.policy.model.device)
+        return seen, ranks.on_main(lambda: self.guard.ends(seen))
 
     def _open_log(self, done: int) -> Journal:
         path = self.folder / LOG
@@ -188,7 +187,7 @@ class Trainer:
     def _seen(self) -> dict:
         """What a session that makes no step more cannot see."""
         seen = {"state_bytes": self.state_bytes(), "traffic_by_operation": self.traffic_by_operation}
-        return {"skipped": self.skipped, **seen}
+        return {"skipped": self.skipped, "guarded": self.guard and self.guard.before, **seen}
 
     def _check_weights(self, step: int) -> None:
         """Raises TrainingError where the last update of a weight was too much."""

@@ -1,0 +1,137 @@
+"""Forgetting watches right responses, and ends where they lose too much."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import pair_corpus, random_selection, tiny_llama
+
+from allo_fast.__main__ import main
+from allo_fast.config import TrainConfig
+from allo_fast.config_file import load_config
+from allo_fast.data.batch import Corpus
+from allo_fast.method.objectives import Npo
+from allo_fast.method.policy import SparsePolicy
+from allo_fast.runs.home import MANIFEST
+from allo_fast.runs.rows import read_jsonl, write_jsonl
+from allo_fast.stages.forget import guard_of
+from allo_fast.training.engine import Trainer
+from allo_fast.training.guard import CHANGE, Guard
+
+SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+
+
+def kept() -> Corpus:
+    """Some of what is forgotten, so that it is sure to lose."""
+    every, corpus = pair_corpus(), Corpus()
+    for response in every.responses[:3]:
+        corpus.add(every.prompts[response.prompt], [response.tokens])
+    return corpus
+
+
+def trainer(folder, every=2, max_drop=1e9, guarded=True, **changes) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    model, corpus = tiny_llama(), pair_corpus()
+    corpus.examples = [(index,) for index in range(len(corpus.responses))]
+    guard = Guard(kept(), every, max_drop) if guarded else None
+    policy = SparsePolicy(model, random_selection(model))
+    config, weights = TrainConfig(**SETTINGS | changes), [[1.0] * len(r.tokens) for r in corpus.responses]
+    return Trainer(policy, corpus, Npo(0.1), config, folder, token_weights=weights, guard=guard)
+
+
+def mean_logp(model) -> float:
+    total = count = 0
+    for prompt, tokens in ((r.prompt, r.tokens) for r in kept().responses):
+        ids = kept().prompts[prompt] + tokens
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total += sum(logps[len(ids) - len(tokens) - 1 + n, token].item() for n, token in enumerate(tokens))
+        count += len(tokens)
+    return total / count
+
+
+def test_it_sees_the_mean_of_all_tokens_since_the_first_step(tmp_path):
+    training = trainer(tmp_path, every=3)
+    before = mean_logp(training.policy.model)
+    rows = [metrics.row() for metrics in training.run()]
+    looks = [row["step"] for row in rows if CHANGE in row]
+    assert looks == [*range(3, len(rows), 3), len(rows)], "and after the last step"
+    assert rows[-1][CHANGE] == pytest.approx(mean_logp(training.policy.model) - before, abs=1e-5)
+    assert training.made == len(training.steps) == len(rows)
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-1][CHANGE] == rows[-1][CHANGE]
+
+
+def test_it_changes_no_step_until_it_ends_training(tmp_path):
+    free = [metrics.loss for metrics in trainer(tmp_path / "free", guarded=False).run()]
+    rows = [metrics.row() for metrics in trainer(tmp_path / "watched", every=1).run()]
+    assert [row["loss"] for row in rows] == free
+    drops = [row[CHANGE] for row in rows]
+    end = next(number for number, drop in enumerate(drops) if drop < -1e-3)  # one that exceeds it
+    ended = trainer(tmp_path / "ended", every=1, max_drop=1e-3)
+    assert [metrics.loss for metrics in ended.run()] == free[: end + 1]
+    assert ended.made == end + 1 < len(ended.steps)
+
+
+def test_a_training_that_it_ended_stays_ended(tmp_path):
+    first = trainer(tmp_path, every=1, max_drop=1e-3, save_steps=1)
+    made = len([*first.run()])
+    again = trainer(tmp_path, every=1, max_drop=1e-3, save_steps=1)
+    assert [*again.run()] == [] and again.made == made < len(again.steps)
+    assert again.guard.before == first.guard.before, "not what it was when training went on"
+
+
+def test_a_killed_training_compares_with_its_first_step(tmp_path):
+    whole = [metrics.row().get(CHANGE) for metrics in trainer(tmp_path / "whole", save_steps=1).run()]
+    killed = trainer(tmp_path / "killed", save_steps=1).run()
+    for _ in range(3):
+        next(killed)
+    killed.close()
+    rest = [metrics.row().get(CHANGE) for metrics in trainer(tmp_path / "killed", save_steps=1).run()]
+    assert rest == whole[-len(rest) :] and len(rest) < len(whole)
+
+
+def unit(folder, rows, *words):
+    write_jsonl(folder / "responses.jsonl", rows)
+    config = load_config("configs/quickstart.yaml", list(words))
+    return SimpleNamespace(config=config, seed=0, needed=lambda stage: folder)
+
+
+def row(number, right=(), wrong=(), **more):
+    responses = [{"text": str(ids), "ids": ids, "correct": True} for ids in right]
+    responses += [{"text": str(ids), "ids": ids, "correct": False} for ids in wrong]
+    return {"id": f"row {number}", "prompt_ids": [number], "responses": responses, **more}
+
+
+def test_what_it_watches(tmp_path):
+    rows = [
+        row(3, right=[[4, 5]], wrong=[[9, 9]]),
+        row(4, right=[[5], [6]]),
+        row(5, wrong=[[9]], solution_ids=[7, 7]),
+        row(6, wrong=[[9]]),
+    ]
+    guard = guard_of(unit(tmp_path, rows))
+    assert (guard.every, guard.max_drop) == (10, 0.5)
+    watched = {guard.corpus.prompts[r.prompt][0]: r.tokens for r in guard.corpus.responses}
+    assert watched.keys() == {3, 4, 5} and watched[3] == [4, 5] and watched[5] == [7, 7]
+    assert watched[4] in ([5], [6])
+    few = guard_of(unit(tmp_path, rows, "forget.guard.responses=2"))
+    assert len(few.corpus.responses) == 2
+    assert guard_of(unit(tmp_path, rows[3:])) is None, "nothing is right"
+    assert guard_of(unit(tmp_path, rows, "forget.guard=null")) is None
+    release = ["protocol=release", "locate.score=delta"]
+    assert guard_of(unit(tmp_path, rows, *release)) is None
+
+
+@pytest.mark.xdist_group("runs")
+def test_a_run_says_that_forgetting_ended(copied, capsys):
+    config, folder = copied
+    words = ["seeds=[0]", "rivals=[]", "name=ended", "forget.guard.max_drop=1e-6", "forget.guard.steps=1"]
+    assert main(["run", str(config), *words, "forget.learning_rate=0.1"]) == 0
+    said = capsys.readouterr()
+    manifest = json.loads(next((folder.parent / "ended").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())
+    facts = manifest["facts"]
+    assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0
+    page = (folder.parent / "ended" / "report.html").read_text()
+    assert f"of a token of right responses by {facts[CHANGE]:+.3f}; it ended before its" in page
+    assert facts["steps"] < facts["ended_before_steps"]
+    assert f"forgetting ended after {facts['steps']} of {facts['ended_before_steps']} steps" in said.out + said.err
