@@ -8,22 +8,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import transformers
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from allo_fast import ranks, signals
 from allo_fast.arguments import parse
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import compare
+from allo_fast.compare.rounds import later_rounds, said_of_rounds
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
+from allo_fast.console import say, show
 from allo_fast.durable import reason, versions
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
@@ -38,7 +37,7 @@ from allo_fast.report.page import write_report
 from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.run import Run
-from allo_fast.runs.unit import Progress, Unit
+from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.driving import hidden_updates
@@ -86,18 +85,35 @@ def _line(error: Exception) -> str | None:
 
 def _run(options: argparse.Namespace) -> None:
     with _open_run(options) as run:
-        units = run.units(stages_of(run.config))
-        if not run.rerun and (ahead := [f"{unit.name} {unit.key}" for unit in units if unit.is_ahead]):
-            _say(f"complete, but from stages that are not: {', '.join(ahead)}; they need --rerun if those differ then")
-        for unit in units:
-            _complete(unit)
-        ranks.on_main(lambda: _report(run))
+        _complete_run(run)
+        later = [[_later(config, run) for config in configs] for configs in later_rounds(run)]
+        if later:
+            for line in ranks.on_main(lambda: said_of_rounds(run, later)):
+                say(line)
     ranks.stop()
 
 
+def _complete_run(run: Run) -> None:
+    units = run.units(stages_of(run.config))
+    if not run.rerun and (ahead := [f"{unit.name} {unit.key}" for unit in units if unit.is_ahead]):
+        say(f"complete, but from stages that are not: {', '.join(ahead)}; they need --rerun if those differ then")
+    for unit in units:
+        _complete(unit)
+    ranks.on_main(lambda: _report(run))
+
+
+def _later(config: Config, first: Run) -> Run:
+    """A later round of a run, for one seed."""
+    say(f"{config.name}:")
+    with alone_in(Path(config.output_dir) / config.name):
+        run = Run(config, STAGES, first.rerun, first.zeros)
+        _complete_run(run)
+    return run
+
+
 def _compare(options: argparse.Namespace) -> None:
-    for line in compare(Comparison.load(options.config, options.overrides), _show, options.rerun):
-        _say(line)
+    for line in compare(Comparison.load(options.config, options.overrides), show, options.rerun):
+        say(line)
 
 
 def _rewrite(options: argparse.Namespace) -> None:
@@ -145,7 +161,7 @@ def _open_run(options: argparse.Namespace) -> Iterator[Run]:
     folder = Path(config.output_dir) / config.name
     if options.name == "run" and (options.rerun or not was_checked(folder)):
         for note in ranks.on_main(lambda: require(config)):
-            _say(note)
+            say(note)
     with alone_in(folder):
         yield Run(config, STAGES, options.rerun, zeros)
 
@@ -195,41 +211,19 @@ def _complete(unit: Unit) -> None:
     label = f"{unit.name} {unit.key}"
     if unit.is_complete():
         ranks.on_main(unit.tidy)
-        _say(f"{label}: complete")
+        say(f"{label}: complete")
         return
-    _show(label, unit.execute())
+    show(label, unit.execute())
     facts = unit.manifest()["facts"]
-    _say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, int)))
+    say(f"{label}: " + ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, int)))
     for line in _shown(facts.get("first_row", {})):
-        _say(line)
+        say(line)
     if ranks.is_main() and (warning := hidden_updates(unit.config.model, facts)):
         logger.warning("%s: %s", label, warning)
 
 
 def _shown(first_row: dict[str, str]) -> list[str]:
     return [f"first {name}: {text!r}" for name, text in first_row.items()]
-
-
-def _say(line: str) -> None:
-    if ranks.is_main():
-        print(line, flush=True)
-
-
-def _show(label: str, work: Generator[Progress, None, object]) -> object:
-    """Runs a generator of progress behind a bar; returns what it returns."""
-    file = sys.stderr if ranks.is_main() else StringIO()
-    with logging_redirect_tqdm(), tqdm(desc=label, mininterval=0.5, file=file) as bar:  # what is said has its own lines
-        while True:
-            try:
-                progress = next(work)
-            except StopIteration as end:
-                return end.value
-            signals.check()
-            if bar.unit != progress.noun:
-                bar.unit = progress.noun
-                bar.reset(progress.total)
-            bar.set_postfix({key: f"{value:.3g}" for key, value in progress.notes.items()}, refresh=False)
-            bar.update(progress.done - bar.n)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -243,7 +237,7 @@ def _eval(options: argparse.Namespace) -> None:
     base = base_path(unit)
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
-        facts, rows = _show("eval", evaluate_alone(run, options.model, base))
+        facts, rows = show("eval", evaluate_alone(run, options.model, base))
     print(f"{options.model}: {evaluation_line(config, facts, rows)}")
 
 

@@ -140,6 +140,8 @@ class Config(Section):
     # allo; sparse-dpo: DPO on the located weights, without rewards and forgetting; dpo: on all weights (`warmup`).
     method: Literal["allo", "sparse-dpo", "dpo"] = "allo"
     rivals: list[Literal["dpo"]] = []  # trained and evaluated beside the method
+    # Of sampling, locating, forgetting and learning; the base of the next one is the model that the last one made.
+    rounds: int = Field(1, gt=0)
     # Of which sparse stages whole models are written beside their deltas; `allo-fast export` makes them afterwards too.
     # Of `sft` always, with none too: its model is the base of all that follows.
     save_models: Literal["final", "all", "none"] = "final"
@@ -183,6 +185,12 @@ class Config(Section):
             raise ValueError(
                 "warmup.lora: adapters change all weights at once, and locate none; delta needs lora: null"
             )
+        if self.rounds > 1 and self.data.format in ("multiple_choice", "preference"):
+            raise ValueError(f"rounds: data.format: {self.data.format} has its responses, no round samples others")
+        if self.rounds > 1 and self.sample.engine == "server":
+            raise ValueError("rounds: sample.engine: server samples from the first round's base alone")
+        if self.rounds > 1 and self.method != "dpo" and self.save_models == "none":
+            raise ValueError("rounds: the next one begins from the model of this one; save_models: final keeps it")
         if self.warmup.lora and self.deepspeed:
             raise ValueError("warmup.lora: needs one process without deepspeed")
         if self.rewards.model and self.rewards.source == "file":

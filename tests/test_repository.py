@@ -15,7 +15,7 @@ import allo_kernels
 
 ROOT = Path(__file__).parents[1]
 FLOORS = "errors section device config_train config signals durable journal config_file ranks data model".split()
-FLOORS += "method training locating plan runs stages report compare arguments commands".split()
+FLOORS += "method training locating plan runs stages report compare arguments console commands".split()
 SOURCES = ("allo_fast", "benchmarks", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
 

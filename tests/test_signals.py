@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from allo_fast import commands, signals
+from allo_fast import commands, console, signals
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
 from allo_fast.runs.unit import Progress
@@ -31,7 +31,7 @@ def test_what_a_library_makes_of_it_is_not_taken_for_an_error(monkeypatch, capfd
         except signals.Interrupted:
             if error:
                 raise error from None
-        commands._show("stage", (progress for progress in [Progress(1, 2, "step")]))
+        console.show("stage", (progress for progress in [Progress(1, 2, "step")]))
 
     monkeypatch.setitem(commands._COMMANDS, "env", command)
     assert main(["env"]) == 143
@@ -49,7 +49,7 @@ def test_where_nothing_can_be_raised_the_next_look_does(monkeypatch):
     def command(options):
         Left(lambda: os.kill(os.getpid(), signal.SIGTERM))
         Left(lambda: {}["its own"])
-        commands._show("stage", (progress for progress in [Progress(1, 2, "step")]))
+        console.show("stage", (progress for progress in [Progress(1, 2, "step")]))
 
     said = []
     monkeypatch.setattr(sys, "unraisablehook", hook := lambda args: said.append(args.exc_type))

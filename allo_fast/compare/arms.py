@@ -171,6 +171,8 @@ class Comparison:
             config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)], self.dtype)
         except UserError as error:
             raise UserError(f"arms: {arm.name}: {error}") from None
+        if config.rounds > 1:
+            raise UserError(f"arms: {arm.name}: rounds: {config.rounds}; a comparison's runs have one round each")
         return Trial(arm, values, config.model_copy(update={"seeds": config.seeds[:seeds]}))
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"  # of a unit
 CONFIG = "config.yaml"
-_SAID = SUMMARY, REPORT = "summary.json", "report.html"
+_SAID = SUMMARY, REPORT, ROUNDS = "summary.json", "report.html", "rounds.json"
 # Where a run lies, how it is continued and how much of it is kept, not what it is.
 _ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models")}
 _ELSEWHERE["model"] = {"device"}

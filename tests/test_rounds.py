@@ -1,0 +1,70 @@
+"""On-policy rounds: each begins from the model that the last one made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from allo_fast.__main__ import main
+from allo_fast.compare.arms import Comparison
+from allo_fast.config import UserError
+from allo_fast.config_file import load_config
+from allo_fast.runs.contents import sha256
+from allo_fast.runs.rows import read_jsonl
+
+WORDS = ["rivals=[]", "rounds=3", "locate.score=random", "rewards.source=confidence"]
+
+
+@pytest.mark.xdist_group("runs")
+@pytest.mark.parametrize("method", ["allo", "dpo"])
+def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, method):
+    config, folder = copied
+    words = [str(config), *WORDS, "name=several", f"method={method}", "warmup.learning_rate=1e-3"]
+    assert main(["run", *words]) == 0
+    out = capsys.readouterr().out
+    base = folder.parent
+    maker = "*-warmup" if method == "dpo" else "*-learn"
+    for seed in (0, 1):
+        before = base / "several"
+        for number in (2, 3):
+            run = base / f"several-round-{number}-seed-{seed}"
+            model = next(before.glob(f"{maker}/seed-{seed}/model/model.safetensors"))
+            said = load_config(run / "config.yaml")
+            assert said.model.name_or_path == str(model.parent) and said.seeds == [seed] and said.rounds == 1
+            manifest = json.loads(next(run.glob(f"*-sample/seed-{seed}/MANIFEST.json")).read_text())
+            assert sha256(model) in manifest["basis"].values()
+            before = run
+    rows = json.loads((base / "several" / "rounds.json").read_text())
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    right = [
+        [row["strict"] for row in read_jsonl(next(run.glob(f"*-evaluate/{method}-seed-{seed}")) / "predictions.jsonl")]
+        for seed in (0, 1)
+        for run in [base / f"several-round-3-seed-{seed}"]
+    ]
+    assert rows[2]["accuracy"] == sum(map(sum, right)) / 16
+    assert rows[1]["gain"]["points"] == pytest.approx(rows[1]["accuracy"] - rows[0]["accuracy"])
+    assert "round 1: accuracy" in out and "since base" in out and "since round 2" in out
+    # Complete, it computes nothing again.
+    stamps = {path: path.stat().st_mtime_ns for path in base.rglob("MANIFEST.json")}
+    assert main(["run", *words]) == 0
+    assert {path: path.stat().st_mtime_ns for path in base.rglob("MANIFEST.json")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.format=preference"], "rounds: data.format: preference has its responses"),
+        (["save_models=none"], "save_models: final keeps it"),
+        (["sample.engine=server", "sample.server.url=http://x"], "rounds: sample.engine: server"),
+    ],
+)
+def test_where_there_can_be_no_rounds(words, said):
+    with pytest.raises(UserError, match=said):
+        load_config("configs/smollm2_math.yaml", ["rounds=2", *words])
+    assert load_config("configs/smollm2_math.yaml", ["rounds=2", "save_models=none", "method=dpo"]).rounds == 2
+
+
+def test_a_comparison_has_runs_of_one_round():
+    comparison = Comparison.load(Path("configs/compare/evidence.yaml"), ["rounds=2", "save_models=final"])
+    with pytest.raises(UserError, match="arms: allo: rounds: 2; a comparison's runs have one"):
+        comparison.final(comparison.arms[0], {})
