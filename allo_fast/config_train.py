@@ -67,10 +67,10 @@ class PreferenceTrainConfig(TrainConfig):
 
 
 Loss = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "sigmoid_norm", "npo", "simpo", "orpo", "sft"
+    "sigmoid", "robust", "hinge", "ipo", "bco_pair", "apo_zero", "sigmoid_norm", "npo", "simpo", "confpo", "orpo", "sft"
 ]
 LOSSES = get_args(Loss)
-WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
+WITHOUT_REFERENCE = ("simpo", "confpo", "orpo", "sft")
 
 
 class LossConfig(PreferenceTrainConfig):
@@ -79,7 +79,7 @@ class LossConfig(PreferenceTrainConfig):
     # By TRL's names, one or several; method/pair_losses.py has their equations. [sigmoid, sft] is DPO + NLL on chosen.
     loss_type: list[Loss] = Field(["sigmoid"], min_length=1)
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = None  # of each loss; null: 1
-    simpo_gamma: float = Field(0.5, ge=0)  # of simpo: the margin that it asks for
+    simpo_gamma: float = Field(0.5, ge=0)  # of simpo and confpo: the margin that they ask for
     length_alpha: float = Field(0.0, ge=0)  # of sigmoid, R-DPO's: what a token more of the chosen counts as
 
     @field_validator("loss_type", mode="before")

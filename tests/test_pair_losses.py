@@ -40,6 +40,7 @@ BY_HAND = {
     "sigmoid_norm": nls(0.5 * (0.5 + 0.5)),
     "npo": 4 * nls(0.5),
     "simpo": 0.8 * nls(0.5 * 3.5 - 0.3) + 0.2 * nls(-0.5 * 3.5 + 0.3),
+    "confpo": 0.8 * nls(0.5 * 3.5 - 0.3) + 0.2 * nls(-0.5 * 3.5 + 0.3),  # of the tokens that it is given
     "orpo": 1.0 + 0.5 * nls(odds(-1.0) - odds(-4.5)),
     "sft": 1.0,
 }
@@ -87,7 +88,26 @@ def batch_of_noise():
     return batch, logps, ref
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_confpo_sees_tokens_below_their_responses_mean_probability():
+    corpus = Corpus()
+    corpus.examples = [tuple(corpus.add([1, 2], [[3, 4, 5], [6, 7]])), tuple(corpus.add([1], [[3, 3], [4]]))]
+    batch = collate(corpus, corpus.examples)
+    lines = {"345": [0.9, 0.2, 0.1], "67": [0.5, 0.3], "33": [0.9, 0.1], "4": [0.4]}
+    logps = torch.zeros(batch.valid.shape)
+    for line, numbers in enumerate(lines.values()):
+        logps[line, : len(numbers)] = torch.tensor(numbers).log()
+    logps.requires_grad_()
+    loss, _ = Preference(2.0, losses=(("confpo", 1.0),), simpo_gamma=0.5)(logps, None, batch)
+    margin = 2.0 * ((log(0.2) + log(0.1)) / 2 - log(0.3)) - 0.5
+    assert loss.item() == pytest.approx((nls(margin) + 0) / 2, rel=1e-5), "one token is not below its own mean"
+    loss.backward()
+    moved = [
+        [column for column in range(n) if logps.grad[line, column]] for line, n in ((0, 3), (1, 2), (2, 2), (3, 1))
+    ]
+    assert moved == [[1, 2], [1], [], []]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "confpo"])
 def test_a_batch_is_the_mean_of_its_pairs(name):
     batch, logps, ref = batch_of_noise()
     objective = Preference(0.5, losses=((name, 1.0),), simpo_gamma=0.3)

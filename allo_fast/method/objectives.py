@@ -165,10 +165,10 @@ class Preference:
         weights = every
         if ref is not None and self.epsilon is not None:
             weights = key_token_weights((logps - ref)[rejected].detach(), batch.valid[rejected], self.epsilon)
-        whole, keyed = pairs(every), pairs(weights)
+        whole, keyed, unsure = pairs(every), pairs(weights), _unsure_pairs(logps, batch)
         settings = Settings(self.beta, self.label_smoothing, self.simpo_gamma, self.length_alpha)
         losses = sum(
-            weight * LOSSES[name](whole if name in WITHOUT_REFERENCE else keyed, settings)
+            weight * LOSSES[name]({"confpo": unsure}.get(name, whole if name in WITHOUT_REFERENCE else keyed), settings)
             for name, weight in self.losses
         )
         rewards = () if ref is None else keyed.ratios
@@ -179,6 +179,16 @@ class Preference:
         weights = release_key_token_weights(log_ratios, batch.valid[index], self.epsilon, batch.longest)
         sums = chosen.sum(1), (rejected * weights).sum(1), ref_chosen.sum(1), (ref_rejected * weights).sum(1)
         return *dpo_loss(*sums, beta=self.beta, label_smoothing=self.label_smoothing), weights
+
+
+def _unsure_pairs(logps: Tensor, batch: Batch) -> Pairs:
+    """Of tokens that are less probable than the mean of their response's; which are has no gradient."""
+    chosen, rejected = batch.examples.unbind(1)
+    probabilities = logps.detach().exp() * batch.valid
+    means = probabilities.sum(1, keepdim=True) / batch.valid.sum(1, keepdim=True)
+    unsure = ((probabilities < means) & batch.valid).to(logps)
+    sums, tokens = (logps * unsure).sum(1), unsure.sum(1)
+    return Pairs(sums[chosen], sums[rejected], tokens[chosen], tokens[rejected])
 
 
 def _reward_metrics(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ r = logp - ref, m = beta (r_w - r_l), s = label_smoothing
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,6 +120,15 @@ def simpo(pairs: Pairs, settings: Settings) -> Tensor:
     return _smoothed(settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing)
 
 
+def confpo(pairs: Pairs, settings: Settings) -> Tensor:
+    """ConfPO (arXiv 2506.08712): `simpo` of the tokens whose probability is below their response's mean, of which
+    these pairs are; 0 where chosen or rejected has none."""
+    tokens = pairs.chosen_tokens, pairs.rejected_tokens
+    chosen, rejected = (count.clamp(min=1) for count in tokens)
+    losses = simpo(replace(pairs, chosen_tokens=chosen, rejected_tokens=rejected), settings)
+    return losses * (torch.minimum(*tokens) > 0)
+
+
 def orpo(pairs: Pairs, settings: Settings) -> Tensor:
     """ORPO (arXiv 2403.07691), without a reference: `sft` (TRL's has the prompt too) and beta times the odds ratio's.
 
@@ -137,7 +146,7 @@ def sft(pairs: Pairs, settings: Settings) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     loss.__name__: loss
-    for loss in (sigmoid, robust, hinge, ipo, bco_pair, apo_zero, sigmoid_norm, npo, simpo, orpo, sft)
+    for loss in (sigmoid, robust, hinge, ipo, bco_pair, apo_zero, sigmoid_norm, npo, simpo, confpo, orpo, sft)
 }
 
 

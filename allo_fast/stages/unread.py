@@ -99,9 +99,9 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
 def _of_losses(train: LossConfig) -> Iterator[tuple[str, str]]:
     readers = {
         "beta": {*LOSSES} - {"sft"},
-        "label_smoothing": {"sigmoid", "robust", "simpo"},
+        "label_smoothing": {"sigmoid", "robust", "simpo", "confpo"},
         "length_alpha": {"sigmoid"},
-        "simpo_gamma": {"simpo"},
+        "simpo_gamma": {"simpo", "confpo"},
         "reference": {*LOSSES} - {*WITHOUT_REFERENCE},
     }
     idle = [f"{train.section}.{key}" for key, losses in readers.items() if not losses & {*train.loss_type}]
