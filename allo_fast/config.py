@@ -23,6 +23,8 @@ from allo_fast.errors import UserError as UserError  # for whoever reads a confi
 from allo_fast.errors import first_line as first_line
 from allo_fast.section import LARGEST, Section
 
+SAMPLED = ("problems", "gsm8k")  # the formats whose responses are sampled and answers generated
+REWRITING = ("rewriter", "prompted")  # sources of rewards that show gold solutions, in prompts of their own
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
@@ -53,6 +55,7 @@ class DataConfig(Section):
     # A file, a saved data set, org/name:config:split, arithmetic:train, reasoning_gym:TASK; and a slice: x.jsonl[:9]
     train: str
     test: str  # likewise; the problems that `evaluate` answers
+    text: str | None = None  # likewise, rows {text}: each model's perplexity of them is said, too
     format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
@@ -120,6 +123,7 @@ class RewardsConfig(Section):
 
 class EvaluateConfig(Section):
     max_new_tokens: int = Field(512, gt=0)  # of an answer
+    choices: Literal["likelihood", "generation"] = "likelihood"  # how multiple choice is answered
     # Answers to each problem. 1: greedy; more: sampled, accuracy is pass@1, and pass@k and maj@k stand beside it.
     num_return_sequences: int = Field(1, gt=0)
     temperature: float = Field(0.7, gt=0)  # of sampling
@@ -268,9 +272,15 @@ class Config(Section):
         return self.rewards.source or ("confidence" if self.data.format == "preference" else "rewriter")
 
     @property
+    def generates_answers(self) -> bool:
+        """Whether evaluation judges texts of the model's own."""
+        chosen = self.data.format == "multiple_choice" and self.evaluate.choices == "generation"
+        return chosen or self.data.format in SAMPLED
+
+    @property
     def reads_solutions(self) -> bool:
         """Whether a stage trains on gold solutions, or shows them."""
-        return self.sft is not None or (self.method == "allo" and self.reward_source in ("rewriter", "prompted"))
+        return self.sft is not None or (self.method == "allo" and self.reward_source in REWRITING)
 
     @property
     def epsilon(self) -> float:

@@ -29,8 +29,9 @@ from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES
-from allo_fast.stages.evaluate import _scored, evaluate, response_logps
+from allo_fast.stages.evaluate import _scored, evaluate
 from allo_fast.stages.models import inference
+from allo_fast.stages.scores import response_logps
 
 TOKENIZER = character_tokenizer()
 CONFIG = """

@@ -3,11 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from allo_fast.config import EvaluateConfig, SampleConfig
+from allo_fast.config import SAMPLED, EvaluateConfig, SampleConfig
 from allo_fast.model.decoding import BLOCK, PROMPT_TOKENS
 from allo_fast.plan.costs import HEAD_BYTES, gathered_bytes
 from allo_fast.plan.phase import Job, Phase, loading
-from allo_fast.plan.rows import SAMPLED
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.plan.training import scoring_tokens
 from allo_fast.training.reference import TOKENS
@@ -37,7 +36,7 @@ def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
 def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
     """Of one model; a run evaluates the base, the given one where that is another, and what each seed aligns."""
     config, settings, rows = job.config, job.config.evaluate, job.rows
-    if config.data.format in SAMPLED:
+    if config.generates_answers:
         work = _generating(job, zero, settings, settings.num_return_sequences, rows.tests)
     else:
         row = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens

@@ -5,14 +5,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from allo_fast.config import Config, TrainConfig, UserError
+from allo_fast.config import SAMPLED, Config, TrainConfig, UserError
 from allo_fast.data.problems import Problem, read_problems
 from allo_fast.data.sources import is_generated, split_slice
 from allo_fast.data.verifier import is_own
 
 _THOUSAND = 1000
 _OPTIONS = {"multiple_choice": 5, "preference": 2}  # responses of a row that cannot be read
-SAMPLED = ("problems", "gsm8k")  # the formats whose responses are sampled and answers generated
 
 
 @dataclass(frozen=True)

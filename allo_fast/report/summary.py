@@ -48,6 +48,9 @@ def summarize(run: Run) -> dict:
         },
         "versions": versions(),
     }
+    for unit in run.units(["evaluate"]):
+        if perplexity := unit.manifest()["facts"].get("perplexity"):
+            summary["models"][model_of(unit.key)].setdefault("perplexity", []).append(perplexity)
     write_bytes(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 
@@ -170,7 +173,15 @@ def table(summary: dict) -> str:
     for name, difference in summary["differences"].items():
         low, high = difference["ci95"]
         lines.append(f"{name}: {percent(difference['points'], '+')} ({percent(low, '+')} .. {percent(high, '+')})")
-    return "\n".join(lines + trained_line(summary["data"]["test"]))
+    return "\n".join(lines + perplexity_lines(models) + trained_line(summary["data"]["test"]))
+
+
+def perplexity_lines(models: dict[str, dict]) -> list[str]:
+    """Of data.text by each model, a number a seed; none where there is no text."""
+    lines = (
+        (name, " ".join(f"{value:.4g}" for value in model.get("perplexity", ()))) for name, model in models.items()
+    )
+    return [f"{name}: perplexity of data.text {values}" for name, values in lines if values]
 
 
 def trained_line(test: dict[str, int]) -> list[str]:
@@ -183,7 +194,7 @@ def is_preference(summary: dict) -> bool:
 
 
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
-    names = "".join(f"{scorer:>9}" for scorer in next(iter(models.values()))["scorers"])
+    names = "".join(f"{scorer.rpartition(':')[2]:>9}" for scorer in next(iter(models.values()))["scorers"])
     lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{names}  per seed"]
     for name, model in models.items():
         scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
@@ -220,7 +231,8 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
         parts += [shares_line("sampled", shares)] if (shares := sampled_shares([rows], config.data.scorer)) else []
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
-    return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties])
+    lost = [f"perplexity of data.text {facts['perplexity']:.4g}"] if "perplexity" in facts else []
+    return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties, *lost])
 
 
 def shares_line(name: str, model: dict) -> str:

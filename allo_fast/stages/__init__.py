@@ -51,7 +51,13 @@ def _own_scorer(scorer: str) -> dict[str, Path]:
 
 
 # All others name models.
-_READ = {"data.train": _rows, "data.test": _rows, "data.scorer": _own_scorer, "rewards.path": _one_file}
+_READ = {
+    "data.train": _rows,
+    "data.test": _rows,
+    "data.text": _rows,
+    "data.scorer": _own_scorer,
+    "rewards.path": _one_file,
+}
 
 
 def _given(config: Config) -> list[tuple[str, str]]:
@@ -194,11 +200,11 @@ STAGES = {
     "evaluate": Stage(
         number=9,
         execute=evaluate.execute,
-        outputs=("predictions.jsonl", *_RENDERED),
-        settings=("evaluate", "data.test", *_DATA),
+        outputs=("predictions.jsonl", "texts.jsonl", *_RENDERED),
+        settings=("evaluate", "data.test", "data.text", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,
-        files=_files("data.test", "data.scorer"),
+        files=_files("data.test", "data.text", "data.scorer"),
     ),
 }
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from allo_fast.config import Config, UserError
+from allo_fast.config import REWRITING, Config, UserError
 from allo_fast.data import equivalence
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import count_trained, prompt_digest
@@ -30,17 +30,16 @@ from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.server import api_key
 from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
-from allo_fast.plan.rows import SAMPLED
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.models import other_models, prompts_of
+from allo_fast.stages.perplexity import text_windows
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.stages.unread import unread
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
 
 T = TypeVar("T")
-_REWRITING = ("rewriter", "prompted")  # sources of rewards whose prompts are longer than those of data.train
 
 
 @dataclass
@@ -76,8 +75,10 @@ def check(config: Config) -> Findings:
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
     _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
+    if config.data.text and prompts:
+        findings.attempt(lambda: next(text_windows(config.data.text, tokenizer, config.data.max_prompt_tokens)))
     _check_budgets(findings, config)
-    if config.data.scorer == "math" and config.data.format in SAMPLED:
+    if config.data.scorer == "math" and config.generates_answers:
         findings.attempt(equivalence.require)
     if config.warms_up and config.warmup.lora:
         findings.attempt(lora.require)
@@ -203,7 +204,7 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, 
     settings = config.rewards
     if settings.source == "file":
         findings.attempt(lambda: read_rewards(settings.path))
-    if config.reward_source not in _REWRITING:
+    if config.reward_source not in REWRITING:
         return
     models = [settings.model] if settings.model else []
     if prompts is not None and (limit := findings.attempt(lambda: limits(config, 0, *models))):
@@ -273,7 +274,7 @@ def _check_other(
         raise UserError(f"{key}: {error}") from None
     if tokenizer and vocabulary != tokenizer.get_vocab():
         raise UserError(f"{key}: {path} has another vocabulary than {config.model.name_or_path or 'the base model'}")
-    rewrites = key == "rewards.model" and config.reward_source in _REWRITING
+    rewrites = key == "rewards.model" and config.reward_source in REWRITING
     if not rewrites and findings.longest > limit.positions:
         raise UserError(
             f"{key}: {path} reads {limit.positions} tokens, a prompt with its response has {findings.longest}"

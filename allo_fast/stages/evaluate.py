@@ -3,7 +3,8 @@
 Sampled problems: a greedy response, whose final answer must match; or `evaluate.num_return_sequences` sampled ones, of
 which the share that is right is pass@1, any right one pass@k, and the commonest answer maj@k.
 Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
-sum favours short options; `per_token` says whether the highest mean is right too.
+sum favours short options; `per_token` says whether the highest mean is right too. With `evaluate.choices: generation`
+they are answered as sampled problems are.
 Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
 model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences. The base has no
 implicit rewards, nor has the model of which `sft` made it.
@@ -22,12 +23,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from statistics import fmean, mode
 
-import numpy as np
-import torch
-
-from allo_fast import ranks
 from allo_fast.config import Config, DataConfig, UserError
-from allo_fast.data.batch import Corpus, collate
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import (
     best_response,
@@ -43,8 +39,9 @@ from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import Inference, base_path, inference, made_in, prompts_of
+from allo_fast.stages.perplexity import perplexity
 from allo_fast.stages.problems import PROBLEMS, QUARANTINE, unit_problems
-from allo_fast.training.reference import micro_batches
+from allo_fast.stages.scores import response_logps
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +100,7 @@ def evaluate(
     prompts = prompts_of(unit.config, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, prompts, against, path, reader or path)
     reference = read_jsonl(against / PREDICTIONS) if against and unit.key != "given" else None
-    scoring = bool(problems[0]["responses"])
+    scoring = bool(problems[0]["responses"]) and not unit.config.generates_answers
     with inference(unit, path, delta, scoring=scoring) as frozen:
 
         def work(chunk: list[dict], start: int) -> list[dict]:
@@ -116,7 +113,8 @@ def evaluate(
         size = unit.config.evaluate.batch_size
         size = size if scoring else frozen.at_once(size)
         rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work, frozen.sharded)
-    return {"problems": len(rows), "quarantined": quarantined, **_counts(rows, unit.config.data)}
+    lost = (yield from perplexity(unit, path, delta, reader or path)) if unit.config.data.text else {}
+    return {"problems": len(rows), "quarantined": quarantined, **_counts(rows, unit.config.data), **lost}
 
 
 def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[Rows, int]:
@@ -124,27 +122,6 @@ def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | 
     if against:
         return read_jsonl(against / PROBLEMS), len(read_jsonl(against / QUARANTINE))
     return unit_problems(unit, "test", prompts, unit.config.evaluate.max_new_tokens, *paths)
-
-
-@torch.no_grad()
-def response_logps(frozen: Inference, chunk: list[dict]) -> list[list[float]]:
-    """Of each row {prompt_ids, responses: [{ids}]}, the sum of the log-probabilities of each response's tokens.
-
-    As many forward passes on every rank, where all share a sharded model. The same tokens are computed once: elsewhere
-    in the row their sum could differ in its last bit, and a tie would be won.
-    """
-    corpus, numbers = Corpus(), []
-    for row in chunk:
-        distinct = list(dict.fromkeys(tuple(response["ids"]) for response in row["responses"]))
-        numbers.append(dict(zip(distinct, corpus.add(row["prompt_ids"], map(list, distinct)), strict=True)))
-    micros = list(micro_batches(corpus, np.arange(len(corpus.responses)), frozen.layout))
-    passes = max(ranks.gather(len(micros))) if frozen.sharded else len(micros)
-    sums: dict[int, float] = {}
-    for micro in micros + micros[:1] * (passes - len(micros)):
-        batch = collate(corpus, [(number,) for number in micro], frozen.layout).to(frozen.model.device)
-        sums |= dict(zip(micro, frozen.compute(batch).cpu().double().sum(1).tolist(), strict=True))
-    asked = zip(chunk, numbers, strict=True)
-    return [[sums[number[tuple(response["ids"])]] for response in row["responses"]] for row, number in asked]
 
 
 def _scored(unit: Unit, path: str | Path, row: dict, logps: list[float], reference: dict | None) -> dict:

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import reduce
 
-from allo_fast.config import Config
+from allo_fast.config import SAMPLED, Config
 from allo_fast.config_train import LOSSES, WITHOUT_REFERENCE, LossConfig
-from allo_fast.plan.rows import SAMPLED
 from allo_fast.section import Section
 
 _OF_REWARDS = {  # keys, and the sources that read them
@@ -45,11 +44,11 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
         yield "only where model.name_or_path is null a model is pretrained", "pretrain.*"
     if config.data.format not in SAMPLED:
         sampling = "sample.[nt]* sample.max_new_tokens sample.batch_size sample.stop"
-        yield (
-            f"data.format: {config.data.format} has its responses",
-            f"{sampling} pairs.gold data.scorer evaluate.max_new_tokens evaluate.[nt]*",
-        )
-    if config.data.format in SAMPLED and config.evaluate.num_return_sequences == 1:
+        answers = "" if config.generates_answers else "data.scorer evaluate.max_new_tokens evaluate.[nt]*"
+        yield f"data.format: {config.data.format} has its responses", f"{sampling} pairs.gold {answers}"
+    if config.data.format != "multiple_choice":
+        yield f"data.format: {config.data.format} has no choices", "evaluate.choices"
+    if config.generates_answers and config.evaluate.num_return_sequences == 1:
         yield "evaluate.num_return_sequences: 1, greedy", "evaluate.temperature evaluate.top_p"
     if config.sample.engine == "local":
         yield "sample.engine: local", "sample.server.*"
