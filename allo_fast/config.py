@@ -23,7 +23,7 @@ from allo_fast.errors import UserError as UserError  # for whoever reads a confi
 from allo_fast.errors import first_line as first_line
 from allo_fast.section import LARGEST, Section
 
-SAMPLED = ("problems", "gsm8k")  # the formats whose responses are sampled and answers generated
+SAMPLED = ("problems", "gsm8k", "release")  # the formats whose responses are sampled and answers generated
 REWRITING = ("rewriter", "prompted")  # sources of rewards that show gold solutions, in prompts of their own
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
@@ -56,7 +56,7 @@ class DataConfig(Section):
     train: str
     test: str  # likewise; the problems that `evaluate` answers
     text: str | None = None  # likewise, rows {text}: each model's perplexity of them is said, too
-    format: Literal["problems", "gsm8k", "multiple_choice", "preference"] = "problems"
+    format: Literal["problems", "gsm8k", "release", "multiple_choice", "preference"] = "problems"
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's

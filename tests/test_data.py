@@ -100,6 +100,14 @@ def test_gsm8k(tmp_path):
     assert "####" in bad.reason
 
 
+def test_the_published_codes_problems(tmp_path):
+    row = {"input": "q", "output": "It is not 3. The answer is near.\nThe answer is 1,000 ", "level": 2}
+    source = lines(tmp_path, row, {"input": "q", "output": "no marker"}, {"input": "q", "output": "The answer is "})
+    (problem,), (bad, empty) = read_problems(source, "release")
+    assert (problem.prompt, problem.solution, problem.answer) == ("q", row["output"], "1,000")
+    assert "ends in 'The answer is" in bad.reason and bad.reason == empty.reason
+
+
 def test_multiple_choice_in_both_layouts(tmp_path):
     text = {"problem": "Stars are\nOptions:\nlights\nGas balls\nwarm", "answer": "gas balls", "solution": "why"}
     arc = {

@@ -286,6 +286,15 @@ def test_the_tokens_a_rewriter_would_change_are_forgotten():
     assert list(map(pytest.approx, release)) == [row["rewards"] for row in rows]
 
 
+def test_rewards_as_the_published_code_writes_them(tmp_path):
+    path = tmp_path / "rewards.jsonl"
+    row = {"input": "1+1=", "output": "3", "reward": [0.25, 1], "ref_prob": [-1.0, -2.0]}
+    write_jsonl(path, [row, {"prompt": "2+2=", "response": "5", "rewards": [0.5]}])
+    by_response = rewards.read_rewards(str(path))
+    assert by_response("1+1=", "3") == [0.25, 1] and by_response("2+2=", "5") == [0.5]
+    assert by_response("1+1=", "4") is None
+
+
 def test_bad_reward_files(tmp_path):
     path = tmp_path / "rewards.jsonl"
     for line, message in (

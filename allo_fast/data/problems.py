@@ -41,6 +41,7 @@ def read_problems(source: str, format: str, own_judge: bool = False) -> Iterator
     """The usable problems of a source, one by one, and between them the rows that are set aside with the reason.
 
     source: see `read_rows`. format: problems {problem, solution, answer}; gsm8k {question, answer with "#### N"};
+    release, the published code's, {input, output with "The answer is ..."};
     multiple_choice {problem with an "Options:" list, answer} or {question | question_stem, choices {text, label},
     answerKey}; preference, see `read_preference`: single judged completions come behind all others, those of one prompt
     as one problem. own_judge: a function of the user's judges, which sees the rows; those of `problems` need neither
@@ -89,6 +90,13 @@ def _gsm8k(row_id: str, row: dict) -> Problem:
         raise UnusableRow("answer: expected worked steps and a last line '#### N'")
     steps = re.sub(r"<<[^>]*>>", "", steps).strip()
     return Problem(row_id, _field(row, "question"), f"{steps}\nThe answer is {answer.strip()}", answer.strip())
+
+
+def _release(row_id: str, row: dict) -> Problem:
+    _, marker, answer = _field(row, "output").rpartition("The answer is")
+    if not marker or not answer.strip():
+        raise UnusableRow("output: expected a solution that ends in 'The answer is ...'")
+    return Problem(row_id, _field(row, "input"), row["output"], answer.strip())
 
 
 def _multiple_choice(row_id: str, row: dict) -> Problem:
@@ -168,4 +176,5 @@ def _merged(group: list[Problem]) -> Problem:
 
 
 _SIDES = ("right", "wrong")
-_FORMATS = {"problems": _problem, "gsm8k": _gsm8k, "multiple_choice": _multiple_choice, "preference": _preference}
+_FORMATS = {"problems": _problem, "gsm8k": _gsm8k, "release": _release}
+_FORMATS |= {"multiple_choice": _multiple_choice, "preference": _preference}

@@ -91,7 +91,7 @@ _SOURCES: dict[str, Callable[[Unit, Rows], Generator[Progress, None, dict]]] = {
 def read_rewards(path: str) -> Callable[[object, str], list[float] | None]:
     """What finds a user's rewards by prompt and response in JSON lines {prompt, response, rewards}. Raises UserError.
 
-    Of the rows only where they lie is kept.
+    Or {input, output, reward}, as the published code writes them. Of the rows only where they lie is kept.
     """
     if not Path(path).is_file():
         raise UserError(f"rewards.path: {path}: no such file")
@@ -99,7 +99,7 @@ def read_rewards(path: str) -> Callable[[object, str], list[float] | None]:
     def rewards_at(place: int) -> list[float]:
         with Path(path).open("rb") as file:
             file.seek(place)
-            return json.loads(file.readline())["rewards"]
+            return _named(json.loads(file.readline()))["rewards"]
 
     places, place = {}, 0
     with Path(path).open("rb") as file:
@@ -122,9 +122,16 @@ def _key(prompt: object, response: object) -> bytes:
     return hashlib.sha256(repr((str(prompt), response)).encode()).digest()
 
 
+def _named(row: object) -> object:
+    """With our names, where it has the published code's."""
+    if isinstance(row, dict) and {"input", "output", "reward"} <= row.keys():
+        return {"prompt": row["input"], "response": row["output"], "rewards": row["reward"]}
+    return row
+
+
 def _parse_rewards(line: bytes, where: str) -> dict:
     try:
-        row = parse_json(line)
+        row = _named(parse_json(line))
     except UnusableRow as error:
         raise UserError(f"{where}: {error}") from None
     if not isinstance(row, dict) or not {"prompt", "response", "rewards"} <= row.keys():
