@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from allo_fast.compare.judging import STYLES
 from allo_fast.plan.phase import DEVICES
 from allo_fast.stages import STAGES
 from allo_fast.stages.export import STAGES_WITH_MODELS
@@ -52,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="Hugging Face folder or hub id")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
+    command = commands.add_parser("judge", help="whose responses a judge prefers, a model behind a server")
+    for argument in ("first", "second"):
+        command.add_argument(argument, type=Path, help="an evaluation in a run's folder, or rows {instruction, output}")
+    command.add_argument("out", type=Path, help="JSON lines, a verdict each; the same command goes on there")
+    command.add_argument("--url", required=True, help="of the judge's server, as http://localhost:8000/v1")
+    command.add_argument("--model", required=True, help="what the server calls the judge")
+    command.add_argument("--style", choices=STYLES, default="alpaca_eval")
+    command.add_argument("--api-key-env", help="the environment variable that holds the server's key")
     command = commands.add_parser("merge", help="base + delta -> a Hugging Face folder")
     for argument in ("base", "delta", "out"):
         command.add_argument(argument, type=Path)

@@ -19,8 +19,9 @@ from allo_fast import ranks, signals
 from allo_fast.arguments import parse
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import compare
+from allo_fast.compare.judging import judge, read_responses, said_of
 from allo_fast.compare.rounds import later_rounds, said_of_rounds
-from allo_fast.config import Config, ModelConfig, UserError
+from allo_fast.config import Config, ModelConfig, SampleConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.console import say, show
 from allo_fast.durable import reason, versions
@@ -255,6 +256,13 @@ def _merge(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _judge(options: argparse.Namespace) -> None:
+    server = {"url": options.url, "model": options.model, "api_key_env": options.api_key_env}
+    settings = SampleConfig(engine="server", num_return_sequences=1, top_p=1.0, max_new_tokens=2048, server=server)
+    first, second = (read_responses(path) for path in (options.first, options.second))
+    print(said_of(show("judge", judge(first, second, settings, options.style, options.out))))
+
+
 def _kernels(options: argparse.Namespace) -> int:
     """In a process of its own: whether Triton compiles or interprets is settled when it is first imported."""
     return subprocess.call([sys.executable, "-m", "allo_kernels", *options.arguments])
@@ -279,6 +287,7 @@ _COMMANDS = {
     "check": _check,
     "plan": _plan,
     "eval": _eval,
+    "judge": _judge,
     "merge": _merge,
     "export": _export,
     "convert": _convert,

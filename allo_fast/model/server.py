@@ -64,23 +64,24 @@ class Server:
         self.body |= {"top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
         self.said_singly = self.said_tokens = False
 
-    def respond(self, requests: Sequence[dict], lengths: Sequence[int], seed: int, first: int) -> list[Answer]:
-        """To each request {messages or prompt, ...}. lengths: tokens of their prompts here. first: the number of the
-        first problem, which with `seed` and the response's own makes the seed of a request.
+    def respond(self, requests: Sequence[dict], lengths: Sequence[int] | None, seed: int, first: int) -> list[Answer]:
+        """To each request {messages or prompt, ...}. lengths: tokens of their prompts here, if known. first: the number
+        of the first problem, which with `seed` and the response's own makes the seed of a request.
 
         Raises UserError where the server is not there, or has no text for the very first ones, or for that many at once
         that they are not the reason.
         """
 
         def work(number: int) -> Answer:
-            return self._answer(requests[number], lengths[number], lambda sample: _seed(seed, first + number, sample))
+            length = lengths[number] if lengths else None
+            return self._answer(requests[number], length, lambda sample: _seed(seed, first + number, sample))
 
         answers = _parallel(work, len(requests), self.server.concurrency)
         if (first == 0 or len(answers) >= _MANY) and not any(answer.texts for answer in answers):
             raise UserError(self._problem(answers[0].reasons[0], "look into its log"))
         return answers
 
-    def _answer(self, request: dict, length: int, seed_of: Callable[[int], int]) -> Answer:
+    def _answer(self, request: dict, length: int | None, seed_of: Callable[[int], int]) -> Answer:
         """Every problem is first asked with `n`: what others were answered decides no seed."""
         answer, count = Answer(), self.settings.num_return_sequences
         missing, why = count, ""
@@ -107,7 +108,7 @@ class Server:
             self.said_singly = True
             logger.warning("%s: %s; one request for each response", self.url, why)
 
-    def _choices(self, request: dict, length: int, seed: int, count: int) -> list[str]:
+    def _choices(self, request: dict, length: int | None, seed: int, count: int) -> list[str]:
         """Up to `count` texts, at least one. Raises _Refused, UserError."""
         chat = "messages" in request
         path = "chat/completions" if chat else "completions"
@@ -122,9 +123,9 @@ class Server:
 
         return self._post(path, json.dumps(body).encode(), read)
 
-    def _compare_tokens(self, usage: object, length: int) -> None:
+    def _compare_tokens(self, usage: object, length: int | None) -> None:
         read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if read not in (None, length) and not self.said_tokens:
+        if None not in (read, length) and read != length and not self.said_tokens:
             self.said_tokens = True
             message = "%s: it reads %s tokens of a prompt that has %s here: another chat template or tokenizer?"
             logger.warning(message, self.url, read, length)
