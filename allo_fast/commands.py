@@ -87,10 +87,10 @@ def _line(error: Exception) -> str | None:
 def _run(options: argparse.Namespace) -> None:
     with _open_run(options) as run:
         _complete_run(run)
-        later = [[_later(config, run) for config in configs] for configs in later_rounds(run)]
-        if later:
-            for line in ranks.on_main(lambda: said_of_rounds(run, later)):
-                say(line)
+        later = []
+        for runs in later_rounds(run):
+            later.append([_later(found, run) for found in runs])
+            say("\n".join(ranks.on_main(lambda: said_of_rounds(run, later))))
     ranks.stop()
 
 
@@ -103,11 +103,11 @@ def _complete_run(run: Run) -> None:
     ranks.on_main(lambda: _report(run))
 
 
-def _later(config: Config, first: Run) -> Run:
+def _later(found: Run, first: Run) -> Run:
     """A later round of a run, for one seed."""
-    say(f"{config.name}:")
-    with alone_in(Path(config.output_dir) / config.name):
-        run = Run(config, STAGES, first.rerun, first.zeros)
+    say(f"{found.config.name}:")
+    with alone_in(found.folder):
+        run = Run(found.config, STAGES, first.rerun, first.zeros)
         _complete_run(run)
     return run
 
@@ -125,6 +125,8 @@ def _rewrite(options: argparse.Namespace) -> None:
             unit.check(outside=False)
         run.home.take_config(config, rerun=False)
         _report(run)
+        if later := [*later_rounds(run)]:
+            say("\n".join(said_of_rounds(run, later)))
 
 
 def _report(run: Run) -> None:

@@ -191,6 +191,10 @@ class Config(Section):
             )
         if self.rounds > 1 and self.data.format in ("multiple_choice", "preference"):
             raise ValueError(f"rounds: data.format: {self.data.format} has its responses, no round samples others")
+        if self.rounds > 1 and self.method == "allo" and self.rewards.source == "file":
+            raise ValueError("rounds: rewards.source: file has rewards of the first round's responses alone")
+        if self.rounds > 1 and self.locate.after:
+            raise ValueError("rounds: locate.after ranks by a change of the first round's base alone")
         if self.rounds > 1 and self.sample.engine == "server":
             raise ValueError("rounds: sample.engine: server samples from the first round's base alone")
         if self.rounds > 1 and self.method != "dpo" and self.save_models == "none":

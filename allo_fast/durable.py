@@ -231,7 +231,17 @@ def check_room(path: Path, size: int) -> None:
 def versions() -> dict[str, str]:
     """Of the software that a result depends on, as far as it is installed."""
     installed = {"python": platform.python_version()}
-    for name in ("allo-fast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "deepspeed", "triton"):
+    for name in (
+        "allo-fast",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "deepspeed",
+        "triton",
+        "reasoning-gym",
+    ):
         with suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed

@@ -8,13 +8,14 @@ import pytest
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
-from allo_fast.data.scoring import final_answer, is_correct, scorers_with
+from allo_fast.data.scoring import final_answer, is_correct, judge_of, judges_with, scorers_with
 from allo_fast.report.summary import sampled_shares, shares_line
 from allo_fast.stages import evaluate
 from allo_fast.stages.check import check
 from allo_fast.stages.evaluate import judged
 
 SAID = "The answer is {}"
+STRICT = {"strict": judge_of("strict")}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_without_math_verify_it_says_what_to_install(monkeypatch):
 def test_several_answers_by_hand():
     problem = {"id": "p", "answer": "7"}
     texts = [SAID.format(answer) for answer in ("8", "7", " 7.", "9")]
-    row = judged(problem, texts, ("strict", "release"))
+    row = judged(problem, texts, judges_with("strict"))
     assert row == {
         "id": "p",
         "strict": 0.5,
@@ -94,16 +95,16 @@ def test_several_answers_by_hand():
         "responses": texts,
     }
     assert final_answer(texts[2]) == final_answer(texts[1])
-    tie = judged(problem, texts[:2], ("strict",))
+    tie = judged(problem, texts[:2], STRICT)
     assert (tie["strict"], tie["pass"], tie["majority"]) == (0.5, {"strict": True}, {"strict": False}), (
         "the first drawn"
     )
-    silent = judged(problem, ["no", "none", texts[1]], ("strict",))
+    silent = judged(problem, ["no", "none", texts[1]], STRICT)
     assert silent["majority"] == {"strict": True}, "no answer is none"
-    assert judged(problem, ["no", "none"], ("strict",))["majority"] == {"strict": False}
-    boxed = judged(problem, [rf"\boxed{{{answer}}}" for answer in (8, 7, 7)], ("math",))
+    assert judged(problem, ["no", "none"], STRICT)["majority"] == {"strict": False}
+    boxed = judged(problem, [rf"\boxed{{{answer}}}" for answer in (8, 7, 7)], {"math": judge_of("math")})
     assert (boxed["math"], boxed["majority"]) == (2 / 3, {"math": True})
-    assert judged(problem, texts[1:2], ("strict",)) == {"id": "p", "strict": True, "response": texts[1]}
+    assert judged(problem, texts[1:2], STRICT) == {"id": "p", "strict": True, "response": texts[1]}
 
 
 def test_shares_of_several_answers():

@@ -10,9 +10,10 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from allo_fast.__main__ import main
 from allo_fast.config import TrainConfig
 from allo_fast.config_file import load_config
-from allo_fast.data.batch import Corpus
+from allo_fast.data.batch import Corpus, Layout
 from allo_fast.method.objectives import Npo
 from allo_fast.method.policy import SparsePolicy
+from allo_fast.report.page import _forgotten
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages.forget import guard_of
@@ -123,6 +124,41 @@ def test_what_it_watches(tmp_path):
 
 
 @pytest.mark.xdist_group("runs")
+def test_what_the_last_look_sees_is_said_too(copied, caplog):
+    words = ["seeds=[0]", "rivals=[]", "name=late", "forget.guard.max_drop=1e-6", "forget.guard.steps=1000"]
+    assert main(["run", str(copied[0]), *words, "forget.learning_rate=0.1"]) == 0
+    facts = json.loads(next((copied[1].parent / "late").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
+    assert "ended_before_steps" not in facts
+    assert f"forgetting ended after {facts['steps']} of {facts['steps']} steps: right responses lost" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, ""),
+        ({Npo.CHANGE: 0.0}, " Before its last step the log-probability of a forgotten token had changed by +0.000."),
+        (
+            {CHANGE: -0.5, "steps": 2, "ended_before_steps": 6},
+            " After it that of a token of right responses had changed by -0.500. It ended after 2 of 6 steps.",
+        ),
+    ],
+)
+def test_a_report_says_what_forgetting_gave_and_cost(facts, said):
+    assert _forgotten(SimpleNamespace(manifest=lambda: {"facts": facts})) == said
+
+
+def test_a_look_keeps_to_the_budget_of_a_pass():
+    guard, seen = Guard(kept(), 1, 1.0), []
+
+    def compute(batch):
+        seen.append(batch.input_ids.numel())
+        return torch.zeros(batch.valid.shape)
+
+    guard.look(compute, Layout(), torch.device("cpu"), budget=1)
+    assert len(seen) == len({response.prompt for response in kept().responses})
+
+
+@pytest.mark.xdist_group("runs")
 def test_a_run_says_that_forgetting_ended(copied, capsys):
     config, folder = copied
     words = ["seeds=[0]", "rivals=[]", "name=ended", "forget.guard.max_drop=1e-6", "forget.guard.steps=1"]
@@ -132,6 +168,6 @@ def test_a_run_says_that_forgetting_ended(copied, capsys):
     facts = manifest["facts"]
     assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0
     page = (folder.parent / "ended" / "report.html").read_text()
-    assert f"of a token of right responses by {facts[CHANGE]:+.3f}; it ended before its" in page
+    assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. It ended after" in page
     assert facts["steps"] < facts["ended_before_steps"]
     assert f"forgetting ended after {facts['steps']} of {facts['ended_before_steps']} steps" in said.out + said.err

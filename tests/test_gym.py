@@ -36,23 +36,24 @@ def library(monkeypatch):
 
 
 def test_rows_are_problems(library):
-    (where, row), _ = read_rows("reasoning_gym:sums?seed=3[4:6]")
-    assert where == "reasoning_gym:sums?seed=3:4"
-    said = {"question": "4?", "answer": "7", "metadata": {"n": 4}}
-    assert row() == {"problem": "4?", "solution": "The answer is 7", **said}
+    (where, row), _ = read_rows("reasoning_gym:sums?terms=3[4:6]")
+    assert where == "reasoning_gym:sums?terms=3:4"
+    said = {"question": "4?", "answer": "4", "metadata": {"n": 4}}
+    assert row() == {"problem": "4?", "solution": "The answer is 4", **said}
     assert is_generated("reasoning_gym:sums") and source_files("reasoning_gym:sums[:3]") == []
 
 
 def test_settings_are_numbers_lists_and_texts(library, monkeypatch):
     seen = {}
     monkeypatch.setattr(sys.modules["reasoning_gym"], "create_dataset", lambda name, **words: seen.update(words))
-    read_rows('reasoning_gym:sums?terms=3&kinds=["a","b"]&other=x&flag=true&empty=[:9]')
-    assert seen == {"size": 9, "seed": 0, "terms": 3, "kinds": ["a", "b"], "other": "x", "flag": True, "empty": ""}
+    read_rows('reasoning_gym:sums?terms=3&other=x&flag=true&empty=&kinds=["+","b"][:9]')
+    assert seen == {"size": 9, "seed": 0, "terms": 3, "kinds": ["+", "b"], "other": "x", "flag": True, "empty": ""}
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        ("reasoning_gym:sums?seed=1[:3]", "seed: problem i of seed 1 is i . 1 of seed 0"),
         ("reasoning_gym:nothing[:3]", "'nothing' not registered"),
         ("reasoning_gym:sums?trems=3[:3]", "unexpected keyword argument 'trems'"),
         ("reasoning_gym:sums?terms=0[:3]", "terms must be positive"),
@@ -62,6 +63,11 @@ def test_settings_are_numbers_lists_and_texts(library, monkeypatch):
 def test_what_the_library_does_not_know(library, source, said):
     with pytest.raises(UserError, match=said):
         read_rows(source)
+
+
+def test_a_task_that_only_a_judge_knows_has_no_solution():
+    entry = {"question": "q", "answer": None, "metadata": {}}
+    assert gym._row(entry) == {"problem": "q", **entry}
 
 
 def test_without_the_library(monkeypatch):

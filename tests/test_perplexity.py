@@ -14,6 +14,7 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.stages.check import check
 from allo_fast.stages.perplexity import text_windows
+from allo_fast.stages.problems import limits
 
 TEXTS = ["1+2=3. The answer is 3", "9", "12-7+4+4=13, 4-4=0, 11+3=14. The answer is 14\n" * 2]
 
@@ -24,8 +25,8 @@ def write(path, rows):
 
 
 def test_each_token_but_the_first_is_in_one_response(tmp_path):
-    source, tokenizer = write(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]), character_tokenizer()
-    windows = [*text_windows(source, tokenizer, 8)]
+    tokenizer = character_tokenizer()
+    windows = [*text_windows(job(tmp_path, [{"text": text} for text in TEXTS], "data.max_prompt_tokens=8"), tokenizer)]
     assert all(1 < len(row["prompt_ids"] + row["responses"][0]["ids"]) <= 8 for row in windows)
     for number, text in enumerate(TEXTS, start=1):
         ids = tokenizer(text).input_ids
@@ -33,6 +34,10 @@ def test_each_token_but_the_first_is_in_one_response(tmp_path):
         assert [token for row in own for token in row["responses"][0]["ids"]] == ids[1:]
         before = [row["prompt_ids"] + row["responses"][0]["ids"][:-1] for row in own]
         assert [token for window in before for token in window] == ids[:-1]
+
+
+def job(folder, rows, *words):
+    return load_config("configs/quickstart.yaml", [f"data.text={write(folder / 't.jsonl', rows)}", *words])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,17 @@ def test_each_token_but_the_first_is_in_one_response(tmp_path):
 )
 def test_what_is_no_text(tmp_path, rows, said):
     with pytest.raises(UserError, match=said):
-        list(text_windows(write(tmp_path / "t.jsonl", rows), character_tokenizer(), 8))
+        list(text_windows(job(tmp_path, rows), character_tokenizer()))
+
+
+def test_windows_are_no_longer_than_the_model_reads_and_no_shorter_than_two(tmp_path):
+    def longest(*words):
+        windows = text_windows(job(tmp_path, [{"text": "7" * 5000}], *words), character_tokenizer())
+        return max(1 + len(row["responses"][0]["ids"]) for row in windows)
+
+    positions = limits(job(tmp_path, []), 0).positions
+    assert longest("data.max_prompt_tokens=4000") == positions < 4000
+    assert longest("data.max_prompt_tokens=1") == 2
 
 
 @pytest.mark.xdist_group("runs")
@@ -74,9 +89,9 @@ def test_every_model_of_a_run_has_one(copied, tmp_path, capsys):
 
 
 def test_a_text_that_cannot_be_read_is_found_before(tmp_path):
-    text = write(tmp_path / "t.jsonl", [{"words": "12"}])
-    found = check(load_config("configs/quickstart.yaml", [f"data.text={text}", "data.train=arithmetic:train[:3]"]))
-    assert any("data.text: t.jsonl:1: no field 'text'" in problem for problem in found.problems)
+    rows = [{"text": "12"}, {"words": "12"}]
+    found = check(job(tmp_path, rows, "data.train=arithmetic:train[:3]", "data.test=arithmetic:test[:3]"))
+    assert any("data.text: t.jsonl:2: no field 'text'" in problem for problem in found.problems)
 
 
 CHOICES = [{"problem": f"{n}+1?\nOptions:\n{n + 1}\n{n + 2}", "answer": str(n + 1)} for n in range(8)]

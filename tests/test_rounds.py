@@ -9,6 +9,7 @@ from allo_fast.__main__ import main
 from allo_fast.compare.arms import Comparison
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
+from allo_fast.plan.job import disk_bytes
 from allo_fast.runs.contents import sha256
 from allo_fast.runs.rows import read_jsonl
 
@@ -44,10 +45,35 @@ def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, met
     assert rows[2]["accuracy"] == sum(map(sum, right)) / 16
     assert rows[1]["gain"]["points"] == pytest.approx(rows[1]["accuracy"] - rows[0]["accuracy"])
     assert "round 1: accuracy" in out and "since base" in out and "since round 2" in out
-    # Complete, it computes nothing again.
+    # The report says them again; complete, it computes nothing again.
+    (base / "several" / "rounds.json").unlink()
+    assert main(["report", *words]) == 0
+    assert (
+        "since round 2" in capsys.readouterr().out
+        and json.loads((base / "several" / "rounds.json").read_text()) == rows
+    )
     stamps = {path: path.stat().st_mtime_ns for path in base.rglob("MANIFEST.json")}
     assert main(["run", *words]) == 0
     assert {path: path.stat().st_mtime_ns for path in base.rglob("MANIFEST.json")} == stamps
+
+
+@pytest.mark.xdist_group("runs")
+def test_rounds_may_be_added_and_changed(copied, capsys):
+    """To a run that saved no model; with other settings under --rerun, three rounds of which read each other."""
+    words = ["run", str(copied[0]), *WORDS[:1], *WORDS[2:], "seeds=[0]", "name=more"]
+    assert main([*words, "save_models=none"]) == 0
+    summary = copied[1].parent / "more" / "summary.json"
+    stamp = summary.stat().st_mtime_ns
+    assert main([*words, "rounds=2"]) == 0
+    assert not [*(copied[1].parent / "more").glob("old-*")] and summary.stat().st_mtime_ns > stamp
+    assert (copied[1].parent / "more" / "rounds.json").exists()
+    changed = [*words, "method=sparse-dpo", "forget.learning_rate=3e-3", "rounds=3", "--rerun"]
+    assert main(changed) == 0 and "round 3: accuracy" in capsys.readouterr().out
+
+
+def test_rounds_take_their_room_on_the_disk():
+    one, three = (load_config("configs/quickstart.yaml", [f"rounds={n}", "sft=null"]) for n in (1, 3))
+    assert 2 < disk_bytes(three, 10**9) / disk_bytes(one, 10**9) < 3
 
 
 @pytest.mark.parametrize(
@@ -55,6 +81,8 @@ def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, met
     [
         (["data.format=preference"], "rounds: data.format: preference has its responses"),
         (["save_models=none"], "save_models: final keeps it"),
+        (["rewards.source=file", "rewards.path=x"], "rounds: rewards.source: file"),
+        (["locate.after=x"], "rounds: locate.after"),
         (["sample.engine=server", "sample.server.url=http://x"], "rounds: sample.engine: server"),
     ],
 )

@@ -75,7 +75,7 @@ def read(tmp_path):
         (DENSE, ["model.rounding=stochastic"], [*DENSE, "sft.ratio=.1"]),
         ([*DENSE, "sft.ratio=1"], ["model.rounding=stochastic"], [GIVEN]),
         ([GIVEN, "locate.clip=false"], ["warmup.max_grad_norm=2"], [GIVEN, "locate.clip=false", "rivals=[dpo]"]),
-        (["protocol=release"], ["forget.threshold=mean"], []),
+        (["protocol=release"], ["forget.threshold=mean", "forget.guard.steps=3"], []),
         ([], ["learn.simpo_gamma=1"], [ALL, "learn.loss_type=[ipo, simpo]"]),
         (["warmup.loss_type=ipo"], ["warmup.simpo_gamma=1"], ["warmup.loss_type=simpo"]),
         (["learn.loss_type=ipo"], ["learn.label_smoothing=.1", "learn.length_alpha=1"], []),

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet
 import pytest
 from conftest import tiny_llama
 
@@ -16,7 +17,10 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.stages.check import check
 
 SCORERS = """
+from __future__ import annotations
 import math
+from dataclasses import dataclass
+import numpy
 
 def ends_with(response, row):
     return response.endswith(row["ending"])
@@ -32,6 +36,17 @@ def careless(response, row):
 
 def said(response, row):
     return "yes"
+
+def array(response, row):
+    return numpy.zeros(2)
+
+def of_numpy(response, row):
+    return numpy.bool_(response == "x")
+
+@dataclass
+class Rule:
+    # which asks its module for its annotations
+    length: int
 
 def as_rewards(response, row):
     return float(response == row["problem"])
@@ -55,7 +70,8 @@ def test_a_judge_sees_the_whole_row(scorer):
     assert judge("so 7", {"answer": "", "fields": {"ending": "7"}})
     assert not judge("so 8", {"answer": "", "fields": {"ending": "7"}})
     assert judge_of(scorer("as_rewards"))("x", {"fields": {"problem": "x"}}) is True, "numbers, as rewards are"
-    assert scorers_with(scorer("ends_with")) == (scorer("ends_with"),)
+    assert judge_of(scorer("of_numpy"))("x", {"fields": {}}) is True
+    assert scorers_with(scorer("ends_with")) == ("ends_with()",), "wherever its file lies"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +79,7 @@ def test_a_judge_sees_the_whole_row(scorer):
     [
         ("graded", "graded: expected True or False, got 1.7"),
         ("said", "said: expected True or False, got 'yes'"),
+        ("array", "array: expected True or False, got array"),
         ("careless", "careless: KeyError: 'no such field'"),
         ("nobody", "no function nobody"),
         ("SCORERS", "no function SCORERS"),
@@ -90,6 +107,21 @@ def test_rows_need_no_gold_answer_then(tmp_path):
         list(read_problems(source, "problems"))
 
 
+def test_answers_may_be_anything_then(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"problem": "a", "answer": None}, {"problem": "b", "answer": 2}])
+    first, second = read_problems(source, "problems", own_judge=True)
+    assert (first.answer, second.answer, second.fields["answer"]) == ("", "", 2)
+
+
+def test_a_judge_sees_a_row_as_it_will_be_written(tmp_path):
+    table = pyarrow.table({"problem": ["a", "b"], "when": [1, None]}).cast(
+        pyarrow.schema([("problem", pyarrow.string()), ("when", pyarrow.timestamp("s"))])
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    bad, good = read_problems(str(tmp_path / "rows.parquet"), "problems", own_judge=True)
+    assert "a field that JSON does not know" in bad.reason and good.fields == {"problem": "b"}
+
+
 def test_an_unknown_scorer_is_named():
     with pytest.raises(UserError, match="data.scorer: .*strict.*release.*math.*got 'exact'"):
         load_config("configs/quickstart.yaml", ["data.scorer=exact"])
@@ -115,10 +147,15 @@ def test_a_run_that_only_a_function_judges(copied, tmp_path, scorer, capsys):
     assert all(correct == (len(text) % 2 == odd) for text, correct, odd in responses)
     assert len({correct for _, correct, _ in responses}) == 2
     base = json.loads((folder / "summary.json").read_text())["models"]["base"]
-    assert [*base["scorers"]] == [scorer("has_length")]
+    assert [*base["scorers"]] == ["has_length()"]
     assert "has_length" in capsys.readouterr().out
 
-    # Another function of the file decides anew, and so does the file.
+    # Where the file lies does not matter; another function of it decides anew, and so does the file.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "moved.py").write_text(SCORERS)
+    moved = [word.replace("scorers.py", "elsewhere/moved.py") for word in words]
+    assert main(["run", str(config), *moved]) == 0
+    assert "has_length()" in capsys.readouterr().out
     assert main(["run", str(config), *(w.replace(":has_length", ":as_rewards") for w in words)]) == 2
     assert "data.scorer was has_length, now as_rewards" in capsys.readouterr().err
     (tmp_path / "scorers.py").write_text(SCORERS + "\n")
@@ -143,3 +180,17 @@ def test_what_would_end_a_run_later_is_found_before(tmp_path, scorer):
     assert "careless" not in problems("ends_with")
     assert "no solution, which sft and rewards.source need" in problems("ends_with", "sft={}")
     assert "no solution, which sft and rewards.source need" in problems("ends_with", "rewards.source=rewriter")
+
+
+@pytest.mark.xdist_group("runs")
+def test_choices_in_the_models_own_words_may_have_a_judge(copied, tmp_path, scorer):
+    config, folder = copied
+    choices = [{"problem": f"{n}+1?\nOptions:\n{n + 1}\n{n + 2}", "answer": str(n + 1), "odd": n % 2} for n in range(8)]
+    rows, model = write_rows(tmp_path / "choices.jsonl", choices), next(folder.glob("00-pretrain/base/model"))
+    words = [str(config), f"data.train={rows}", f"data.test={rows}", "data.format=multiple_choice", "name=said"]
+    words += ["method=dpo", "rivals=[]", "seeds=[0]", f"model.name_or_path={model}", "evaluate.choices=generation"]
+    assert main(["run", *words, f"data.scorer={scorer('has_length')}"]) == 0
+    predictions = read_jsonl(next((tmp_path / "said").glob("*-evaluate/base")) / "predictions.jsonl")
+    assert [row["has_length()"] for row in predictions] == [
+        len(row["response"]) % 2 == number % 2 for number, row in enumerate(predictions)
+    ]

@@ -35,8 +35,8 @@ def encode_problems(
     """Of each problem its row {id, prompt, tools, solution, answer, prompt_ids, responses: [{text, ids, correct}]}, or
     why it is set aside.
 
-    Where responses are to be sampled there are none, and `solution_ids` instead, where there is a solution; and
-    `fields`, where the problem has them.
+    Where responses are to be sampled there are none, and `solution_ids` instead, where there is a solution. `fields`,
+    where the problem has them.
     """
     for problem in problems:
         try:
@@ -97,9 +97,9 @@ def _encode(problem: Problem, prompts: Prompts, limits: Limits) -> dict:
     row |= {"answer": problem.answer, "prompt_ids": prompt_ids}
     _check_lengths(len(prompt_ids), max(map(len, ids)), limits, given=bool(turns))
     _check_vocabulary([*prompt_ids, *(token for response in ids for token in response)], prompts, limits)
+    row |= {"fields": problem.fields} if problem.fields else {}
     if not turns:
-        row |= {"solution_ids": ids[0]} if problem.solution else {}
-        return row | ({"fields": problem.fields} if problem.fields else {}) | {"responses": []}
+        return row | ({"solution_ids": ids[0]} if problem.solution else {}) | {"responses": []}
     right = {tuple(tokens) for tokens in ids[: len(problem.right)]}
     responses = [
         {"text": turn_text(turn), "ids": tokens, "correct": number < len(problem.right)}

@@ -5,7 +5,6 @@ reasoning_gym:chain_sum?max_terms=3&max_digits=1[:500]
 
 import json
 from collections.abc import Callable, Iterator
-from urllib.parse import parse_qsl
 
 from allo_fast.errors import UserError, first_line
 
@@ -19,11 +18,14 @@ def gym_rows(name: str, start: int, stop: int) -> Iterator[tuple[str, Callable[[
     library does not know, or where it is not installed.
     """
     task, _, words = name.removeprefix(PREFIX).partition("?")
-    settings = {key: _value(value) for key, value in parse_qsl(words, keep_blank_values=True)}
+    pairs = [word.partition("=") for word in words.split("&") if word]
+    settings = {key: _value(value) for key, _, value in pairs}
+    if "seed" in settings:
+        raise UserError(f"{name}: seed: problem i of seed 1 is i + 1 of seed 0; other slices are other problems")
     try:
         import reasoning_gym
 
-        tasks = reasoning_gym.create_dataset(task, **{"seed": 0, **settings, "size": stop})
+        tasks = reasoning_gym.create_dataset(task, **settings, seed=0, size=stop)
     except ImportError:
         raise UserError(f"{name}: needs reasoning-gym: pip install reasoning-gym") from None
     except (ValueError, TypeError, AssertionError) as error:
@@ -40,4 +42,6 @@ def _value(text: str) -> object:
 
 
 def _row(entry: dict) -> dict:
-    return {"problem": entry["question"], "solution": f"The answer is {entry['answer']}", **entry}
+    """Without a solution where only a judge knows what is right."""
+    solution = {} if entry["answer"] is None else {"solution": f"The answer is {entry['answer']}"}
+    return {"problem": entry["question"], **solution, **entry}

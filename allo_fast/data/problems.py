@@ -62,11 +62,21 @@ def _read(row_id: str, row: Callable[[], dict], format: str, own_judge: bool) ->
     try:
         if not own_judge:
             return _FORMATS[format](row_id, row())
-        fields = row()
+        fields = _as_json(row())
         read = _unsolved if format == "problems" else _FORMATS[format]
         return replace(read(row_id, fields), fields=fields)
     except UnusableRow as error:
         return Quarantined(row_id, str(error))
+
+
+def _as_json(row: dict) -> dict:
+    """As a judge will see it when it has been written. Raises UnusableRow."""
+    try:
+        return json.loads(json.dumps(row))
+    except (TypeError, ValueError) as error:
+        raise UnusableRow(
+            f"a field that JSON does not know, which data.scorer's function would need: {error}"
+        ) from None
 
 
 def _field(row: dict, name: str) -> str:
@@ -80,7 +90,8 @@ def _problem(row_id: str, row: dict) -> Problem:
 
 
 def _unsolved(row_id: str, row: dict) -> Problem:
-    solution, answer = (_field(row, name) if name in row else "" for name in ("solution", "answer"))
+    given = {name: row[name] for name in ("solution", "answer") if isinstance(row.get(name), str)}
+    solution, answer = (given.get(name, "") for name in ("solution", "answer"))
     return Problem(row_id, _field(row, "problem"), solution, answer.strip())
 
 

@@ -58,9 +58,19 @@ def judge_of(scorer: str) -> Judge:
     return lambda response, row: is_correct(response, row["answer"], scorer)
 
 
+def scorer_name(scorer: str) -> str:
+    """Under which predictions have what it says: of a function of the user's `name()`, wherever its file lies."""
+    return f"{scorer.rpartition(':')[2]}()" if is_own(scorer) else scorer
+
+
 def scorers_with(scorer: str) -> tuple[str, ...]:
-    """By which evaluation judges."""
-    return (scorer,) if is_own(scorer) else tuple(dict.fromkeys([*SCORERS, scorer]))
+    """The names of those by which evaluation judges."""
+    return (scorer_name(scorer),) if is_own(scorer) else tuple(dict.fromkeys([*SCORERS, scorer]))
+
+
+def judges_with(scorer: str) -> dict[str, Judge]:
+    """By these names."""
+    return {scorer_name(scorer): judge_of(scorer)} if is_own(scorer) else {n: judge_of(n) for n in scorers_with(scorer)}
 
 
 def _first_line(text: str) -> str:

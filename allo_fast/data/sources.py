@@ -46,7 +46,7 @@ def read_rows(source: str) -> Iterator[Row]:
     or reasoning_gym:TASK, see `gym_rows`; each with an optional slice [i:j]. Raises UserError when it cannot be read.
     """
     name, start, stop = split_slice(source)
-    if re.search(r"\[[^\[\]/]*\]$", name):
+    if re.search(r"\[[^\[\]/]*\]$", name) and not is_generated(name):
         raise UserError(f"{source}: a slice is [i:j], of whole numbers that are not negative")
     if is_generated(name):
         if stop is None:

@@ -1,13 +1,18 @@
 """A judge of the user's own: `data.scorer: FILE.py:FUNCTION`, with FUNCTION(response: str, row: dict) -> bool.
 
 The row is that of the data, with all its fields. Rows need neither solution nor answer, where nothing trains on them.
+Whether a run still fits is asked of this one file; what it imports may change unseen.
 """
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
+from numbers import Number
 from pathlib import Path
+
+import numpy as np
 
 from allo_fast.errors import UserError, first_line
 
@@ -29,7 +34,7 @@ def own_judge(scorer: str) -> Judge:
     if not path.is_file():
         raise UserError(f"data.scorer: {path}: no such file")
     spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -41,9 +46,10 @@ def own_judge(scorer: str) -> Judge:
     def judge(response: str, row: dict) -> bool:
         try:
             right = function(response, row)
+            known = isinstance(right, Number | np.bool_) and right in (0, 1)
         except Exception as error:
             raise UserError(f"data.scorer: {name}: {type(error).__name__}: {first_line(error)}") from error
-        if not (isinstance(right, int | float) or hasattr(right, "item")) or right not in (0, 1):
+        if not known:
             raise UserError(f"data.scorer: {name}: expected True or False, got {right!r:.200}")
         return bool(right)
 

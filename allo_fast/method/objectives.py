@@ -165,12 +165,15 @@ class Preference:
         weights = every
         if ref is not None and self.epsilon is not None:
             weights = key_token_weights((logps - ref)[rejected].detach(), batch.valid[rejected], self.epsilon)
-        whole, keyed, unsure = pairs(every), pairs(weights), _unsure_pairs(logps, batch)
+        whole, keyed = pairs(every), pairs(weights)
         settings = Settings(self.beta, self.label_smoothing, self.simpo_gamma, self.length_alpha)
-        losses = sum(
-            weight * LOSSES[name]({"confpo": unsure}.get(name, whole if name in WITHOUT_REFERENCE else keyed), settings)
-            for name, weight in self.losses
-        )
+
+        def seen_by(name: str) -> Pairs:
+            if name == "confpo":
+                return _unsure_pairs(logps, batch)
+            return whole if name in WITHOUT_REFERENCE else keyed
+
+        losses = sum(weight * LOSSES[name](seen_by(name), settings) for name, weight in self.losses)
         rewards = () if ref is None else keyed.ratios
         return losses, *(self.beta * reward.detach() for reward in rewards), weights
 

@@ -154,7 +154,8 @@ def _notes(job: Job, phases: list[Phase]) -> list[str]:
 
 
 def disk_bytes(config: Config, parameters: int) -> int:
-    """Of a whole run: models, deltas and selections of every seed, and the largest checkpoint or scores beside it."""
+    """Of a whole run: models, deltas and selections of every seed and round, and the largest checkpoint or scores
+    beside them."""
     sections, count = training_sections(config), parameters
     ratios = {name: trained_ratio(config, name) for name in sections}
     sparse = {name: ratios[name] for name, train in sections.items() if isinstance(train, SparseTrainConfig)}
@@ -170,4 +171,4 @@ def disk_bytes(config: Config, parameters: int) -> int:
     sft = 0
     if config.sft:  # its model and, of a sparse one, selection and delta, for all seeds
         sft = BYTES[config.model.dtype] * count + 8 * int((ratios["sft"] or 0) * count)
-    return sft + len(config.seeds) * per_seed + int(max([*passing, scores]))
+    return sft + config.rounds * len(config.seeds) * per_seed + int(max([*passing, scores]))

@@ -176,10 +176,14 @@ def _forgotten(unit: Unit) -> str:
     """What forgetting did to the tokens that it forgets, and to those that it must not."""
     facts = unit.manifest()["facts"]
     gave, cost = facts.get(Npo.CHANGE), facts.get(CHANGE)
-    said = f" When it ended, the log-probability of a forgotten token had changed by {gave:+.3f}" if gave else ""
-    said += f", that of a token of right responses by {cost:+.3f}" if said and cost is not None else ""
-    ended = f"; it ended before its {facts['ended_before_steps']} steps" if "ended_before_steps" in facts else ""
-    return said and f"{said}{ended}."
+    said = []
+    if gave is not None:
+        said.append(f"Before its last step the log-probability of a forgotten token had changed by {gave:+.3f}")
+    if cost is not None:
+        said.append(f"After it that of a token of right responses had changed by {cost:+.3f}")
+    if "ended_before_steps" in facts:
+        said.append(f"It ended after {facts['steps']} of {facts['ended_before_steps']} steps")
+    return "".join(f" {sentence}." for sentence in said)
 
 
 def _section(title: str, text: str, content: str) -> str:

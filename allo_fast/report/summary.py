@@ -13,6 +13,7 @@ from allo_fast.data.scoring import (
     mean_interval,
     pair_margins,
     problem_values,
+    scorer_name,
     scorers_with,
 )
 from allo_fast.durable import versions, write_bytes
@@ -75,9 +76,9 @@ def _predictions(run: Run) -> dict[str, list[list[dict]]]:
 
 def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dict[str, dict]:
     """Of each model the share of problems that it answers right, and the differences."""
-    models, scorer = {}, config.data.scorer
+    models, scorer = {}, scorer_name(config.data.scorer)
     for model, seeds in predictions.items():
-        scorers = scorers_with(scorer)
+        scorers = scorers_with(config.data.scorer)
         by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in scorers}
         accuracy, interval = by_scorer[scorer]
         models[model] = {
@@ -194,7 +195,7 @@ def is_preference(summary: dict) -> bool:
 
 
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
-    names = "".join(f"{scorer.rpartition(':')[2]:>9}" for scorer in next(iter(models.values()))["scorers"])
+    names = "".join(f"{scorer:>9}" for scorer in next(iter(models.values()))["scorers"])
     lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{names}  per seed"]
     for name, model in models.items():
         scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
@@ -228,7 +229,11 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
     else:
         scorers = scorers_with(config.data.scorer)
         parts = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in scorers]
-        parts += [shares_line("sampled", shares)] if (shares := sampled_shares([rows], config.data.scorer)) else []
+        parts += (
+            [shares_line("sampled", shares)]
+            if (shares := sampled_shares([rows], scorer_name(config.data.scorer)))
+            else []
+        )
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
     lost = [f"perplexity of data.text {facts['perplexity']:.4g}"] if "perplexity" in facts else []

@@ -20,7 +20,7 @@ MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"  # of a unit
 CONFIG = "config.yaml"
 _SAID = SUMMARY, REPORT, ROUNDS = "summary.json", "report.html", "rounds.json"
 # Where a run lies, how it is continued and how much of it is kept, not what it is.
-_ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models")}
+_ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models", "rounds")}
 _ELSEWHERE["model"] = {"device"}
 
 

@@ -76,7 +76,7 @@ def check(config: Config) -> Findings:
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
     _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
     if config.data.text and prompts:
-        findings.attempt(lambda: next(text_windows(config.data.text, tokenizer, config.data.max_prompt_tokens)))
+        findings.attempt(lambda: deque(text_windows(config, tokenizer), maxlen=0))
     _check_budgets(findings, config)
     if config.data.scorer == "math" and config.generates_answers:
         findings.attempt(equivalence.require)
@@ -153,7 +153,7 @@ def _check_data(
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
         findings.shortest = seen.shortest
-        if "fields" in seen.first:
+        if "fields" in seen.first and config.generates_answers:
             findings.attempt(lambda: judge_of(config.data.scorer)(seen.first["solution"], seen.first))
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")

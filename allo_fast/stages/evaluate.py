@@ -19,7 +19,7 @@ correct, ref_logp (by the base model)} in the row's order.
 import logging
 import math
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from statistics import fmean, mode
 
@@ -29,10 +29,11 @@ from allo_fast.data.scoring import (
     best_response,
     final_answer,
     is_tie,
-    judge_of,
+    judges_with,
     pair_margins,
     scorers_with,
 )
+from allo_fast.data.verifier import Judge
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
@@ -169,17 +170,16 @@ def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], start: int
         sharded=frozen.sharded,
         **sampling,
     )
-    scorers = scorers_with(config.data.scorer)
-    return [judged(problem, texts, scorers) for problem, texts in zip(chunk, responses, strict=True)]
+    judges = judges_with(config.data.scorer)
+    return [judged(problem, texts, judges) for problem, texts in zip(chunk, responses, strict=True)]
 
 
-def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
+def judged(problem: dict, texts: list[str], judges: Mapping[str, Judge]) -> dict:
     """A row of predictions.jsonl.
 
     Of several responses the majority's answer is the commonest text, the first of equals; no answer is none, unless
     no response has one.
     """
-    judges = {scorer: judge_of(scorer) for scorer in scorers}
     right = [{scorer: judge(text, problem) for scorer, judge in judges.items()} for text in texts]
     if len(texts) == 1:
         return {"id": problem["id"], **right[0], "response": texts[0]}
@@ -187,8 +187,8 @@ def judged(problem: dict, texts: list[str], scorers: Sequence[str]) -> dict:
     votes = [answer for answer in answers if answer is not None] or answers
     return {
         "id": problem["id"],
-        **{scorer: fmean(row[scorer] for row in right) for scorer in scorers},
-        "pass": {scorer: any(row[scorer] for row in right) for scorer in scorers},
+        **{scorer: fmean(row[scorer] for row in right) for scorer in judges},
+        "pass": {scorer: any(row[scorer] for row in right) for scorer in judges},
         "majority": right[answers.index(mode(votes))],
         "responses": texts,
     }

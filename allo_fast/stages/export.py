@@ -5,6 +5,7 @@ Pretraining and dense stages left a model, which is loaded in the run's dtype; s
 
 from pathlib import Path
 
+from allo_fast import ranks
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.saving import check_new, save_model
@@ -27,9 +28,18 @@ def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
     unit = Unit(run, stage, _key(run.config, run.folder, stage, seed))
     if wrong := unit.changed_settings() or unit.damage(copies=False):
         raise UserError(f"{unit.folder}: {wrong}; run `allo-fast {stage} CONFIG --rerun` first")
+    save_made(unit, out)
+
+
+def save_made(unit: Unit, out: Path) -> None:
+    """The model of a complete unit of `STAGES_WITH_MODELS`, by rank 0; every rank calls it together."""
     path, delta = made_in(unit, unit.folder)
-    model = load_made(path, delta, ModelConfig(device="cpu", dtype=run.config.model.dtype))
-    save_model(model, tokenizer_of(unit) if delta else load_tokenizer(path), out)
+
+    def save() -> None:
+        model = load_made(path, delta, ModelConfig(device="cpu", dtype=unit.config.model.dtype))
+        save_model(model, tokenizer_of(unit) if delta else load_tokenizer(path), out)
+
+    ranks.on_main(save)
 
 
 def _key(config: Config, folder: Path, stage: str, seed: int | None) -> str:

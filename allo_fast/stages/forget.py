@@ -58,18 +58,19 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     more = {"protocol": protocol, "token_weights": weights, "guard": guard}
     trainer = trainer_of(unit, policy, corpus, Npo(settings.beta), settings, **more)
     facts = yield from train(unit, trainer)
-    if guard and trainer.made < len(trainer.steps):
-        logger.warning(
-            "forgetting ended after %d of %d steps: right responses lost more than forget.guard.max_drop: %s nats a "
-            "token; a smaller forget.learning_rate or forget.threshold forgets less",
-            trainer.made,
-            len(trainer.steps),
-            guard.max_drop,
-        )
     save_trained(unit, policy, prompts)
     trainer.backend.close()
     last = ranks.on_main(lambda: dict(next(iter(read_jsonl(unit.folder / LOG)[-1:]), {})))
     changes = {name: last[name] for name in (Npo.CHANGE, CHANGE) if name in last}
+    if guard and ranks.is_main() and guard.ends(changes):
+        logger.warning(
+            "forgetting ended after %d of %d steps: right responses lost %.3g nats a token, forget.guard.max_drop is "
+            "%s; a smaller forget.learning_rate or forget.threshold forgets less",
+            trainer.made,
+            len(trainer.steps),
+            -changes[CHANGE],
+            guard.max_drop,
+        )
     return {**facts, **changes, "forgotten_tokens": forgotten, "tokens": tokens}
 
 

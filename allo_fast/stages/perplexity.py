@@ -1,6 +1,8 @@
 """Perplexity of held-out text, `data.text`: how much a model lost of what it could before.
 
-exp(-mean log p(token | those before it in its window)),  windows of data.max_prompt_tokens tokens
+    exp(-mean log p(token | those before it in its window))
+
+Windows have data.max_prompt_tokens tokens, or as many as the model reads.
 """
 
 import math
@@ -9,12 +11,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from allo_fast.config import UserError
+from allo_fast.config import Config, UserError
 from allo_fast.data.sources import UnusableRow, lacks, read_rows
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import by_chunks
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import inference
+from allo_fast.stages.problems import limits
 from allo_fast.stages.scores import response_logps
 
 TEXTS = "texts.jsonl"  # {id, logp, tokens} of each window
@@ -25,7 +28,7 @@ def perplexity(
 ) -> Generator[Progress, None, dict[str, float]]:
     """Of the model at `path`, with a delta of it if any, and of how many tokens; reader: whose tokenizer reads them."""
     config = unit.config
-    windows = [*text_windows(config.data.text, load_tokenizer(reader), config.data.max_prompt_tokens)]
+    windows = [*text_windows(config, load_tokenizer(reader), path)]
     with inference(unit, path, delta, scoring=True) as frozen:
 
         def work(chunk: list[dict], start: int) -> list[dict]:
@@ -42,12 +45,14 @@ def perplexity(
     return {"perplexity": math.exp(-math.fsum(row["logp"] for row in rows) / tokens), "text_tokens": tokens}
 
 
-def text_windows(source: str, tokenizer: PreTrainedTokenizerBase, width: int) -> Iterator[dict]:
+def text_windows(config: Config, tokenizer: PreTrainedTokenizerBase, *paths: str | Path) -> Iterator[dict]:
     """Rows {text} as problems: a window's first token is the prompt; each token but a text's first is in one response.
 
-    Raises UserError for a row without a text, and where no text has two tokens.
+    paths: the models that read them; none: the base. Raises UserError for a row without a text, and where no text has
+    two tokens.
     """
-    found = False
+    source, found = config.data.text, False
+    width = max(2, min(config.data.max_prompt_tokens, limits(config, 0, *paths).positions))
     for name, row in read_rows(source):
         try:
             text = row().get("text")

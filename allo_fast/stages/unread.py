@@ -89,7 +89,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     for train in (config.warmup, config.learn):
         yield from _of_losses(train)
     if config.protocol == "release":
-        yield "protocol: release", "forget.threshold"
+        yield "protocol: release", "forget.threshold forget.guard*"
     for key in ("pretrain", "sft", "warmup", "rewards.train", "rewards.dpo", "forget", "learn"):
         if getattr(reduce(getattr, key.split("."), config), "lr_scheduler_type", None) == "constant":
             yield f"{key}.lr_scheduler_type: constant", f"{key}.warmup_steps"

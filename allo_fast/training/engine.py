@@ -26,7 +26,7 @@ from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
 from allo_fast.training.guard import Guard
 from allo_fast.training.metrics import LOG, StepMetrics
-from allo_fast.training.reference import Opened, described, kept, reference_logps
+from allo_fast.training.reference import TOKENS, Opened, described, kept, reference_logps
 from allo_fast.training.steps import MicroBatch
 from allo_fast.training.zero import Zero, check_divides
 
@@ -162,8 +162,8 @@ class Trainer:
         """What the guard sees after so many steps, if it looks then, and whether training ends; on all ranks alike."""
         if not self.guard or (made % self.guard.every and made < len(self.steps) and self.guard.before is not None):
             return {}, False
-        logps = self.policy.logps
-        seen = self.guard.look(self.backend.response_logps, logps.layout, self.policy.model.device)
+        opened = self.backend.response_logps, self.policy.logps.layout, self.policy.model.device
+        seen = self.guard.look(*opened, self.examples.budget or TOKENS)
         return seen, ranks.on_main(lambda: self.guard.ends(seen))
 
     def _open_log(self, done: int) -> Journal:

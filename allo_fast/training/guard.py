@@ -24,10 +24,13 @@ class Guard:
     before: float | None = None  # the mean before the first step; a checkpoint keeps it
 
     @torch.no_grad()
-    def look(self, compute: Callable[[Batch], Tensor], layout: Layout, device: torch.device) -> dict[str, float]:
-        """compute: log-probabilities of a batch's responses. The first look is what later ones compare with."""
+    def look(
+        self, compute: Callable[[Batch], Tensor], layout: Layout, device: torch.device, budget: int
+    ) -> dict[str, float]:
+        """compute: log-probabilities of a batch's responses, of at most `budget` tokens if none has more by itself. The
+        first look is what later ones compare with."""
         corpus, sums = self.corpus, []
-        for micro in micro_batches(corpus, np.arange(len(corpus.responses)), layout):
+        for micro in micro_batches(corpus, np.arange(len(corpus.responses)), layout, budget):
             batch = collate(corpus, [(number,) for number in micro], layout).to(device)
             sums += compute(batch).double().sum(1).tolist()
         mean = fsum(sums) / len(corpus.responses.tokens.flat)
