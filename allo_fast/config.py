@@ -3,6 +3,7 @@
 Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are the paper's.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +26,7 @@ from allo_fast.section import LARGEST, Section
 
 SAMPLED = ("problems", "gsm8k", "release")  # the formats whose responses are sampled and answers generated
 REWRITING = ("rewriter", "prompted")  # sources of rewards that show gold solutions, in prompts of their own
+SCORERS, OWN_SCORER = ("strict", "release", "math"), r".+\.py:\w+"
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
@@ -60,11 +62,16 @@ class DataConfig(Section):
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
-    # Which answers are right: strict, release, math; evaluation counts by others too. FILE.py:FUNCTION: the user's own,
-    # of a response and the data's row.
-    scorer: str = Field("strict", pattern=r"^(strict|release|math|.+\.py:\w+)$")
+    scorer: str = "strict"  # which answers are right, one of SCORERS, or FILE.py:FUNCTION of a response and its row
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
+
+    @field_validator("scorer")
+    @classmethod
+    def _known(cls, scorer: str) -> str:
+        if scorer not in SCORERS and not re.fullmatch(OWN_SCORER, scorer):
+            raise ValueError(f"expected {', '.join(SCORERS)} or FILE.py:FUNCTION")
+        return scorer
 
 
 class ServerConfig(Section):

@@ -30,9 +30,12 @@ def create_dataset(name, size, seed, terms=2, kinds=("a",)):
     return Tasks({"size": size, "seed": seed, "terms": terms, "kinds": kinds})
 
 
+LIBRARY = SimpleNamespace(create_dataset=create_dataset, factory=SimpleNamespace(DATASETS={"sums": None}))
+
+
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", LIBRARY)
 
 
 def test_rows_are_problems(library):
@@ -54,7 +57,8 @@ def test_settings_are_numbers_lists_and_texts(library, monkeypatch):
     ("source", "said"),
     [
         ("reasoning_gym:sums?seed=1[:3]", "seed: problem i of seed 1 is i . 1 of seed 0"),
-        ("reasoning_gym:nothing[:3]", "'nothing' not registered"),
+        ("reasoning_gym:nothing[:3]", "'nothing' not registered$"),
+        ("reasoning_gym:sms[:3]", "'sms' not registered; did you mean sums[?]"),
         ("reasoning_gym:sums?trems=3[:3]", "unexpected keyword argument 'trems'"),
         ("reasoning_gym:sums?terms=0[:3]", "terms must be positive"),
         ("reasoning_gym:sums", "the generator is endless; name a slice like reasoning_gym:sums"),

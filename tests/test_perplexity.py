@@ -44,7 +44,8 @@ def job(folder, rows, *words):
     ("rows", "said"),
     [
         ([{"text": "12"}, {"words": "12"}], "data.text: t.jsonl:2: no field 'text'"),
-        ([{"text": 12}], "data.text: t.jsonl:1: text: expected a text"),
+        ([{"text": 12}], "data.text: t.jsonl:1: text: expected a text, got 12"),
+        ([{"text": "12"}, {"text": None}], "t.jsonl:2: text: expected a text, got None"),
         ([{"text": "1"}], "no text of two tokens"),
     ],
 )

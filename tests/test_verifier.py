@@ -40,6 +40,12 @@ def said(response, row):
 def array(response, row):
     return numpy.zeros(2)
 
+def leaves(response, row):
+    raise SystemExit(3)
+
+def changes(response, row):
+    return row.pop("right")
+
 def of_numpy(response, row):
     return numpy.bool_(response == "x")
 
@@ -80,7 +86,8 @@ def test_a_judge_sees_the_whole_row(scorer):
         ("graded", "graded: expected True or False, got 1.7"),
         ("said", "said: expected True or False, got 'yes'"),
         ("array", "array: expected True or False, got array"),
-        ("careless", "careless: KeyError: 'no such field'"),
+        ("careless", r"careless: KeyError: 'no such field', .*scorers.py:\d+, of the response 'abc'"),
+        ("leaves", r"leaves: SystemExit: 3, .*scorers.py:\d+, of the response 'abc'"),
         ("nobody", "no function nobody"),
         ("SCORERS", "no function SCORERS"),
     ],
@@ -88,6 +95,14 @@ def test_a_judge_sees_the_whole_row(scorer):
 def test_what_a_judge_may_not_do_is_said(scorer, name, said):
     with pytest.raises(UserError, match=said):
         own_judge(scorer(name))("abc", {})
+
+
+def test_a_judge_is_told_of_whom_and_cannot_change_the_row(scorer):
+    row = {"id": "rows.jsonl:7", "fields": {"right": True}}
+    judge = judge_of(scorer("changes"))
+    assert judge("a", row) and judge("b", row)
+    with pytest.raises(UserError, match="rows.jsonl:7: data.scorer: careless"):
+        judge_of(scorer("careless"))("a", row)
 
 
 def test_a_file_that_cannot_be_run(tmp_path):
@@ -123,7 +138,7 @@ def test_a_judge_sees_a_row_as_it_will_be_written(tmp_path):
 
 
 def test_an_unknown_scorer_is_named():
-    with pytest.raises(UserError, match="data.scorer: .*strict.*release.*math.*got 'exact'"):
+    with pytest.raises(UserError, match="data.scorer: expected strict, release, math or FILE.py:FUNCTION .got 'exact'"):
         load_config("configs/quickstart.yaml", ["data.scorer=exact"])
 
 

@@ -3,6 +3,7 @@
 reasoning_gym:chain_sum?max_terms=3&max_digits=1[:500]
 """
 
+import difflib
 import json
 from collections.abc import Callable, Iterator
 
@@ -28,7 +29,10 @@ def gym_rows(name: str, start: int, stop: int) -> Iterator[tuple[str, Callable[[
         tasks = reasoning_gym.create_dataset(task, **settings, seed=0, size=stop)
     except ImportError:
         raise UserError(f"{name}: needs reasoning-gym: pip install reasoning-gym") from None
-    except (ValueError, TypeError, AssertionError) as error:
+    except ValueError as error:
+        near = difflib.get_close_matches(task, reasoning_gym.factory.DATASETS, n=1)
+        raise UserError(f"{name}: {first_line(error)}{f'; did you mean {near[0]}?' if near else ''}") from None
+    except (TypeError, AssertionError) as error:
         raise UserError(f"{name}: {first_line(error)}") from None
     return ((f"{name}:{index}", lambda index=index: _row(tasks[index])) for index in range(start, stop))
 

@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean, variance
 
 from allo_fast.data.equivalence import is_equivalent
 from allo_fast.data.verifier import Judge, is_own, own_judge
+from allo_fast.errors import UserError
 
 SCORERS = ("strict", "release")  # of every evaluation
 _Z = NormalDist().inv_cdf(0.975)
@@ -54,8 +55,15 @@ def _boxed(response: str) -> str | None:
 def judge_of(scorer: str) -> Judge:
     """Of a response and its row of `encode_problems`: by `is_correct`, or by a function of the user's own."""
     if is_own(scorer):
-        return lambda response, row: own_judge(scorer)(response, row["fields"])
+        return lambda response, row: _own(scorer, response, row)
     return lambda response, row: is_correct(response, row["answer"], scorer)
+
+
+def _own(scorer: str, response: str, row: dict) -> bool:
+    try:
+        return own_judge(scorer)(response, row["fields"])
+    except UserError as error:
+        raise UserError(f"{row['id']}: {error}") from error
 
 
 def scorer_name(scorer: str) -> str:

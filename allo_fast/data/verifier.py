@@ -7,20 +7,23 @@ Whether a run still fits is asked of this one file; what it imports may change u
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from numbers import Number
 from pathlib import Path
 
 import numpy as np
 
+from allo_fast.config import OWN_SCORER
 from allo_fast.errors import UserError, first_line
 
 Judge = Callable[[str, dict], bool]  # of a response and the row that it answers
 
 
 def is_own(scorer: str) -> bool:
-    return re.fullmatch(r".+\.py:\w+", scorer) is not None
+    return re.fullmatch(OWN_SCORER, scorer) is not None
 
 
 def file_of(scorer: str) -> Path:
@@ -37,7 +40,7 @@ def own_judge(scorer: str) -> Judge:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"data.scorer: {path}: {type(error).__name__}: {first_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -45,12 +48,15 @@ def own_judge(scorer: str) -> Judge:
 
     def judge(response: str, row: dict) -> bool:
         try:
-            right = function(response, row)
+            right = function(response, deepcopy(row))
             known = isinstance(right, Number | np.bool_) and right in (0, 1)
-        except Exception as error:
-            raise UserError(f"data.scorer: {name}: {type(error).__name__}: {first_line(error)}") from error
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            why = f"{type(error).__name__}: {first_line(error)}, {path}:{lines[-1]}"
+            raise UserError(f"data.scorer: {name}: {why}, of the response {response!r:.200}") from error
         if not known:
-            raise UserError(f"data.scorer: {name}: expected True or False, got {right!r:.200}")
+            said = f"expected True or False, got {right!r:.200}"
+            raise UserError(f"data.scorer: {name}: {said}, of the response {response!r:.200}")
         return bool(right)
 
     return judge

@@ -32,9 +32,10 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
         for row in problems:
             yield from _pairs(row, unit, counts)
         if not counts["pairs"]:
+            gold = ", or set pairs.gold: missing" * any("solution_ids" in row for row in problems)
             raise UserError(
                 f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
-                f"{counts['no_wrong']} no wrong one; sample more, or set pairs.gold: missing"
+                f"{counts['no_wrong']} no wrong one; sample more{gold}"
             )
 
     write_jsonl(unit.folder / "pairs.jsonl", pairs())

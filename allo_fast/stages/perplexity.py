@@ -55,9 +55,10 @@ def text_windows(config: Config, tokenizer: PreTrainedTokenizerBase, *paths: str
     width = max(2, min(config.data.max_prompt_tokens, limits(config, 0, *paths).positions))
     for name, row in read_rows(source):
         try:
-            text = row().get("text")
-            if not isinstance(text, str):
-                raise lacks(row(), "text") if text is None else UnusableRow("text: expected a text")
+            if "text" not in (fields := row()):
+                raise lacks(fields, "text")
+            if not isinstance(text := fields["text"], str):
+                raise UnusableRow(f"text: expected a text, got {text!r:.80}")
         except UnusableRow as error:
             raise UserError(f"data.text: {name}: {error}") from None
         ids = tokenizer(text).input_ids
