@@ -80,6 +80,15 @@ def test_what_suits_the_machine_is_said_once(file, caplog):
     assert {config.model.dtype for config in configs} == {comparison.dtype}
 
 
+@pytest.mark.parametrize("path", sorted(Path("configs/compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_fit(path):
+    comparison = Comparison.load(path, [])
+    trials = [trial for arm in comparison.arms for trial in comparison.development(arm)]
+    assert len(trials) > len(comparison.arms)
+    for arm in comparison.arms:
+        assert comparison.final(arm, arm.candidates[-1]).config.data.test == comparison.final(arm, {}).config.data.test
+
+
 def test_the_file_names_the_folder_where_nothing_else_does(file):
     changed(file, ("name: compared, ", ""))
     assert Comparison.load(file, []).folder.name == "compare"
