@@ -19,9 +19,9 @@ from allo_fast import ranks, signals
 from allo_fast.arguments import parse
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import compare
-from allo_fast.compare.judging import judge, read_responses, said_of
+from allo_fast.compare.judging import asking, judge, read_responses, said_of
 from allo_fast.compare.rounds import later_rounds, said_of_rounds
-from allo_fast.config import Config, ModelConfig, SampleConfig, UserError
+from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.console import say, show
 from allo_fast.durable import reason, versions
@@ -259,8 +259,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _judge(options: argparse.Namespace) -> None:
-    server = {"url": options.url, "model": options.model, "api_key_env": options.api_key_env}
-    settings = SampleConfig(engine="server", num_return_sequences=1, top_p=1.0, max_new_tokens=2048, server=server)
+    settings = asking(options.url, options.model, options.api_key_env)
     first, second = (read_responses(path) for path in (options.first, options.second))
     print(said_of(show("judge", judge(first, second, settings, options.style, options.out))))
 

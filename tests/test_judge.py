@@ -4,12 +4,15 @@ import json
 import re
 
 import pytest
-from test_server import chosen, serving
+from conftest import tiny_llama
+from test_server import chosen, serving, transformers_serving, with_serve
+from tiny import CHATML, byte_level
 
 from allo_fast.__main__ import main
 from allo_fast.compare.judging import STYLES, read_responses, verdict, wins
 from allo_fast.config import UserError
 from allo_fast.data.scoring import accuracy_interval
+from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl
 
 
@@ -79,6 +82,22 @@ def test_what_was_judged_before_it_failed_is_kept(files, tmp_path, capsys, monke
     with serving(lambda path, body: (200, chosen(["M"]))) as (url, asked):
         assert main(["judge", *words, "--url", url]) == 0
         assert len(asked) == 40, "other responses are judged anew"
+
+
+@with_serve
+def test_transformers_serve_as_a_judge(tmp_path, capsys, monkeypatch):
+    """What a model says that never learned to judge is unclear, but it is asked, and what it says is kept."""
+    monkeypatch.setattr("allo_fast.compare.judging.MAX_TOKENS", 8)
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    save_model(tiny_llama(**sizes), tokenizer, base := tmp_path / "base")
+    first, second = (write(tmp_path / f"{name}.jsonl", {"Is it hot?": f"{name}."}) for name in ("yes", "no"))
+    with transformers_serving() as url:
+        words = [first, second, str(out := tmp_path / "out.jsonl"), "--url", url, "--model", str(base)]
+        code = main(["judge", *words])
+    rows = list(read_jsonl(out))
+    assert len(rows) == 2 and all(row["said"] for row in rows)
+    assert (code == 2) == all(row["score"] is None for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -408,24 +408,35 @@ def test_configurations_that_cannot_be(job, words, said, capsys):
     assert re.search(said, capsys.readouterr().err)
 
 
-@pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs fastapi, uvicorn and openai")
-def test_transformers_serve(tmp_path, caplog):
-    """A real server on loopback, of a tiny model: it refuses `n`, and reads the prompts that we read."""
-    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
-    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, base := tmp_path / "base")
-    prompts, port = Prompts(tokenizer), _free_port()
+with_serve = pytest.mark.skipif(not is_serve_available(), reason="transformers serve needs fastapi, uvicorn and openai")
+
+
+@contextmanager
+def transformers_serving():
+    """A real server on loopback, of whatever model it is asked for."""
+    port = _free_port()
     words = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     code = "from transformers.cli.transformers import main; main()"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stderr=subprocess.DEVNULL) as process:
         try:
-            server = asking(f"http://127.0.0.1:{port}/v1", samples=2, model=str(base), timeout=60, retries=60)
-            requests = [prompts.request("Hi?"), {"prompt": "So it is"}]
-            lengths = [len(prompts.encode_prompt("Hi?")), len(tokenizer("So it is").input_ids)]
-            answers = server.respond(requests, lengths, 0, 0)
-            assert server.respond(requests, lengths, 0, 0) == answers, "seeds of requests decide"
+            yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
+
+
+@with_serve
+def test_transformers_serve(tmp_path, caplog):
+    """A tiny model: the server refuses `n`, and reads the prompts that we read."""
+    tokenizer = byte_level("<|im_start|>", "<|im_end|>", eos="<|im_end|>", template=CHATML)
+    save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, base := tmp_path / "base")
+    prompts = Prompts(tokenizer)
+    with transformers_serving() as url:
+        server = asking(url, samples=2, model=str(base), timeout=60, retries=60)
+        requests = [prompts.request("Hi?"), {"prompt": "So it is"}]
+        lengths = [len(prompts.encode_prompt("Hi?")), len(tokenizer("So it is").input_ids)]
+        answers = server.respond(requests, lengths, 0, 0)
+        assert server.respond(requests, lengths, 0, 0) == answers, "seeds of requests decide"
     assert server.said_singly and [len(answer.texts) + len(answer.reasons) for answer in answers] == [2, 2]
     assert any(answer.texts for answer in answers) and not any(
         "it reads" in record.message for record in caplog.records

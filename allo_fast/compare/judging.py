@@ -25,6 +25,7 @@ from allo_fast.runs.unit import Progress
 from allo_fast.stages.evaluate import PREDICTIONS
 from allo_fast.stages.problems import PROBLEMS
 
+MAX_TOKENS = 2048  # of a verdict, by a judge that answers first
 _CHUNK = 16  # questions between two writes
 Responses = dict[str, str]  # by instruction
 
@@ -87,6 +88,12 @@ def read_responses(path: Path) -> Responses:
                 raise UserError(f"{path}: {name}: {lacks(fields, field)}")
         found[fields["instruction"]] = fields["output"]
     return found
+
+
+def asking(url: str, model: str, api_key_env: str | None = None) -> SampleConfig:
+    """How a server is asked for verdicts."""
+    server = {"url": url, "model": model, "api_key_env": api_key_env}
+    return SampleConfig(engine="server", num_return_sequences=1, top_p=1.0, max_new_tokens=MAX_TOKENS, server=server)
 
 
 def judge(
