@@ -20,7 +20,7 @@ from allo_fast.arguments import parse
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import compare
 from allo_fast.compare.judging import asking, judge, read_responses, said_of
-from allo_fast.compare.rounds import later_rounds, said_of_rounds
+from allo_fast.compare.rounds import complete_rounds, later_rounds, said_of_rounds
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.console import say, show
@@ -125,7 +125,7 @@ def _rewrite(options: argparse.Namespace) -> None:
             unit.check(outside=False)
         run.home.take_config(config, rerun=False)
         _report(run)
-        if later := [*later_rounds(run)]:
+        if later := complete_rounds(run):
             say("\n".join(said_of_rounds(run, later)))
 
 

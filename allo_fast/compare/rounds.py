@@ -7,6 +7,7 @@ where the configuration names no other.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,35 @@ from allo_fast.runs.unit import Unit
 from allo_fast.stages.export import save_made
 
 
-def later_rounds(first: Run) -> Iterator[list[Run]]:
-    """Of rounds 2, 3, ... a run for every seed, to be read; once the round before is complete."""
+def later_rounds(first: Run, making: bool = True) -> Iterator[list[Run]]:
+    """Of rounds 2, 3, ... a run for every seed. making: asked for once those before are complete, whose models are made
+    where they lack.
+    """
     before = {seed: first for seed in first.config.seeds}
     for number in range(2, first.config.rounds + 1):
+        for seed, run in before.items() if making else ():
+            _ensure_model(_maker(run, seed))
         before = {seed: _round(first, number, seed, run) for seed, run in before.items()}
         yield [*before.values()]
 
 
+def complete_rounds(first: Run) -> list[list[Run]]:
+    """Of the rounds after the first, those of which everything is there."""
+
+    def are_complete(runs: list[Run]) -> bool:
+        return all((unit.folder / MANIFEST).exists() for run in runs for unit in run.units(["evaluate"]))
+
+    return [*takewhile(are_complete, later_rounds(first, making=False))]
+
+
+def _maker(run: Run, seed: int) -> Unit:
+    """Of the model that the next round begins from."""
+    return Unit(run, "warmup" if run.config.method == "dpo" else "learn", f"seed-{seed}")
+
+
 def _round(first: Run, number: int, seed: int, before: Run) -> Run:
     config = first.config
-    maker = Unit(before, "warmup" if config.method == "dpo" else "learn", f"seed-{seed}")
-    _ensure_model(maker)
-    model = config.model.model_copy(update={"name_or_path": str(maker.folder / "model")})
+    model = config.model.model_copy(update={"name_or_path": str(_maker(before, seed).folder / "model")})
     own = {"name": f"{config.name}-round-{number}-seed-{seed}", "seeds": [seed], "model": model}
     config = config.model_copy(update={**own, "rounds": 1, "sft": None, "rivals": []})
     return Run(config, first.stages, folder=Path(config.output_dir) / config.name)
