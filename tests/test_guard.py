@@ -20,6 +20,7 @@ from allo_fast.stages.forget import guard_of
 from allo_fast.training.engine import Trainer
 from allo_fast.training.guard import CHANGE, Guard
 
+QUICK = ["seeds=[0]", "rivals=[]"]
 SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
 
 
@@ -125,7 +126,7 @@ def test_what_it_watches(tmp_path):
 
 @pytest.mark.xdist_group("runs")
 def test_what_the_last_look_sees_is_said_too(copied, caplog):
-    words = ["seeds=[0]", "rivals=[]", "name=late", "forget.guard.max_drop=1e-6", "forget.guard.steps=1000"]
+    words = [*QUICK, "name=late", "forget.guard.max_drop=1e-6", "forget.guard.steps=1000"]
     assert main(["run", str(copied[0]), *words, "forget.learning_rate=0.1"]) == 0
     facts = json.loads(next((copied[1].parent / "late").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
     assert "ended_before_steps" not in facts
@@ -161,7 +162,7 @@ def test_a_look_keeps_to_the_budget_of_a_pass():
 @pytest.mark.xdist_group("runs")
 def test_a_run_says_that_forgetting_ended(copied, capsys):
     config, folder = copied
-    words = ["seeds=[0]", "rivals=[]", "name=ended", "forget.guard.max_drop=1e-6", "forget.guard.steps=1"]
+    words = [*QUICK, "name=ended", "forget.guard.max_drop=1e-6", "forget.guard.steps=1"]
     assert main(["run", str(config), *words, "forget.learning_rate=0.1"]) == 0
     said = capsys.readouterr()
     manifest = json.loads(next((folder.parent / "ended").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())

@@ -13,21 +13,22 @@ from allo_fast.plan.job import disk_bytes
 from allo_fast.runs.contents import sha256
 from allo_fast.runs.rows import read_jsonl
 
-WORDS = ["rivals=[]", "rounds=3", "locate.score=random", "rewards.source=confidence"]
+WORDS = ["rivals=[]", "locate.score=random", "rewards.source=confidence"]
 
 
 @pytest.mark.xdist_group("runs")
-@pytest.mark.parametrize("method", ["allo", "dpo"])
-def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, method):
+@pytest.mark.parametrize(("method", "seeds", "rounds"), [("allo", [0, 1], 2), ("dpo", [0], 3)])
+def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, method, seeds, rounds):
     config, folder = copied
-    words = [str(config), *WORDS, "name=several", f"method={method}", "warmup.learning_rate=1e-3"]
+    words = [str(config), *WORDS, f"rounds={rounds}", f"seeds={seeds}", "name=several", f"method={method}"]
+    words += ["warmup.learning_rate=1e-3"]
     assert main(["run", *words]) == 0
     out = capsys.readouterr().out
     base = folder.parent
     maker = "*-warmup" if method == "dpo" else "*-learn"
-    for seed in (0, 1):
+    for seed in seeds:
         before = base / "several"
-        for number in (2, 3):
+        for number in range(2, rounds + 1):
             run = base / f"several-round-{number}-seed-{seed}"
             model = next(before.glob(f"{maker}/seed-{seed}/model/model.safetensors"))
             said = load_config(run / "config.yaml")
@@ -36,24 +37,27 @@ def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, met
             assert sha256(model) in manifest["basis"].values()
             before = run
     rows = json.loads((base / "several" / "rounds.json").read_text())
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert [row["round"] for row in rows] == [*range(1, rounds + 1)]
     right = [
         [row["strict"] for row in read_jsonl(next(run.glob(f"*-evaluate/{method}-seed-{seed}")) / "predictions.jsonl")]
-        for seed in (0, 1)
-        for run in [base / f"several-round-3-seed-{seed}"]
+        for seed in seeds
+        for run in [base / f"several-round-{rounds}-seed-{seed}"]
     ]
-    assert rows[2]["accuracy"] == sum(map(sum, right)) / 16
+    assert rows[-1]["accuracy"] == sum(map(sum, right)) / (8 * len(seeds))
     assert rows[1]["gain"]["points"] == pytest.approx(rows[1]["accuracy"] - rows[0]["accuracy"])
-    assert "round 1: accuracy" in out and "since base" in out and "since round 2" in out
+    assert "round 1: accuracy" in out and "since base" in out and f"since round {rounds - 1}" in out
     # The report says them again, as far as they are complete; complete, it computes nothing again.
     (base / "several" / "rounds.json").unlink()
-    last = next((base / "several-round-3-seed-1").glob(f"*-evaluate/{method}-seed-1")) / "MANIFEST.json"
+    last = (
+        next((base / f"several-round-{rounds}-seed-{seeds[-1]}").glob(f"*-evaluate/{method}-seed-*")) / "MANIFEST.json"
+    )
     last.rename(last.with_name("hidden"))
     assert main(["report", *words]) == 0
-    assert "since round 1" in (said := capsys.readouterr().out) and "since round 2" not in said
+    said = capsys.readouterr().out
+    assert f"round {rounds}: " not in said and (rounds == 2 or f"round {rounds - 1}: " in said)
     last.with_name("hidden").rename(last)
     assert main(["report", *words]) == 0
-    assert "since round 2" in capsys.readouterr().out
+    assert f"since round {rounds - 1}" in capsys.readouterr().out
     assert json.loads((base / "several" / "rounds.json").read_text()) == rows
     stamps = {path: path.stat().st_mtime_ns for path in base.rglob("MANIFEST.json")}
     assert main(["run", *words]) == 0
@@ -63,7 +67,7 @@ def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, met
 @pytest.mark.xdist_group("runs")
 def test_rounds_may_be_added_and_changed(copied, capsys):
     """To a run that saved no model; with other settings under --rerun, three rounds of which read each other."""
-    words = ["run", str(copied[0]), *WORDS[:1], *WORDS[2:], "seeds=[0]", "name=more"]
+    words = ["run", str(copied[0]), *WORDS, "seeds=[0]", "name=more"]
     assert main([*words, "save_models=none"]) == 0
     summary = copied[1].parent / "more" / "summary.json"
     stamp = summary.stat().st_mtime_ns
