@@ -44,6 +44,8 @@ def test_every_round_begins_from_the_model_of_the_one_before(copied, capsys, met
         for run in [base / f"several-round-{rounds}-seed-{seed}"]
     ]
     assert rows[-1]["accuracy"] == sum(map(sum, right)) / (8 * len(seeds))
+    summary = json.loads((base / "several" / "summary.json").read_text())
+    assert rows[0]["gain"] == summary["differences"][f"{method} - base"], "as the run's own summary has it"
     assert rows[1]["gain"]["points"] == pytest.approx(rows[1]["accuracy"] - rows[0]["accuracy"])
     assert "round 1: accuracy" in out and "since base" in out and f"since round {rounds - 1}" in out
     # The report says them again, as far as they are complete; complete, it computes nothing again.

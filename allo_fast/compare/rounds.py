@@ -6,16 +6,14 @@ where the configuration names no other.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from allo_fast import ranks
-from allo_fast.compare.intervals import difference
 from allo_fast.compare.results import values_of
-from allo_fast.data.scoring import accuracy_interval
+from allo_fast.data.scoring import accuracy_interval, difference_interval
 from allo_fast.durable import write_bytes
 from allo_fast.report.summary import percent, shown_interval
 from allo_fast.runs.home import MANIFEST, ROUNDS
@@ -73,11 +71,11 @@ def said_of_rounds(first: Run, later: Sequence[Sequence[Run]]) -> list[str]:
     lines, rows = [], []
     for number, (numbers, before) in enumerate(zip(values[1:], values, strict=False), start=1):
         score, interval = accuracy_interval(numbers.tolist())
-        gain = difference(numbers, before)
+        points, gained = difference_interval(numbers.tolist(), before.tolist())
         since = "base" if number == 1 else f"round {number - 1}"
-        low, high = (percent(bound, "+") for bound in gain.interval)
+        low, high = (percent(bound, "+") for bound in gained)
         shown = f"{percent(score)} ({shown_interval(metric, interval)})"
-        lines.append(f"round {number}: {metric} {shown}, {percent(gain.points, '+')} ({low} .. {high}) since {since}")
-        rows.append({"round": number, metric: score, "ci95": interval, "gain": asdict(gain)})
+        lines.append(f"round {number}: {metric} {shown}, {percent(points, '+')} ({low} .. {high}) since {since}")
+        rows.append({"round": number, metric: score, "ci95": interval, "gain": {"points": points, "ci95": gained}})
     write_bytes(first.folder / ROUNDS, json.dumps(rows, indent=1).encode())
     return lines
