@@ -78,10 +78,20 @@ def test_what_was_judged_before_it_failed_is_kept(files, tmp_path, capsys, monke
     with serving(prefers_good) as (url, asked):
         assert main(["judge", *words, "--url", url]) == 0
         assert 0 < len(asked) <= 40
-    write(tmp_path / "b.jsonl", {text: "other" for text in QUESTIONS})
-    with serving(lambda path, body: (200, chosen(["M"]))) as (url, asked):
+
+
+def test_what_lies_there_is_not_written_over(files, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    words = [*files, str(out), "--model", "judge"]
+    with serving(prefers_good) as (url, asked):
         assert main(["judge", *words, "--url", url]) == 0
-        assert len(asked) == 40, "other responses are judged anew"
+        before = out.read_bytes()
+        write(tmp_path / "b.jsonl", {text: "other" for text in QUESTIONS})
+        assert main(["judge", *words, "--url", url]) == 2 and out.read_bytes() == before
+        for own in ('{"mine": 1}\n', "no JSON\n", "[1]\n"):
+            out.write_text(own)
+            assert main(["judge", *words, "--url", url]) == 2 and out.read_text() == own
+        assert len(asked) == 40 and "out.jsonl: holds something else" in capsys.readouterr().err
 
 
 @with_serve

@@ -1,6 +1,6 @@
 """LoRA as a rival: what its adapters start from, train and become."""
 
-import builtins
+import sys
 
 import pytest
 import torch
@@ -63,14 +63,7 @@ def test_layers_that_are_not_there(layers):
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
-    imported = builtins.__import__
-
-    def refuse(name, *rest):
-        if name == "peft":
-            raise ImportError
-        return imported(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="warmup.lora: PEFT is not installed: pip install peft"):
         LoraPolicy(tiny_llama(), LoraSettings())
     words = ["method=dpo", "rivals=[]", "warmup.lora={}", "data.train=arithmetic:train[:3]"]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -100,14 +101,17 @@ def judge(
     first: Responses, second: Responses, server: SampleConfig, style_name: str, out: Path
 ) -> Generator[Progress, None, dict]:
     """How often the judge prefers `first`, with what that stands on. out: JSON lines, a verdict each; what is there
-    already is not asked again. Raises UserError where the two answer other instructions.
+    already is not asked again. Raises UserError where the two answer other instructions, and where `out` holds anything
+    else.
     """
     if first.keys() != second.keys():
         both = len(first.keys() & second.keys())
         raise UserError(f"they answer other instructions: {len(first)} and {len(second)}, of which {both} are the same")
     style, questions = STYLES[style_name], [(text, order) for text in first for order in (0, 1)]
     asked = json.dumps([style_name, server.server.model, [*first.items()], [*second.items()]])
-    journal = Journal(out, hashlib.sha256(asked.encode()).hexdigest())
+    mark = hashlib.sha256(asked.encode()).hexdigest()
+    _check_own(out, mark)
+    journal = Journal(out, mark)
     client = Server(server, "")
     client.body["temperature"] = 0.0
     for start in range(journal.count, len(questions), _CHUNK):
@@ -116,12 +120,23 @@ def judge(
         answers = client.respond(requests, None, 0, start)
         said = ["".join(answer.texts) for answer in answers]
         journal.append(
-            {"instruction": text, "order": order, "said": words, "score": verdict(style, words)}
+            {"instruction": text, "order": order, "said": words, "score": verdict(style, words), "asked": mark}
             for (text, order), words in zip(chunk, said, strict=True)
         )
         yield Progress(start + len(chunk), len(questions), "verdict")
     journal.finish()
     return {**wins(read_jsonl(out)), "characters": [fmean(map(len, side.values())) for side in (first, second)]}
+
+
+def _check_own(out: Path, mark: str) -> None:
+    """Raises UserError where something else lies than what was begun with these responses, by this judge."""
+    if not out.exists() or not out.stat().st_size:
+        return
+    with suppress(ValueError, TypeError, KeyError):
+        with out.open("rb") as file:
+            if json.loads(file.readline())["asked"] == mark:
+                return
+    raise UserError(f"{out}: holds something else than verdicts on these responses by this judge; name another file")
 
 
 def _request(style: Style, instruction: str, first: Responses, second: Responses) -> dict:
