@@ -129,10 +129,10 @@ def test_wins_by_hand():
     def rows(*pairs):
         return [{"score": score} for pair in pairs for score in pair]
 
-    result = wins(rows((1.0, 0.0), (1.0, 1.0), (0.5, None), (None, None)))
-    assert result["wins"] == pytest.approx((1 + 0.5 + 0.5) / 3) and result["questions"] == 3
-    assert (result["agree"], result["unclear"]) == (0.5, 3)
-    assert result["ci95"] == accuracy_interval([[1.0, 0.5, 0.5]])[1]
+    result = wins(rows((1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, None), (None, None)))
+    assert result["wins"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4) and result["questions"] == 4
+    assert (result["agree"], result["unclear"]) == (2 / 3, 3)
+    assert result["ci95"] == accuracy_interval([[1.0, 1.0, 0.5, 0.5]])[1]
     with pytest.raises(UserError, match="no verdict is clear"):
         wins(rows((None, None)))
 
