@@ -81,7 +81,8 @@ def test_without_the_library(monkeypatch):
 
 
 def test_a_run_knows_its_tasks_by_name(library):
-    config = load_config("configs/smollm2_qa.yaml", ["data.train=reasoning_gym:sums[:5]", "data.format=problems"])
+    overrides = ["data.train=reasoning_gym:sums[:5]", "data.format=problems", "model.name_or_path=configs"]
+    config = load_config("configs/smollm2_qa.yaml", overrides)
     assert "data.train" not in STAGES["sample"].files(config)
     assert count_rows(config).problems == 5
 
