@@ -26,7 +26,7 @@ from allo_fast.section import LARGEST, Section
 
 SAMPLED = ("problems", "gsm8k", "release")  # the formats whose responses are sampled and answers generated
 REWRITING = ("rewriter", "prompted")  # sources of rewards that show gold solutions, in prompts of their own
-SCORERS, OWN_SCORER = ("strict", "release", "math"), r".+\.py:\w+"
+SCORERS, OWN_SCORER, REWARD_MODEL = ("strict", "release", "math"), r".+\.py:\w+", "reward_model:"
 GRADIENT_SCORES = ("linear", "snr", "grad_sum", "fisher")
 Score = Literal["linear", "snr", "grad_sum", "fisher", "magnitude", "random", "delta"]
 RewardSource = Literal["rewriter", "confidence", "implicit", "prompted", "file"]
@@ -62,15 +62,16 @@ class DataConfig(Section):
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
-    scorer: str = "strict"  # which answers are right, one of SCORERS, or FILE.py:FUNCTION of a response and its row
+    # Which answers are right: one of SCORERS, FILE.py:FUNCTION of a response and its row, or reward_model:FOLDER.
+    scorer: str = "strict"
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
 
     @field_validator("scorer")
     @classmethod
     def _known(cls, scorer: str) -> str:
-        if scorer not in SCORERS and not re.fullmatch(OWN_SCORER, scorer):
-            raise ValueError(f"expected {', '.join(SCORERS)} or FILE.py:FUNCTION")
+        if scorer not in SCORERS and not re.fullmatch(f"{OWN_SCORER}|{REWARD_MODEL}.+", scorer):
+            raise ValueError(f"expected {', '.join(SCORERS)}, FILE.py:FUNCTION or {REWARD_MODEL}FOLDER")
         return scorer
 
 

@@ -28,8 +28,11 @@ def ends_with(response, row):
 def has_length(response, row):
     return len(response) % 2 == row["odd"]
 
-def graded(response, row):
+def too_much(response, row):
     return math.sqrt(len(response))
+
+def graded(response, row):
+    return numpy.float32(0.25)
 
 def careless(response, row):
     return row["no such field"]
@@ -77,15 +80,16 @@ def test_a_judge_sees_the_whole_row(scorer):
     assert not judge("so 8", {"answer": "", "fields": {"ending": "7"}})
     assert judge_of(scorer("as_rewards"))("x", {"fields": {"problem": "x"}}) is True, "numbers, as rewards are"
     assert judge_of(scorer("of_numpy"))("x", {"fields": {}}) is True
+    assert type(grade := judge_of(scorer("graded"))("x", {"fields": {}})) is float and grade == 0.25
     assert scorers_with(scorer("ends_with")) == ("ends_with()",), "wherever its file lies"
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("graded", "graded: expected True or False, got 1.7"),
-        ("said", "said: expected True or False, got 'yes'"),
-        ("array", "array: expected True or False, got array"),
+        ("too_much", "too_much: expected True, False or a number between 0 and 1, got 1.7"),
+        ("said", "said: expected True, False or a number between 0 and 1, got 'yes'"),
+        ("array", "array: expected True, False or a number between 0 and 1, got array"),
         ("careless", r"careless: KeyError: 'no such field', .*scorers.py:\d+, of the response 'abc'"),
         ("leaves", r"leaves: SystemExit: 3, .*scorers.py:\d+, of the response 'abc'"),
         ("nobody", "no function nobody"),
@@ -115,7 +119,7 @@ def test_a_file_that_cannot_be_run(tmp_path):
 
 def test_rows_need_no_gold_answer_then(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"problem": "a", "ending": "7"}, {"problem": "b", "answer": "3"}])
-    first, second = read_problems(source, "problems", own_judge=True)
+    first, second = read_problems(source, "problems", "own.py:f")
     assert (first.solution, first.answer, first.fields) == ("", "", {"problem": "a", "ending": "7"})
     assert (second.answer, second.fields) == ("3", {"problem": "b", "answer": "3"})
     with pytest.raises(UserError, match="no field 'solution'"):
@@ -124,7 +128,7 @@ def test_rows_need_no_gold_answer_then(tmp_path):
 
 def test_answers_may_be_anything_then(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"problem": "a", "answer": None}, {"problem": "b", "answer": 2}])
-    first, second = read_problems(source, "problems", own_judge=True)
+    first, second = read_problems(source, "problems", "own.py:f")
     assert (first.answer, second.answer, second.fields["answer"]) == ("", "", 2)
 
 
@@ -133,12 +137,15 @@ def test_a_judge_sees_a_row_as_it_will_be_written(tmp_path):
         pyarrow.schema([("problem", pyarrow.string()), ("when", pyarrow.timestamp("s"))])
     )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    bad, good = read_problems(str(tmp_path / "rows.parquet"), "problems", own_judge=True)
+    bad, good = read_problems(str(tmp_path / "rows.parquet"), "problems", "own.py:f")
     assert "a field that JSON does not know" in bad.reason and good.fields == {"problem": "b"}
 
 
 def test_an_unknown_scorer_is_named():
-    with pytest.raises(UserError, match="data.scorer: expected strict, release, math or FILE.py:FUNCTION .got 'exact'"):
+    with pytest.raises(
+        UserError,
+        match="data.scorer: expected strict, release, math, FILE.py:FUNCTION or reward_model:FOLDER .got 'exact'",
+    ):
         load_config("configs/quickstart.yaml", ["data.scorer=exact"])
 
 

@@ -13,7 +13,7 @@ from allo_fast.compare import figures
 from allo_fast.compare.arms import Comparison, Trial, Values, shown
 from allo_fast.compare.intervals import Difference, Interval, difference
 from allo_fast.config import UserError
-from allo_fast.data.scoring import accuracy_interval, scorer_name
+from allo_fast.data.scoring import REWARD, accuracy_interval, scorer_name
 from allo_fast.durable import versions, write_bytes
 from allo_fast.report.summary import percent, preference_values
 from allo_fast.runs.rows import Rows, read_jsonl
@@ -57,7 +57,8 @@ def values_of(run: Run, key: str | None = None) -> tuple[str, np.ndarray]:
     rows = [list(predictions) for predictions in _predictions(run, key)]
     if run.config.data.format == "preference":
         return _PREFERENCE, np.array(preference_values(rows, 1.0)[0][_PREFERENCE])
-    return "accuracy", np.array([[float(row[scorer_name(run.config.data.scorer)]) for row in seed] for seed in rows])
+    metric, scorer = "wins" if REWARD in rows[0][0] else "accuracy", scorer_name(run.config.data.scorer)
+    return metric, np.array([[float(row[scorer]) for row in seed] for seed in rows])
 
 
 def _predictions(run: Run, key: str | None) -> list[Rows]:

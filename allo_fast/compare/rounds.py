@@ -64,12 +64,13 @@ def _ensure_model(maker: Unit) -> None:
 
 
 def said_of_rounds(first: Run, later: Sequence[Sequence[Run]]) -> list[str]:
-    """Of each round, how good its models are, and how much better than those before; writes rounds.json."""
-    metric, base = values_of(first, "base")
-    values = [base, values_of(first)[1]]
-    values += [np.concatenate([values_of(run)[1] for run in runs]) for runs in later]
+    """Of each round, how good its models are, and how much better than those before, which are its base; writes
+    rounds.json. By a reward model each round's wins are over the responses of the one before."""
     lines, rows = [], []
-    for number, (numbers, before) in enumerate(zip(values[1:], values, strict=False), start=1):
+    for number, runs in enumerate([[first], *later], start=1):
+        metric = values_of(runs[0])[0]
+        numbers = np.concatenate([values_of(run)[1] for run in runs])
+        before = np.concatenate([values_of(run, "base")[1] for run in runs])
         score, interval = accuracy_interval(numbers.tolist())
         points, gained = difference_interval(numbers.tolist(), before.tolist())
         since = "base" if number == 1 else f"round {number - 1}"

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from allo_fast.data.batch import Corpus
 from allo_fast.data.problems import Problem, Quarantined
@@ -45,22 +46,27 @@ def encode_problems(
             yield Quarantined(problem.id, str(error))
 
 
-def encode_responses(row: dict, texts: list[tuple[str, bool]], prompts: Prompts, positions: float) -> dict:
-    """The row with sampled responses and their correctness; `unusable`: why others could not be encoded.
+def encode_responses(row: dict, texts: list[tuple[str, dict]], prompts: Prompts, positions: float) -> dict:
+    """The row with sampled responses and what is said of each; `unusable`: why others could not be encoded.
 
     positions: tokens that the model reads. A response has one more than was sampled where no end was, and others where
     the tokenizer writes its text in another way.
     """
     responses, unusable = [], []
-    for text, correct in texts:
+    for text, said in texts:
         try:
             _, (ids,) = prompts.encode(row["prompt"], [text], row["tools"])
             if (length := len(row["prompt_ids"]) + len(ids)) > positions:
                 raise UnusableRow(f"with its prompt it has {length} tokens, the model reads {positions}")
-            responses.append({"text": text, "ids": ids, "correct": correct})
+            responses.append({"text": text, "ids": ids, **said})
         except UnusableRow as error:
             unusable.append(str(error))
     return {**row, "responses": responses, "unusable": unusable}
+
+
+def max_positions(model: PreTrainedConfig) -> float:
+    """Tokens that a model of this configuration can read; infinite where it names no limit."""
+    return getattr(model, "max_position_embeddings", None) or float("inf")
 
 
 def prompt_digest(row: dict) -> int:

@@ -16,6 +16,7 @@ from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
 from allo_fast.data.preferences import Turn, distinct, read_preference, without_end
 from allo_fast.data.sources import UnusableRow, lacks, read_rows
+from allo_fast.data.verifier import is_own, reward_model_of
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,18 @@ class Quarantined:
     reason: str
 
 
-def read_problems(source: str, format: str, own_judge: bool = False) -> Iterator[Problem | Quarantined]:
+def read_problems(source: str, format: str, scorer: str = "strict") -> Iterator[Problem | Quarantined]:
     """The usable problems of a source, one by one, and between them the rows that are set aside with the reason.
 
     source: see `read_rows`. format: problems {problem, solution, answer}; gsm8k {question, answer with "#### N"};
     release, the published code's, {input, output with "The answer is ..."};
     multiple_choice {problem with an "Options:" list, answer} or {question | question_stem, choices {text, label},
     answerKey}; preference, see `read_preference`: single judged completions come behind all others, those of one prompt
-    as one problem. own_judge: a function of the user's judges, which sees the rows; those of `problems` need neither
-    solution nor answer then. Raises UserError when the source or, at its end, every row of it is unusable.
+    as one problem. scorer: see `DataConfig`; a function of the user's sees the rows, and where it judges, or a reward
+    model, those of `problems` need neither solution nor answer. Raises UserError when the source or, at its end, every
+    row of it is unusable.
     """
-    read = (_read(row_id, row, format, own_judge) for row_id, row in read_rows(source))
+    read = (_read(row_id, row, format, scorer) for row_id, row in read_rows(source))
     aside, usable = "", False
     for outcome in _grouped(read) if format == "preference" else read:
         usable = usable or isinstance(outcome, Problem)
@@ -58,12 +60,13 @@ def read_problems(source: str, format: str, own_judge: bool = False) -> Iterator
         raise UserError(f"{source}: no usable row{aside}")
 
 
-def _read(row_id: str, row: Callable[[], dict], format: str, own_judge: bool) -> Problem | Quarantined:
+def _read(row_id: str, row: Callable[[], dict], format: str, scorer: str) -> Problem | Quarantined:
+    needs_none = is_own(scorer) or reward_model_of(scorer)
+    read = _unsolved if format == "problems" and needs_none else _FORMATS[format]
     try:
-        if not own_judge:
-            return _FORMATS[format](row_id, row())
+        if not is_own(scorer):
+            return read(row_id, row())
         fields = _as_json(row())
-        read = _unsolved if format == "problems" else _FORMATS[format]
         return replace(read(row_id, fields), fields=fields)
     except UnusableRow as error:
         return Quarantined(row_id, str(error))

@@ -11,10 +11,11 @@ from math import fsum
 from statistics import NormalDist, fmean, variance
 
 from allo_fast.data.equivalence import is_equivalent
-from allo_fast.data.verifier import Judge, is_own, own_judge
+from allo_fast.data.verifier import Judge, is_own, own_judge, reward_model_of
 from allo_fast.errors import UserError
 
 SCORERS = ("strict", "release")  # of every evaluation
+REWARD, WINS = "reward", "reward_model"  # of a response by a reward model, and the share of wins that it makes expected
 _Z = NormalDist().inv_cdf(0.975)
 _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 
@@ -59,7 +60,17 @@ def judge_of(scorer: str) -> Judge:
     return lambda response, row: is_correct(response, row["answer"], scorer)
 
 
-def _own(scorer: str, response: str, row: dict) -> bool:
+def labels(scores: Sequence[float], wrong: float = 0.0, right: float = 1.0) -> list[bool | None]:
+    """Whether each response to one problem is a right one: True if its score is `right`, or the highest of several;
+    False if it is `wrong`, or the lowest; None for those between."""
+    low, high = min(scores, default=wrong), max(scores, default=right)
+    return [
+        True if score == right or low < score == high else False if score == wrong or score == low < high else None
+        for score in scores
+    ]
+
+
+def _own(scorer: str, response: str, row: dict) -> float:
     try:
         return own_judge(scorer)(response, row["fields"])
     except UserError as error:
@@ -68,12 +79,15 @@ def _own(scorer: str, response: str, row: dict) -> bool:
 
 def scorer_name(scorer: str) -> str:
     """Under which predictions have what it says: of a function of the user's `name()`, wherever its file lies."""
+    if reward_model_of(scorer):
+        return WINS
     return f"{scorer.rpartition(':')[2]}()" if is_own(scorer) else scorer
 
 
 def scorers_with(scorer: str) -> tuple[str, ...]:
     """The names of those by which evaluation judges."""
-    return (scorer_name(scorer),) if is_own(scorer) else tuple(dict.fromkeys([*SCORERS, scorer]))
+    alone = is_own(scorer) or reward_model_of(scorer)
+    return (scorer_name(scorer),) if alone else tuple(dict.fromkeys([*SCORERS, scorer]))
 
 
 def judges_with(scorer: str) -> dict[str, Judge]:

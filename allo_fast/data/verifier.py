@@ -1,4 +1,5 @@
-"""A judge of the user's own: `data.scorer: FILE.py:FUNCTION`, with FUNCTION(response: str, row: dict) -> bool.
+"""A judge of the user's own: `data.scorer: FILE.py:FUNCTION`, with FUNCTION(response: str, row: dict) -> bool, or a
+number from 0, wrong, to 1, right.
 
 The row is that of the data, with all its fields. Rows need neither solution nor answer, where nothing trains on them.
 Whether a run still fits is asked of this one file; what it imports may change unseen.
@@ -11,19 +12,29 @@ import traceback
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
-from numbers import Number
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
-from allo_fast.config import OWN_SCORER
+from allo_fast.config import OWN_SCORER, REWARD_MODEL, Config
 from allo_fast.errors import UserError, first_line
 
-Judge = Callable[[str, dict], bool]  # of a response and the row that it answers
+Judge = Callable[[str, dict], float]  # of a response and the row that it answers: from 0, wrong, to 1, right
 
 
 def is_own(scorer: str) -> bool:
     return re.fullmatch(OWN_SCORER, scorer) is not None
+
+
+def reward_model_of(scorer: str) -> str | None:
+    """The folder or hub id of the reward model, where one judges."""
+    return scorer.removeprefix(REWARD_MODEL) if scorer.startswith(REWARD_MODEL) else None
+
+
+def judging_model(config: Config) -> str | None:
+    """The reward model that judges a job's answers, if one does."""
+    return reward_model_of(config.data.scorer) if config.generates_answers else None
 
 
 def file_of(scorer: str) -> Path:
@@ -46,17 +57,17 @@ def own_judge(scorer: str) -> Judge:
     if not callable(function):
         raise UserError(f"data.scorer: {path}: no function {name}")
 
-    def judge(response: str, row: dict) -> bool:
+    def judge(response: str, row: dict) -> float:
         try:
             right = function(response, deepcopy(row))
-            known = isinstance(right, Number | np.bool_) and right in (0, 1)
+            known = isinstance(right, Real | np.bool_) and 0 <= right <= 1
         except (Exception, SystemExit) as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
             why = f"{type(error).__name__}: {first_line(error)}, {path}:{lines[-1]}"
             raise UserError(f"data.scorer: {name}: {why}, of the response {response!r:.200}") from error
         if not known:
-            said = f"expected True or False, got {right!r:.200}"
+            said = f"expected True, False or a number between 0 and 1, got {right!r:.200}"
             raise UserError(f"data.scorer: {name}: {said}, of the response {response!r:.200}")
-        return bool(right)
+        return bool(right) if right in (0, 1) else float(right)
 
     return judge

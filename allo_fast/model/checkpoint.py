@@ -52,17 +52,17 @@ def check_there(path: str | Path) -> None:
         raise UserError(f"{path}: no such file or folder")
 
 
-def check_model(path: str | Path) -> None:
-    """Raises UserError unless `path` holds a causal language model, whole and dense.
+def check_model(path: str | Path, auto: type = AutoModelForCausalLM) -> None:
+    """Raises UserError unless `path` holds a model, whole and dense, of the kind that `auto` makes.
 
     Reads configuration and headers alone: files are filled into a model that has shapes and no storage.
     """
-    config = read_config(path)
+    config = read_config(path, auto)
     files = weight_files(path, config)
     headers = [(file, name, tensor) for file in files for name, tensor in _headers(file).items()]
     _check_dense(path, {name: tensor for _, name, tensor in headers})
     _check_generation(path)
-    model, info = _without_storage(path, config, {name: tensor for _, name, tensor in headers})
+    model, info = _without_storage(path, config, {name: tensor for _, name, tensor in headers}, auto)
     check_names(path, model, info)
     _check_tied(path, model, {name: file for file, name, _ in headers})
 
@@ -76,12 +76,12 @@ def _headers(file: str) -> dict[str, Tensor]:
 
 
 def _without_storage(
-    path: str | Path, config: PreTrainedConfig, tensors: dict[str, Tensor]
+    path: str | Path, config: PreTrainedConfig, tensors: dict[str, Tensor], auto: type
 ) -> tuple[PreTrainedModel, dict]:
     """The model on the meta device, and what `from_pretrained` says with `output_loading_info`."""
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto.from_config(config)
         with quiet():
             return type(model).from_pretrained(
                 None,
@@ -97,8 +97,9 @@ def _without_storage(
         raise UserError(f"{path}: no model can be made of its config.json and weights: {why}") from None
 
 
-def read_config(path: str | Path) -> PreTrainedConfig:
-    """Raises UserError for what is no model, and by its name for a model that is not a dense causal language model."""
+def read_config(path: str | Path, auto: type = AutoModelForCausalLM) -> PreTrainedConfig:
+    """Raises UserError for what is no model, and by its name for one that is not dense, or not what `auto` makes: a
+    causal language model, or with AutoModelForSequenceClassification a reward model."""
     check_there(path)
     if Path(path).is_file():
         hint = "; `allo-fast convert` makes a folder of it" if str(path).endswith(".gguf") else ""
@@ -114,8 +115,12 @@ def read_config(path: str | Path) -> PreTrainedConfig:
             raise UserError(f"{path}: no config.json, or an empty one")
         _check_dense_and_known(path, raw)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if kind := _other_kind(config, _class_name(raw)):
-            raise UserError(f"{path}: {_class_name(raw)}: {kind}; allo-fast trains causal language models")
+        name = _class_name(raw)
+        if auto is AutoModelForCausalLM and (kind := _other_kind(config, name)):
+            raise UserError(f"{path}: {name}: {kind}; allo-fast trains causal language models")
+        classifies = name.endswith("ForSequenceClassification") and config.num_labels == 1
+        if auto is not AutoModelForCausalLM and not classifies:
+            raise UserError(f"{path}: {name}: not a reward model, a sequence classifier with one label")
         return config
     except UserError:
         raise

@@ -41,20 +41,25 @@ _OPTIONAL += ("chat_template.jinja",)
 
 
 def load_model(
-    path: str | Path, config: ModelConfig, dtype: str | None = None, sharded: bool = False
+    path: str | Path,
+    config: ModelConfig,
+    dtype: str | None = None,
+    sharded: bool = False,
+    auto: type = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """A causal language model on the configured device, without dropout, in `dtype` (default: the configured one).
+    """A model on the configured device, without dropout, in `dtype` (default: the configured one).
 
-    sharded: in ZeRO-3 shares, on the device never more than one weight whole. Dropout is off because policy and
-    reference must agree at step 0. Every rank calls it together. Raises UserError where there is no such model, or its
-    weights are not whole, dense and finite.
+    sharded: in ZeRO-3 shares, on the device never more than one weight whole. auto: of which kind it is; a causal
+    language model, or AutoModelForSequenceClassification. Dropout is off because policy and reference must agree at
+    step 0. Every rank calls it together. Raises UserError where there is no such model, or its weights are not whole,
+    dense and finite.
     """
-    ranks.on_main(lambda: check_model(path))
+    ranks.on_main(lambda: check_model(path, auto))
     device, dtype = pick_device(config.device), dtype or config.dtype
     try:
         with _zero_init(dtype) if sharded else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder_of(path),
+            model = auto.from_pretrained(
+                folder_of(path, auto),
                 dtype=getattr(torch, dtype),
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=False,
@@ -120,14 +125,14 @@ def _tokenizer(path: str | Path, folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def model_files(path: str | Path) -> dict[str, Path]:
+def model_files(path: str | Path, auto: type = AutoModelForCausalLM) -> dict[str, Path]:
     """What a model is made of, by its name in the folder; of a hub id, in the cache; none where no folder is.
 
     Raises UserError for a hub id that cannot be had.
     """
-    folder = folder_of(path)
+    folder = folder_of(path, auto)
     try:
-        weights = weight_files(folder, read_config(folder))
+        weights = weight_files(folder, read_config(folder, auto))
     except UserError:  # of what is no model: it will be refused
         weights = folder.glob("*.safetensors")
     small = (file for pattern in _SMALL for file in folder.glob(pattern))
@@ -135,17 +140,17 @@ def model_files(path: str | Path) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def folder_of(path: str | Path) -> Path:
+def folder_of(path: str | Path, auto: type = AutoModelForCausalLM) -> Path:
     """Of a hub id, the folder in the cache with all that is read of the model. Raises UserError.
 
     As long as the process lasts it is the same: the hub may get other weights while a stage works.
     """
-    return _cached(str(path)) if is_hub_id(path) else Path(path)
+    return _cached(str(path), auto) if is_hub_id(path) else Path(path)
 
 
 @cache
-def _cached(hub_id: str) -> Path:
-    weight_files(hub_id, read_config(hub_id))
+def _cached(hub_id: str, auto: type) -> Path:
+    weight_files(hub_id, read_config(hub_id, auto))
     for name in _OPTIONAL:
         has_file(hub_id, name)
     with suppress(UserError):  # of some it has files of other names; a reference needs none

@@ -102,7 +102,8 @@ def _frozen(job: Job, stage: str, zero: Zero | None, work: _Work, times: int) ->
     shape, width = job.shape_in(stage), BYTES[job.config.model.dtype]
     whole = width * shape.parameters
     shared = _is_shared(job, zero, whole)
-    memory, seconds = {"base": whole, **work.memory}, work.seconds
+    judging = {"reward model": job.judging} if job.judging and stage in ("sample", "evaluate") else {}
+    memory, seconds = {"base": whole, **work.memory, **judging}, work.seconds
     if shared:
         memory |= {"base": math.ceil(whole / job.gpus), "gathered weights": gathered_bytes(shape, None, width)}
         seconds += work.passes * whole / job.bandwidth

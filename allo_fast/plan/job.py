@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from allo_fast.config import GRADIENT_SCORES, Config, SparseTrainConfig, UserError
+from allo_fast.data.verifier import judging_model
 from allo_fast.plan.costs import USABLE
 from allo_fast.plan.inference import evaluate_phase, rewards_phase, sample_phase
 from allo_fast.plan.locating import locate_phase, located_phase
 from allo_fast.plan.phase import DEVICES, Job, Phase, kind_of
 from allo_fast.plan.rows import unknown_rows
-from allo_fast.plan.shapes import BYTES, model_config, shape_of
+from allo_fast.plan.shapes import BYTES, model_config, shape_of, weights_of
 from allo_fast.plan.training import training_phase
 from allo_fast.training.zero import Zero, locates_itself, read_zero, trained_ratio, training_sections
 
@@ -89,6 +90,12 @@ def job_of(config: Config, gpus: int, gpu_bytes: float, model: str | None = None
     """Of rows that are not read. model: whose configuration stands for the base's. Raises UserError without any."""
     shape = shape_of(model_config(config, model), config.model.dtype)
     job = Job(config, shape, gpus, gpu_bytes, DEVICES["h100"], unknown_rows(config))
+    if path := judging_model(config):
+        try:
+            judge = weights_of(model_config(config, path), config.model.dtype)
+            job = replace(job, judging=BYTES[config.model.dtype] * judge.parameters)
+        except UserError as error:
+            logger.warning("data.scorer: planned without its weights: %s", error)
     if config.rewards.model and config.method == "allo":
         try:
             return replace(job, rewarding=shape_of(model_config(config, config.rewards.model), config.model.dtype))

@@ -46,7 +46,8 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Job:
-    """shape: of the base; rewarding: of rewards.model, where that is another. host_bytes: of a node, where known."""
+    """shape: of the base; rewarding: of rewards.model, where that is another; judging: bytes of the reward model that
+    judges answers. host_bytes: of a node, where known."""
 
     config: Config
     shape: Shape
@@ -55,6 +56,7 @@ class Job:
     device: Device
     rows: Rows
     rewarding: Shape | None = None
+    judging: int = 0
     host_bytes: float | None = None
 
     def shape_in(self, stage: str) -> Shape:

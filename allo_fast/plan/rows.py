@@ -8,7 +8,6 @@ from pathlib import Path
 from allo_fast.config import SAMPLED, Config, TrainConfig, UserError
 from allo_fast.data.problems import Problem, read_problems
 from allo_fast.data.sources import is_generated, split_slice
-from allo_fast.data.verifier import is_own
 
 _THOUSAND = 1000
 _OPTIONS = {"multiple_choice": 5, "preference": 2}  # responses of a row that cannot be read
@@ -59,7 +58,7 @@ def _count(source: str, config: Config) -> Counter[str] | None:
         return None
     counts = Counter(options=0)
     try:
-        for row in read_problems(source, config.data.format, is_own(config.data.scorer)):
+        for row in read_problems(source, config.data.format, config.data.scorer):
             if isinstance(row, Problem):
                 pairs, wrong = _pairs(config, row)
                 counts.update(problems=1, right=max(1, len(row.right)), pairs=pairs, wrong=wrong)

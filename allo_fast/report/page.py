@@ -9,7 +9,15 @@ from allo_fast.data.prompts import as_text
 from allo_fast.durable import write_bytes
 from allo_fast.method.objectives import Npo
 from allo_fast.report import figures
-from allo_fast.report.summary import is_preference, percent, shown, shown_interval, trained_line
+from allo_fast.report.summary import (
+    is_preference,
+    more_lines,
+    percent,
+    score_name,
+    shown,
+    shown_interval,
+    trained_line,
+)
 from allo_fast.runs.home import REPORT
 from allo_fast.runs.rows import read_jsonl, read_log
 from allo_fast.runs.run import Run
@@ -59,10 +67,13 @@ def _rows(data: dict[str, dict[str, int]]) -> str:
 
 
 def _accuracies(summary: dict) -> str:
-    count = next(iter(summary["models"].values()))["n"]
+    first = next(iter(summary["models"].values()))
+    name = score_name(first).capitalize()
+    over = " over the base's responses, as the reward model expects them" * (name == "Wins")
     return _section(
-        "Accuracy",
-        f"On {count} problems of data.test; bars are means over seeds, dots single seeds, whiskers 95 % intervals.",
+        name,
+        f"{name}{over} on {first['n']} problems of data.test; bars are means over seeds, dots single seeds, whiskers "
+        f"95 % intervals. {html.escape('; '.join(more_lines(summary['models'])))}",
         figures.accuracy_bars({key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}),
     )
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from allo_fast.config import Config
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.scoring import (
+    REWARD,
     accuracy_interval,
     difference_interval,
     mean_interval,
@@ -89,6 +90,8 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
             "scorers": {name: scores[0] for name, scores in by_scorer.items()},
         }
         models[model] |= sampled_shares(seeds, scorer)
+        if REWARD in seeds[0][0]:
+            models[model][REWARD] = [fmean(row[REWARD] for row in rows) for rows in seeds]
         if "tie" in seeds[0][0]:
             models[model]["ties"] = sum(row["tie"] for rows in seeds for row in rows)
     right = {model: [[row[scorer] for row in rows] for rows in seeds] for model, seeds in predictions.items()}
@@ -174,15 +177,23 @@ def table(summary: dict) -> str:
     for name, difference in summary["differences"].items():
         low, high = difference["ci95"]
         lines.append(f"{name}: {percent(difference['points'], '+')} ({percent(low, '+')} .. {percent(high, '+')})")
-    return "\n".join(lines + perplexity_lines(models) + trained_line(summary["data"]["test"]))
+    return "\n".join(lines + more_lines(models) + trained_line(summary["data"]["test"]))
 
 
-def perplexity_lines(models: dict[str, dict]) -> list[str]:
-    """Of data.text by each model, a number a seed; none where there is no text."""
-    lines = (
-        (name, " ".join(f"{value:.4g}" for value in model.get("perplexity", ()))) for name, model in models.items()
-    )
-    return [f"{name}: perplexity of data.text {values}" for name, values in lines if values]
+def more_lines(models: dict[str, dict]) -> list[str]:
+    """What else there is of each model, a number a seed: perplexity of data.text, its responses' rewards."""
+    said = {"perplexity": "perplexity of data.text", REWARD: "mean reward"}
+    return [
+        f"{name}: {words} {' '.join(f'{value:.4g}' for value in model[key])}"
+        for key, words in said.items()
+        for name, model in models.items()
+        if model.get(key)
+    ]
+
+
+def score_name(model: dict) -> str:
+    """What `accuracy` is of a model: by a reward model, the share of wins over the base's responses to expect."""
+    return "wins" if REWARD in model else "accuracy"
 
 
 def trained_line(test: dict[str, int]) -> list[str]:
@@ -195,10 +206,13 @@ def is_preference(summary: dict) -> bool:
 
 
 def _accuracy_lines(models: dict[str, dict]) -> list[str]:
-    names = "".join(f"{scorer:>9}" for scorer in next(iter(models.values()))["scorers"])
-    lines = [f"{'model':<12}{'accuracy':>10}{'95 % interval':>20}{'n':>7}{names}  per seed"]
+    first = next(iter(models.values()))
+    names = "".join(f" {scorer:>8}" for scorer in first["scorers"])
+    lines = [f"{'model':<12}{score_name(first):>10}{'95 % interval':>20}{'n':>7}{names}  per seed"]
     for name, model in models.items():
-        scorers = "".join(f"{percent(accuracy):>9}" for accuracy in model["scorers"].values())
+        scorers = "".join(
+            f" {percent(accuracy):>{max(8, len(scorer))}}" for scorer, accuracy in model["scorers"].items()
+        )
         seeds = " ".join(map(percent, model["seeds"]))
         interval = shown_interval("accuracy", model["ci95"])
         lines.append(f"{name:<12}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
@@ -237,6 +251,7 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
     lost = [f"perplexity of data.text {facts['perplexity']:.4g}"] if "perplexity" in facts else []
+    lost += [f"mean reward {facts[REWARD]:.4g}"] if REWARD in facts else []
     return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties, *lost])
 
 

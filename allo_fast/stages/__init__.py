@@ -10,9 +10,10 @@ from pathlib import Path
 
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.data.sources import source_files
-from allo_fast.data.verifier import file_of, is_own
+from allo_fast.data.verifier import file_of, is_own, reward_model_of
 from allo_fast.durable import versions
 from allo_fast.model.loading import model_files
+from allo_fast.model.reward import reward_model_files
 from allo_fast.runs.basis import flat
 from allo_fast.runs.contents import sha256
 from allo_fast.runs.unit import Stage
@@ -46,7 +47,9 @@ def _one_file(path: str) -> dict[str, Path]:
     return {"the file": Path(path)} if os.path.isfile(path) else {}
 
 
-def _own_scorer(scorer: str) -> dict[str, Path]:
+def _scorer(scorer: str) -> dict[str, Path]:
+    if path := reward_model_of(scorer):
+        return reward_model_files(path)
     return _one_file(str(file_of(scorer))) if is_own(scorer) else {}
 
 
@@ -55,7 +58,7 @@ _READ = {
     "data.train": _rows,
     "data.test": _rows,
     "data.text": _rows,
-    "data.scorer": _own_scorer,
+    "data.scorer": _scorer,
     "rewards.path": _one_file,
 }
 

@@ -14,12 +14,10 @@ from typing import TypeVar
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import REWRITING, Config, UserError
-from allo_fast.data import equivalence
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import judge_of
 from allo_fast.data.sources import UnusableRow
 from allo_fast.device import pick_device
 from allo_fast.locating.windows import pieces_of, windows_of
@@ -32,6 +30,7 @@ from allo_fast.model.weights import named_weights
 from allo_fast.plan.job import disk_bytes
 from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.home import MANIFEST
+from allo_fast.stages.judges import check_scorer
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.perplexity import text_windows
 from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
@@ -78,8 +77,7 @@ def check(config: Config) -> Findings:
     if config.data.text and prompts:
         findings.attempt(lambda: deque(text_windows(config, tokenizer), maxlen=0))
     _check_budgets(findings, config)
-    if config.data.scorer == "math" and config.generates_answers:
-        findings.attempt(equivalence.require)
+    findings.attempt(lambda: check_scorer(config))
     if config.warms_up and config.warmup.lora:
         findings.attempt(lora.require)
     if config.sample.engine == "server":
@@ -153,8 +151,7 @@ def _check_data(
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
         findings.shortest = seen.shortest
-        if "fields" in seen.first and config.generates_answers:
-            findings.attempt(lambda: judge_of(config.data.scorer)(seen.first["solution"], seen.first))
+        findings.attempt(lambda: check_scorer(config, seen.first))
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))

@@ -9,6 +9,7 @@ from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.config_train import LossConfig
 from allo_fast.data.batch import Corpus
+from allo_fast.data.encoding import max_positions
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.plan import costs
@@ -16,7 +17,6 @@ from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import frozen_reference
-from allo_fast.stages.problems import max_positions
 from allo_fast.training.engine import Trainer
 from allo_fast.training.metrics import LOG
 from allo_fast.training.reference import Reference

@@ -8,11 +8,14 @@ they are answered as sampled problems are.
 Preferences: each pair of a right and a wrong response, by the implicit rewards beta (log pi - log pi0) against the base
 model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences. The base has no
 implicit rewards, nor has the model of which `sft` made it.
+With `data.scorer: reward_model:FOLDER` a response's score is sigmoid(its reward - that of the base's), the probability
+that it wins by Bradley and Terry: of the base itself one half.
 
 Models are judged in `model.dtype`; a dense warm-up, which is saved in float32, loses there what rounding takes from it.
 A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
 (right by either scorer), response} of sampled problems, or {..., pass, majority, responses} of several; of multiple
-choice {..., per_token, tie, responses}; of preferences {id, responses}. Responses of these two are {logp, tokens,
+choice {..., per_token, tie, responses}; of preferences {id, responses}; `reward`, where a reward model judges, of
+several responses the mean. Responses of these two are {logp, tokens,
 correct, ref_logp (by the base model)} in the row's order.
 """
 
@@ -26,6 +29,8 @@ from statistics import fmean, mode
 from allo_fast.config import Config, DataConfig, UserError
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import (
+    REWARD,
+    WINS,
     best_response,
     final_answer,
     is_tie,
@@ -33,9 +38,10 @@ from allo_fast.data.scoring import (
     pair_margins,
     scorers_with,
 )
-from allo_fast.data.verifier import Judge
+from allo_fast.data.verifier import Judge, judging_model
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
+from allo_fast.model.reward import RewardModel
 from allo_fast.runs.rows import Rows, by_chunks, read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Progress, Unit
@@ -65,12 +71,13 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 
 def evaluate_alone(run: Run, path: str | Path, base: str | Path) -> Generator[Progress, None, tuple[dict, list[dict]]]:
     """The facts and predictions of the model at `path`; preferences also against the one at `base`, where that goes."""
-    unit, against = Unit(run, "evaluate", "model"), None
-    if run.config.data.format == "preference" and Path(path).resolve() != Path(base).resolve():
+    unit, against, data = Unit(run, "evaluate", "model"), None, run.config.data
+    compares = data.format == "preference" or judging_model(run.config)
+    if compares and Path(path).resolve() != Path(base).resolve():
         try:
             against = yield from _evaluate_base(Unit(run, "evaluate", "base"), base, path)
         except UserError as error:
-            logger.warning("no implicit rewards: %s", error)
+            logger.warning("not compared with the base: %s", error)
     unit.folder.mkdir(parents=True)
     facts = yield from evaluate(unit, path, against)
     return facts, list(read_jsonl(unit.folder / PREDICTIONS))  # the folder may go
@@ -100,15 +107,17 @@ def evaluate(
     """
     prompts = prompts_of(unit.config, load_tokenizer(reader or path))
     problems, quarantined = _problems(unit, prompts, against, path, reader or path)
-    reference = read_jsonl(against / PREDICTIONS) if against and unit.key != "given" else None
     scoring = bool(problems[0]["responses"]) and not unit.config.generates_answers
+    reference = read_jsonl(against / PREDICTIONS) if against and not (scoring and unit.key == "given") else None
+    judges = {} if scoring else _judges(unit.config)
     with inference(unit, path, delta, scoring=scoring) as frozen:
 
         def work(chunk: list[dict], start: int) -> list[dict]:
-            if not scoring:
-                return _answered(frozen, prompts, chunk, start, unit.config)
-            logps = response_logps(frozen, chunk)
             judged = reference[start : start + len(chunk)] if reference else [None] * len(chunk)
+            if not scoring:
+                answers = _answered(frozen, prompts, chunk, start, unit.config, judges)
+                return [_won(*row) for row in zip(answers, judged, strict=True)]
+            logps = response_logps(frozen, chunk)
             return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
 
         size = unit.config.evaluate.batch_size
@@ -154,7 +163,24 @@ def _chosen(row: dict, responses: list[dict], scorer: str) -> dict:
     }
 
 
-def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], start: int, config: Config) -> list[dict]:
+def _judges(config: Config) -> Mapping[str, Judge]:
+    """Of a reward model, which is loaded now, the rewards."""
+    if path := judging_model(config):
+        return {REWARD: RewardModel(path, config.model, config.data.prompt_template)}
+    return judges_with(config.data.scorer)
+
+
+def _won(answered: dict, reference: dict | None) -> dict:
+    """With the probability that it wins against the base's, where they have rewards."""
+    if REWARD not in answered:
+        return answered
+    gain = answered[REWARD] - (reference or answered)[REWARD]
+    return answered | {WINS: 0.5 + 0.5 * math.tanh(gain / 2)}  # the sigmoid, without overflow
+
+
+def _answered(
+    frozen: Inference, prompts: Prompts, chunk: list[dict], start: int, config: Config, judges: Mapping[str, Judge]
+) -> list[dict]:
     """start: the number of the chunk's first problem, which decides what is drawn."""
     settings, several = config.evaluate, config.evaluate.num_return_sequences > 1
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if several else {}
@@ -170,25 +196,26 @@ def _answered(frozen: Inference, prompts: Prompts, chunk: list[dict], start: int
         sharded=frozen.sharded,
         **sampling,
     )
-    judges = judges_with(config.data.scorer)
     return [judged(problem, texts, judges) for problem, texts in zip(chunk, responses, strict=True)]
 
 
 def judged(problem: dict, texts: list[str], judges: Mapping[str, Judge]) -> dict:
     """A row of predictions.jsonl.
 
-    Of several responses the majority's answer is the commonest text, the first of equals; no answer is none, unless
-    no response has one.
+    Of several responses `pass` is the best one's score, and the majority's answer is the commonest text, the first of
+    equals; no answer is none, unless no response has one.
     """
     right = [{scorer: judge(text, problem) for scorer, judge in judges.items()} for text in texts]
     if len(texts) == 1:
         return {"id": problem["id"], **right[0], "response": texts[0]}
+    if REWARD in judges:
+        return {"id": problem["id"], REWARD: fmean(row[REWARD] for row in right), "responses": texts}
     answers = [final_answer(text) for text in texts]
     votes = [answer for answer in answers if answer is not None] or answers
     return {
         "id": problem["id"],
         **{scorer: fmean(row[scorer] for row in right) for scorer in judges},
-        "pass": {scorer: any(row[scorer] for row in right) for scorer in judges},
+        "pass": {scorer: max(row[scorer] for row in right) for scorer in judges},
         "majority": right[answers.index(mode(votes))],
         "responses": texts,
     }
@@ -205,4 +232,5 @@ def _counts(rows: Rows, data: DataConfig) -> dict[str, int | float]:
             margins = pair_margins(row["responses"], 1.0)
             counts.update(pairs=len(margins["logps"]))
             counts.update({f"{score}/ties": of_pairs.count(0) for score, of_pairs in margins.items()})
-    return dict(counts)
+    rewards = {REWARD: fmean(row[REWARD] for row in rows)} if REWARD in rows[0] else {}
+    return dict(counts) | rewards

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from allo_fast.config import Config, UserError
-from allo_fast.data.encoding import Limits, encode_problems
+from allo_fast.data.encoding import Limits, encode_problems, max_positions
 from allo_fast.data.problems import Problem, Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.verifier import is_own
 from allo_fast.plan.shapes import model_config
 from allo_fast.runs.rows import Rows, split_once
 from allo_fast.runs.unit import Unit
@@ -52,7 +51,7 @@ def problems_of(config: Config, key: Key) -> Iterator[Problem | Quarantined]:
     """Those of data.train without a solution are set aside, where a stage trains on it or shows it."""
     data, gold = config.data, key == "train" and config.reads_solutions
     try:
-        for row in read_problems(getattr(data, key), data.format, is_own(data.scorer)):
+        for row in read_problems(getattr(data, key), data.format, data.scorer):
             lacking = gold and isinstance(row, Problem) and not (row.solution or row.right)
             yield Quarantined(row.id, "no solution, which sft and rewards.source need") if lacking else row
     except UserError as error:
@@ -93,8 +92,3 @@ def limits(config: Config, new_tokens: int, *paths: str | Path) -> Limits:
     models = models or [model_config(config).get_text_config()]
     positions, vocabulary = min(map(max_positions, models)), min(model.vocab_size for model in models)
     return Limits(config.data.max_prompt_tokens, config.data.max_response_tokens, new_tokens, positions, vocabulary)
-
-
-def max_positions(model) -> float:
-    """Tokens that a model of this configuration can read; infinite where it names no limit."""
-    return getattr(model, "max_position_embeddings", None) or float("inf")

@@ -16,13 +16,13 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.encoding import encode_responses
 from allo_fast.data.prompts import Prompts
-from allo_fast.data.scoring import judge_of
 from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.server import Server
 from allo_fast.runs.rows import Rows, by_chunks
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.judges import Labels, labels_in
 from allo_fast.stages.models import BATCHES, base_path, inference, prompts_of
 from allo_fast.stages.problems import PROBLEMS, first_row, limits, unit_problems
 
@@ -65,7 +65,7 @@ def _suffix(unit: Unit, prompts: Prompts) -> str:
 def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, None, Rows]:
     """As `_sample`, of a server. What it refuses or leaves empty is among a row's `unusable`."""
     settings, suffix, positions = unit.config.sample, _suffix(unit, prompts), limits(unit.config, 0).positions
-    server = Server(settings, unit.config.model.name_or_path)
+    server, label = Server(settings, unit.config.model.name_or_path), labels_in(unit.config)
 
     def work(chunk: list[dict], start: int) -> list[dict]:
         requests = [prompts.request(row["prompt"], row["tools"], suffix) for row in chunk]
@@ -73,7 +73,7 @@ def _ask(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress, No
         answers = server.respond(requests, lengths, unit.seed, start)
         rows = []
         for row, answer in zip(chunk, answers, strict=True):
-            judged = _judged(unit, row, answer.texts, prompts, positions)
+            judged = _judged(row, answer.texts, label, settings.stop, prompts, positions)
             rows.append({**judged, "unusable": judged["unusable"] + answer.reasons})
         return rows
 
@@ -88,6 +88,7 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
     def asked(row: dict) -> list[int]:
         return prompts.encode_prompt(row["prompt"], suffix=suffix) if suffix else row["prompt_ids"]
 
+    label = labels_in(unit.config)
     with inference(unit, base_path(unit), scoring=True) as frozen:  # refused now, if it cannot be trained
 
         def work(chunk: list[dict], start: int) -> list[dict]:
@@ -105,18 +106,19 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
                 rows=settings.batch_size * settings.num_return_sequences,
                 sharded=frozen.sharded,
             )
-            return [_judged(unit, row, sampled, prompts, positions) for row, sampled in zip(chunk, texts, strict=True)]
+            return [
+                _judged(row, sampled, label, settings.stop, prompts, positions)
+                for row, sampled in zip(chunk, texts, strict=True)
+            ]
 
         size = frozen.at_once(settings.batch_size)
         rows = yield from by_chunks(unit, RESPONSES, problems, size, "problem", work, frozen.sharded)
     return rows
 
 
-def _judged(unit: Unit, row: dict, texts: list[str], prompts: Prompts, positions: float) -> dict:
-    cut = [_cut(text, unit.config.sample.stop) for text in texts]
-    judge = judge_of(unit.config.data.scorer)
-    judged = [(text, judge(text, row)) for text in cut]
-    return encode_responses(row, judged, prompts, positions)
+def _judged(row: dict, texts: list[str], label: Labels, stops: list[str], prompts: Prompts, positions: float) -> dict:
+    cut = [_cut(text, stops) for text in texts]
+    return encode_responses(row, [*zip(cut, label(cut, row), strict=True)], prompts, positions)
 
 
 def _cut(text: str, stops: list[str]) -> str:
