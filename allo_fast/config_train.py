@@ -139,6 +139,9 @@ class GuardSettings(Section):
     max_drop: float = Field(0.5, gt=0)  # nats per token, of the responses' mean log-probability; more ends forgetting
     steps: int = Field(10, gt=0)  # between two looks
     responses: int = Field(32, gt=0)  # right ones, of as many problems, drawn at random
+    # What greedy responses to eight of the problems repeat of themselves, as a share of their runs of four tokens: a
+    # rise by more ends forgetting; null: none are asked for.
+    max_repeated: float | None = Field(0.2, gt=0, le=1)
 
 
 class ForgetConfig(SparseTrainConfig):

@@ -10,7 +10,9 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from allo_fast.__main__ import main
 from allo_fast.config import TrainConfig
 from allo_fast.config_file import load_config
+from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Corpus, Layout
+from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.report.page import _forgotten
@@ -18,7 +20,7 @@ from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages.forget import guard_of
 from allo_fast.training.engine import Trainer
-from allo_fast.training.guard import CHANGE, Guard
+from allo_fast.training.guard import CHANGE, REPEATED, Guard, repeated
 
 QUICK = ["seeds=[0]", "rivals=[]"]
 SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
@@ -74,6 +76,38 @@ def test_it_changes_no_step_until_it_ends_training(tmp_path):
     assert ended.made == end + 1 < len(ended.steps)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        ([], 0),
+        ([1, 2, 3], 0),
+        ([1, 2, 3, 4, 5, 6], 0),
+        ([7] * 6, 2 / 3),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),
+        ([1, 2, 3, 1, 2, 3], 0),
+    ],
+)
+def test_what_a_response_repeats_of_itself(tokens, share):
+    assert repeated(tokens) == pytest.approx(share)
+
+
+def test_responses_that_begin_to_repeat_themselves_end_training(tmp_path):
+    """Two of them, of which one repeats ever more; the first look is before the first step."""
+    once = [*range(20)]
+
+    def watched(folder, most):
+        training, looks = trainer(folder, every=1), iter(range(2, 99))
+        training.guard.speak = lambda: [once, [7] * (next(looks) + 3)]  # 1 - 1 / looks
+        training.guard.max_repeated = most
+        return training
+
+    rows = [metrics.row() for metrics in watched(tmp_path / "free", 1.0).run()]
+    shares = [(1 - 1 / (look + 3)) / 2 - 1 / 4 for look in range(len(rows))]
+    assert [row[REPEATED] for row in rows] == pytest.approx(shares)
+    ended = watched(tmp_path / "ended", (shares[1] + shares[2]) / 2)
+    assert [*ended.run()][-1].row()[REPEATED] == pytest.approx(shares[2]) and ended.made == 3 < len(ended.steps)
+
+
 def test_a_training_that_it_ended_stays_ended(tmp_path):
     first = trainer(tmp_path, every=1, max_drop=1e-3, save_steps=1)
     made = len([*first.run()])
@@ -95,7 +129,11 @@ def test_a_killed_training_compares_with_its_first_step(tmp_path):
 def unit(folder, rows, *words):
     write_jsonl(folder / "responses.jsonl", rows)
     config = load_config("configs/quickstart.yaml", list(words))
-    return SimpleNamespace(config=config, seed=0, needed=lambda stage: folder)
+    return SimpleNamespace(config=config, seed=0, zero=None, needed=lambda stage: folder)
+
+
+def watching(folder, rows, *words):
+    return guard_of(unit(folder, rows, *words), Prompts(character_tokenizer()), tiny_llama(vocab_size=40))
 
 
 def row(number, right=(), wrong=(), **more):
@@ -111,17 +149,17 @@ def test_what_it_watches(tmp_path):
         row(5, wrong=[[9]], solution_ids=[7, 7]),
         row(6, wrong=[[9]]),
     ]
-    guard = guard_of(unit(tmp_path, rows))
+    guard = watching(tmp_path, rows)
     assert (guard.every, guard.max_drop) == (10, 0.5)
     watched = {guard.corpus.prompts[r.prompt][0]: r.tokens for r in guard.corpus.responses}
     assert watched.keys() == {3, 4, 5} and watched[3] == [4, 5] and watched[5] == [7, 7]
     assert watched[4] in ([5], [6])
-    few = guard_of(unit(tmp_path, rows, "forget.guard.responses=2"))
+    few = watching(tmp_path, rows, "forget.guard.responses=2")
     assert len(few.corpus.responses) == 2
-    assert guard_of(unit(tmp_path, rows[3:])) is None, "nothing is right"
-    assert guard_of(unit(tmp_path, rows, "forget.guard=null")) is None
+    assert watching(tmp_path, rows[3:]) is None, "nothing is right"
+    assert watching(tmp_path, rows, "forget.guard=null") is None
     release = ["protocol=release", "locate.score=delta"]
-    assert guard_of(unit(tmp_path, rows, *release)) is None
+    assert watching(tmp_path, rows, *release) is None
 
 
 @pytest.mark.xdist_group("runs")
@@ -139,8 +177,9 @@ def test_what_the_last_look_sees_is_said_too(copied, caplog):
         ({}, ""),
         ({Npo.CHANGE: 0.0}, " Before its last step the log-probability of a forgotten token had changed by +0.000."),
         (
-            {CHANGE: -0.5, "steps": 2, "ended_before_steps": 6},
-            " After it that of a token of right responses had changed by -0.500. It ended after 2 of 6 steps.",
+            {CHANGE: -0.5, REPEATED: 0.123, "steps": 2, "ended_before_steps": 6},
+            " After it that of a token of right responses had changed by -0.500. Of greedy responses +12.3% was "
+            "repeated, in runs of four tokens. It ended after 2 of 6 steps.",
         ),
     ],
 )
@@ -159,6 +198,38 @@ def test_a_look_keeps_to_the_budget_of_a_pass():
     assert len(seen) == len({response.prompt for response in kept().responses})
 
 
+def test_the_model_as_it_is_answers_the_problems_that_are_watched(tmp_path):
+    rows = [row(number, right=[[4, 5]], wrong=[[9, 9]]) for number in range(3, 20)]
+    model, tokenizer = tiny_llama(vocab_size=40), character_tokenizer()
+    asked = unit(tmp_path, rows, "sample.max_new_tokens=9")
+    guard = guard_of(asked, Prompts(tokenizer), model)
+    prompts = [[*guard.corpus.prompts[number]] for number in range(8)]
+
+    def greedy():
+        ids = [model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, 1:] for prompt in prompts]
+        ends = Prompts(tokenizer).end_tokens
+        texts = [tokenizer.decode([token for token in new.tolist() if token not in ends]) for new in ids]
+        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+    model.generation_config.eos_token_id = sorted(Prompts(tokenizer).end_tokens)
+    before = guard.speak()
+    assert before == greedy() and any(before)
+    torch.nn.init.normal_(model.lm_head.weight)
+    assert guard.speak() == greedy() != before
+    assert guard_of(unit(tmp_path, rows, "forget.guard.max_repeated=null"), Prompts(tokenizer), model).speak is None
+
+
+@pytest.mark.xdist_group("runs")
+def test_a_run_says_that_its_responses_repeat_themselves(copied, caplog, monkeypatch):
+    said = iter([0.1, 0.2, 0.5, 0.5, 0.5])
+    monkeypatch.setattr("allo_fast.training.guard.fmean", lambda shares: [*shares] and next(said))
+    words = [*QUICK, "name=again", "forget.guard.steps=1", "forget.guard.max_repeated=0.3"]
+    assert main(["run", str(copied[0]), *words, "forget.learning_rate=1e-3"]) == 0
+    facts = json.loads(next((copied[1].parent / "again").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
+    assert facts["steps"] == 2 < facts["ended_before_steps"] and facts[REPEATED] == pytest.approx(0.4)
+    assert "40% more of greedy responses is repeated, forget.guard.max_repeated is 0.3" in caplog.text
+
+
 @pytest.mark.xdist_group("runs")
 def test_a_run_says_that_forgetting_ended(copied, capsys):
     config, folder = copied
@@ -167,8 +238,8 @@ def test_a_run_says_that_forgetting_ended(copied, capsys):
     said = capsys.readouterr()
     manifest = json.loads(next((folder.parent / "ended").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())
     facts = manifest["facts"]
-    assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0
+    assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0 and -1 <= facts[REPEATED] <= 1
     page = (folder.parent / "ended" / "report.html").read_text()
-    assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. It ended after" in page
+    assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. Of greedy" in page
     assert facts["steps"] < facts["ended_before_steps"]
     assert f"forgetting ended after {facts['steps']} of {facts['ended_before_steps']} steps" in said.out + said.err

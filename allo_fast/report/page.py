@@ -25,7 +25,7 @@ from allo_fast.runs.unit import Unit
 from allo_fast.stages import stages_of
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import tokenizer_of
-from allo_fast.training.guard import CHANGE
+from allo_fast.training.guard import CHANGE, REPEATED
 
 _SHOWN_RESPONSES = 6
 
@@ -192,6 +192,8 @@ def _forgotten(unit: Unit) -> str:
         said.append(f"Before its last step the log-probability of a forgotten token had changed by {gave:+.3f}")
     if cost is not None:
         said.append(f"After it that of a token of right responses had changed by {cost:+.3f}")
+    if (more := facts.get(REPEATED)) is not None:
+        said.append(f"Of greedy responses {more:+.1%} was repeated, in runs of four tokens")
     if "ended_before_steps" in facts:
         said.append(f"It ended after {facts['steps']} of {facts['ended_before_steps']} steps")
     return "".join(f" {sentence}." for sentence in said)

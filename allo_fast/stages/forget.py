@@ -4,8 +4,9 @@
     `allo-fast forget CONFIG`
 
 paper: w_t = 1[reward_t < 0.5], as of tokens that a rewriter would change. release: w_t = reward_t, which weighs the
-kept tokens most and contradicts the paper's figure. `forget.guard` watches right responses meanwhile: where they lose
-too much, forgetting ends. Writes delta.safetensors, with `save_models: all` also model/.
+kept tokens most and contradicts the paper's figure. `forget.guard` watches meanwhile: where right responses lose too
+much, or the model's own begin to repeat themselves, forgetting ends. Writes delta.safetensors, with `save_models: all`
+also model/.
 """
 
 import logging
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
 from allo_fast.data.arrays import Ragged
 from allo_fast.data.batch import Corpus
+from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
+from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
@@ -31,10 +35,12 @@ from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.models import base_path, prompts_of, save_trained, sparse_policy
 from allo_fast.stages.problems import distinct_responses
 from allo_fast.stages.sample import RESPONSES
-from allo_fast.training.guard import CHANGE, Guard
+from allo_fast.training.guard import CHANGE, REPEATED, Guard
 from allo_fast.training.metrics import LOG
 
 logger = logging.getLogger(__name__)
+
+_ASKED, _NEW_TOKENS = 8, 64  # of the guard: problems that the model answers, and tokens of an answer, at most
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -54,28 +60,32 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
             tokens,
         )
     policy = sparse_policy(unit, settings)
-    guard = guard_of(unit)
+    guard = guard_of(unit, prompts, policy.model)
     more = {"protocol": protocol, "token_weights": weights, "guard": guard}
     trainer = trainer_of(unit, policy, corpus, Npo(settings.beta), settings, **more)
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()
     last = ranks.on_main(lambda: dict(next(iter(read_jsonl(unit.folder / LOG)[-1:]), {})))
-    changes = {name: last[name] for name in (Npo.CHANGE, CHANGE) if name in last}
+    changes = {name: last[name] for name in (Npo.CHANGE, CHANGE, REPEATED) if name in last}
     if guard and ranks.is_main() and guard.ends(changes):
+        lost = f"right responses lost {-changes[CHANGE]:.3g} nats a token, forget.guard.max_drop is {guard.max_drop}"
+        if -changes[CHANGE] <= guard.max_drop:
+            lost = f"{changes[REPEATED]:.0%} more of greedy responses is repeated, forget.guard.max_repeated is "
+            lost += str(guard.max_repeated)
         logger.warning(
-            "forgetting ended after %d of %d steps: right responses lost %.3g nats a token, forget.guard.max_drop is "
-            "%s; a smaller forget.learning_rate or forget.threshold forgets less",
+            "forgetting ended after %d of %d steps: %s; a smaller forget.learning_rate or forget.threshold forgets "
+            "less",
             trainer.made,
             len(trainer.steps),
-            -changes[CHANGE],
-            guard.max_drop,
+            lost,
         )
     return {**facts, **changes, "forgotten_tokens": forgotten, "tokens": tokens}
 
 
-def guard_of(unit: Unit) -> Guard | None:
-    """Of right responses to the problems that train, of each at most one, which forgetting never sees; or solutions."""
+def guard_of(unit: Unit, prompts: Prompts, model: PreTrainedModel) -> Guard | None:
+    """Of right responses to the problems that train, of each at most one, which forgetting never sees; or solutions.
+    model: the policy's."""
     settings = unit.config.forget.guard
     if settings is None or unit.config.protocol == "release":
         return None
@@ -88,7 +98,17 @@ def guard_of(unit: Unit) -> Guard | None:
             corpus.add(row["prompt_ids"], [draw.choice(right)["ids"]], row["id"])
         if len(corpus.responses) == settings.responses:
             break
-    return Guard(corpus, settings.steps, settings.max_drop) if len(corpus.responses) else None
+    asked = [corpus.prompts[number] for number in range(min(_ASKED, len(corpus.prompts)))]
+    new = min(_NEW_TOKENS, unit.config.sample.max_new_tokens)
+    sharded = unit.zero is not None and unit.zero.sharded
+
+    def speak() -> list[list[int]]:
+        ends = prompts.end_tokens
+        texts = generate(model, prompts.tokenizer, asked, ends, max_new_tokens=new, sharded=sharded)
+        return [prompts.tokenizer(text, add_special_tokens=False).input_ids for (text,) in texts]
+
+    speaking = {} if settings.max_repeated is None else {"speak": speak, "max_repeated": settings.max_repeated}
+    return Guard(corpus, settings.steps, settings.max_drop, **speaking) if len(corpus.responses) else None
 
 
 Threshold = float | Literal["mean"] | None

@@ -1,8 +1,10 @@
-"""What training must not spoil: responses that do not train, whose log-probabilities are watched while it goes on."""
+"""What training must not spoil, watched while it goes on: how likely responses are that do not train, and whether the
+model's own begin to repeat themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import fsum
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -12,16 +14,22 @@ from allo_fast.data.batch import Batch, Corpus, Layout, collate
 from allo_fast.training.reference import micro_batches
 
 CHANGE = "logps/kept_change"  # nats per token, since the first step
+REPEATED = "repeated_change"  # of the mean `repeated`, since the first step
+_GRAM = 4
 
 
 @dataclass
 class Guard:
-    """every: steps between two looks. max_drop: nats per token; a mean that fell by more ends training."""
+    """every: steps between two looks. max_drop: nats per token; a mean that fell by more ends training. speak: tokens
+    of responses by the model as it is; a mean of `repeated` that rose by more than max_repeated ends training; None: it
+    is not asked."""
 
     corpus: Corpus
     every: int
     max_drop: float
-    before: float | None = None  # the mean before the first step; a checkpoint keeps it
+    speak: Callable[[], list[list[int]]] | None = None
+    max_repeated: float = 1.0
+    before: dict[str, float] | None = None  # what the first look saw; a checkpoint keeps it
 
     @torch.no_grad()
     def look(
@@ -33,9 +41,16 @@ class Guard:
         for micro in micro_batches(corpus, np.arange(len(corpus.responses)), layout, budget):
             batch = collate(corpus, [(number,) for number in micro], layout).to(device)
             sums += compute(batch).double().sum(1).tolist()
-        mean = fsum(sums) / len(corpus.responses.tokens.flat)
-        self.before = mean if self.before is None else self.before
-        return {CHANGE: mean - self.before}
+        seen = {CHANGE: fsum(sums) / len(corpus.responses.tokens.flat)}
+        seen |= {REPEATED: fmean(map(repeated, self.speak()))} if self.speak else {}
+        self.before = self.before or seen
+        return {name: value - self.before[name] for name, value in seen.items()}
 
     def ends(self, seen: dict[str, float]) -> bool:
-        return seen.get(CHANGE, 0.0) < -self.max_drop
+        return seen.get(CHANGE, 0.0) < -self.max_drop or seen.get(REPEATED, 0.0) > self.max_repeated
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """The share of a response's runs of four tokens that it has had before (seq-rep-4 of arXiv 1908.04319)."""
+    grams = [tuple(tokens[start : start + _GRAM]) for start in range(len(tokens) - _GRAM + 1)]
+    return 1 - len({*grams}) / len(grams) if grams else 0.0
