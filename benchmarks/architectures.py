@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights

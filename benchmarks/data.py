@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from allo_fast.config import Config
-from allo_fast.data.batch import Batch, Corpus, Layout
+from allo_fast.data.batch import Batch, Layout
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.durable import versions
 from allo_fast.runs.rows import read_jsonl, rendered_once

@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from allo_fast.__main__ import main
 from allo_fast.config import GRADIENT_SCORES, Config
 from allo_fast.config_file import load_config
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.encoding import corpus_of_pairs
 from allo_fast.durable import versions
 from allo_fast.locating.files import stored_scores

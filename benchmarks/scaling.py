@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from allo_fast.config import TrainConfig
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.objectives import Preference
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.method.selection import Selection

@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data import problems
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights

@@ -9,7 +9,8 @@ from conftest import pair_corpus, random_selection, tiny_llama
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from allo_fast.data.batch import Batch, Corpus, Layout, Span, collate
+from allo_fast.data.batch import Batch, Layout, Span, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.model import attention
 from allo_fast.model.attention import BLOCK, Packing

@@ -3,7 +3,8 @@ import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
 
-from allo_fast.data.batch import Corpus, Layout, attention_mask, collate
+from allo_fast.data.batch import Layout, attention_mask, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.training.steps import plan_steps, shuffled
 

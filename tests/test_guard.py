@@ -11,7 +11,8 @@ from allo_fast.__main__ import main
 from allo_fast.config import TrainConfig
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.batch import Corpus, Layout
+from allo_fast.data.batch import Layout
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.method.policy import SparsePolicy

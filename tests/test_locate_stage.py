@@ -16,7 +16,7 @@ from allo_fast.__main__ import main
 from allo_fast.config import GRADIENT_SCORES, Config, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.durable import SCRATCH
 from allo_fast.method.objectives import Npo, Sft
 from allo_fast.method.scores import Random

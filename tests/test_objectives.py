@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.objectives import (
     Preference,
     dpo_loss,

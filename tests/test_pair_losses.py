@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from allo_fast.config import LearnConfig
 from allo_fast.config_train import LOSSES as NAMES
 from allo_fast.config_train import WITHOUT_REFERENCE
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.objectives import Preference
 from allo_fast.method.pair_losses import LOSSES, Pairs, Settings
 from allo_kernels import key_token_weights

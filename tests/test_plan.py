@@ -11,7 +11,8 @@ from allo_fast.__main__ import main
 from allo_fast.config import Config, SftConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.batch import Corpus, attention_mask, collate
+from allo_fast.data.batch import attention_mask, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.model.decoding import BLOCK
 from allo_fast.model.generation import generate
 from allo_fast.plan.advice import advised

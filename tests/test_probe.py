@@ -11,7 +11,8 @@ from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from allo_fast.config import ModelConfig, UserError
-from allo_fast.data.batch import Corpus, Layout, collate
+from allo_fast.data.batch import Layout, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.model import loading
 from allo_fast.model.loading import load_model

@@ -800,7 +800,7 @@ def test_mistakes_end_with_one_line(copied, capsys, overrides, message):
 def test_too_long_for_the_model(copied, capsys):
     config, _ = copied
     with pytest.raises(UserError, match="has .* tokens, the model reads 512"):
-        from allo_fast.data.batch import Corpus
+        from allo_fast.data.corpus import Corpus
         from allo_fast.stages.driving import check_lengths
 
         corpus = Corpus()

@@ -18,7 +18,8 @@ from conftest import pair_corpus, tiny_llama
 from allo_fast.config import Config, TrainConfig, UserError
 from allo_fast.data import arrays
 from allo_fast.data.arrays import Chained, Chunks, Ragged, Tuples
-from allo_fast.data.batch import Corpus, Layout, collate
+from allo_fast.data.batch import Layout, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.encoding import Limits, corpus_of_pairs
 from allo_fast.durable import Damaged, locked
 from allo_fast.model.weights import fingerprint

@@ -10,7 +10,7 @@ from test_probe import GPT, MAMBA, MPT, build
 from torch import nn
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.locating import captured, segments
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -8,93 +8,16 @@ Token i sees token j iff they are of one problem, j is not after i, and segment 
 rows; losses see only [R, L]: one line per response, one column per token of it, and which of them exist.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from allo_fast.data.arrays import Lazy, Numbers, Ragged, Tuples
-
-
-@dataclass(frozen=True)
-class Response:
-    prompt: int  # index into Corpus.prompts
-    tokens: list[int]
-
-
-class Responses(Lazy[Response]):
-    def __init__(self, folder: Path | None = None):
-        self.tokens, self._prompts = Ragged("i", folder), Numbers("i", folder)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def append(self, response: Response) -> None:
-        self.tokens.append(response.tokens)
-        self._prompts.extend((response.prompt,))
-
-    def item(self, index: int) -> Response:
-        return Response(int(self.prompts[index]), self.tokens.item(index))
-
-    @property
-    def prompts(self) -> np.ndarray:
-        """Of each response, int32."""
-        return self._prompts.values
-
-
-@dataclass
-class Corpus:
-    """What a stage trains on. An example is a tuple of response indices: (chosen, rejected) or (response,).
-
-    names: of the row that each prompt came from.
-    """
-
-    prompts: Ragged = field(default_factory=lambda: Ragged("i"))
-    responses: Responses = field(default_factory=Responses)
-    examples: Tuples | list[tuple[int, ...]] = field(default_factory=Tuples)
-    names: Ragged = field(default_factory=lambda: Ragged("B"))
-
-    @classmethod
-    def on_disk(cls, folder: Path) -> "Corpus":
-        """One whose numbers lie in nameless files of `folder`, mapped into memory once they are read."""
-        return cls(Ragged("i", folder), Responses(folder), Tuples(folder), Ragged("B", folder))
-
-    def add(self, prompt: list[int], responses: Iterable[list[int]], name: str = "") -> list[int]:
-        """Adds one problem; returns the indices of its responses."""
-        assert prompt, "the first token of a response needs one before it"
-        number, first = len(self.prompts), len(self.responses)
-        self.prompts.append(prompt)
-        self.names.append(name.encode())
-        for tokens in responses:
-            self.responses.append(Response(number, tokens))
-        return list(range(first, len(self.responses)))
-
-    def only(self, numbers: Sequence[int]) -> "Corpus":
-        """With these of its examples, by their numbers."""
-        examples = Tuples()
-        examples += map(tuple, np.asarray(self.examples)[numbers])
-        return replace(self, examples=examples)
-
-    def names_of(self, examples: Iterable[tuple[int, ...]]) -> list[str]:
-        """Of the rows that the examples came from, each once."""
-        prompts = dict.fromkeys(self.responses[example[0]].prompt for example in examples)
-        return [bytes(self.names[prompt]).decode() for prompt in prompts]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a prompt with its response, at most."""
-        return int((self.prompts.lengths[self.responses.prompts] + self.responses.tokens.lengths).max())
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        """All that it holds, but for names."""
-        yield from self.prompts.arrays()
-        yield from self.responses.tokens.arrays()
-        yield from (self.responses.prompts, np.asarray(self.examples))
+from allo_fast.data.corpus import Corpus
 
 
 class Span(NamedTuple):
@@ -147,6 +70,7 @@ class Batch:
     spans: tuple[Span, ...]  # of each problem, or where prompts are not shared of each response
     packed: bool
     token_weights: Tensor | None = None  # fp32 [R, L]
+    loss_weights: Tensor | None = None  # fp32 [E]
     reference: Tensor | None = None  # fp32 [R, L]: log-probabilities by the reference model
     gradient_rows: int | None = None  # how many of the N tokens the loss depends on, at most; None: on all
 
@@ -186,8 +110,9 @@ def collate(
 ) -> Batch:
     """One micro-batch on the CPU; each of its distinct responses is in it once.
 
-    token_weights, reference: per response of the corpus, one number per token.
+    token_weights, reference: per response of the corpus, one number per token; without the first, the corpus's own.
     """
+    token_weights = token_weights or corpus.weights
     picked = {index: corpus.responses[index] for example in examples for index in example}
     responses = list(picked)
     problems: dict[int, list[int]] = {}
@@ -219,8 +144,17 @@ def collate(
         examples=torch.tensor([[lines[index] for index in example] for example in examples]),
         spans=tuple(Span(begin, row.prompt, tuple(row.lengths)) for begin, row in placed),
         packed=layout.packed,
+        loss_weights=_of_examples(corpus, examples),
         **{name: _grid(of_responses).float() for name, of_responses in lists.items()},
     )
+
+
+def _of_examples(corpus: Corpus, examples: Sequence[tuple[int, ...]]) -> Tensor | None:
+    """The weight of each."""
+    if corpus.loss_weights is None:
+        return None
+    prompts = corpus.responses.prompts[[example[0] for example in examples]]
+    return torch.from_numpy(corpus.loss_weights.values[prompts])
 
 
 @dataclass

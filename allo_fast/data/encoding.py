@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedConfig
 
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.data.prompts import Prompts, turn_text
 from allo_fast.data.sources import UnusableRow
@@ -83,14 +83,22 @@ def corpus_of_pairs(rows: Iterable[dict], folder: Path | None = None) -> Corpus:
     """From rows {id, prompt_ids, chosen_ids, rejected_ids}, those of a problem together: each problem once with all
     responses of its pairs.
 
-    Examples are (chosen, rejected). folder: where its numbers lie; None: in memory.
+    Rows may have weights, too: `loss_weight`, and lists `chosen_weights` and `rejected_weights`, of tokens; what has
+    none weighs 1. Examples are (chosen, rejected). folder: where its numbers lie; None: in memory.
     """
     corpus = Corpus.on_disk(folder) if folder else Corpus()
     for name, members in groupby(rows, key=itemgetter("id")):
         first, *others = members
         pairs = [(tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in (first, *others)]
         responses = list(dict.fromkeys(ids for pair in pairs for ids in pair))
-        number = dict(zip(responses, corpus.add(first["prompt_ids"], responses, name), strict=True))
+        weights = {
+            tuple(row[f"{side}_ids"]): row[f"{side}_weights"]
+            for row in (first, *others)
+            for side in ("chosen", "rejected")
+            if f"{side}_weights" in row
+        }
+        more = {"weights": weights, "loss_weight": first.get("loss_weight", 1.0)}
+        number = dict(zip(responses, corpus.add(first["prompt_ids"], responses, name, **more), strict=True))
         corpus.examples += [(number[chosen], number[rejected]) for chosen, rejected in pairs]
     return corpus
 
@@ -104,6 +112,7 @@ def _encode(problem: Problem, prompts: Prompts, limits: Limits) -> dict:
     _check_lengths(len(prompt_ids), max(map(len, ids)), limits, given=bool(turns))
     _check_vocabulary([*prompt_ids, *(token for response in ids for token in response)], prompts, limits)
     row |= {"fields": problem.fields} if problem.fields else {}
+    row |= {"loss_weight": problem.loss_weight} if problem.loss_weight != 1 else {}
     if not turns:
         return row | ({"solution_ids": ids[0]} if problem.solution else {}) | {"responses": []}
     right = {tuple(tokens) for tokens in ids[: len(problem.right)]}
@@ -114,7 +123,19 @@ def _encode(problem: Problem, prompts: Prompts, limits: Limits) -> dict:
     ]
     if all(response["correct"] for response in responses):
         raise UnusableRow("chosen and rejected are the same tokens")
+    weights = {True: ("chosen", problem.right_weights), False: ("rejected", problem.wrong_weights)}
+    responses = [response | _weights(response, *weights[response["correct"]]) for response in responses]
     return {**row, "responses": responses}
+
+
+def _weights(response: dict, name: str, weights: list[float] | None) -> dict[str, list[float]]:
+    """Of a response's tokens, where they are given."""
+    if weights is None:
+        return {}
+    if len(weights) != (length := len(response["ids"])):
+        expected = f"expected {length} numbers, one for each token of the response, with what ends it"
+        raise UnusableRow(f"{name}_token_weights: {expected}, got {len(weights)}")
+    return {"weights": weights}
 
 
 def _check_lengths(prompt: int, response: int, limits: Limits, given: bool) -> None:

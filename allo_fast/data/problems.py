@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from array import array
@@ -30,6 +31,10 @@ class Problem:
     tools: list[dict] | None = None
     plain_prompt: str | None = None  # what a model without a chat template continues, where it is not `prompt`
     fields: dict | None = None  # the row itself, for a judge of the user's own
+    loss_weight: float = 1.0  # of its pairs
+    # Of the one right response and the one wrong one, where they are given: a number for each token.
+    right_weights: list[float] | None = None
+    wrong_weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ def read_problems(source: str, format: str, scorer: str = "strict") -> Iterator[
     release, the published code's, {input, output with "The answer is ..."};
     multiple_choice {problem with an "Options:" list, answer} or {question | question_stem, choices {text, label},
     answerKey}; preference, see `read_preference`: single judged completions come behind all others, those of one prompt
-    as one problem. scorer: see `DataConfig`; a function of the user's sees the rows, and where it judges, or a reward
-    model, those of `problems` need neither solution nor answer. Raises UserError when the source or, at its end, every
-    row of it is unusable.
+    as one problem. `loss_weight` of any row weighs its pairs, lists `chosen_token_weights` and `rejected_token_weights`
+    of a preference the tokens of its two responses. scorer: see `DataConfig`; a function of the user's sees the rows,
+    and where it judges, or a reward model, those of `problems` need neither solution nor answer. Raises UserError when
+    the source or, at its end, every row of it is unusable.
     """
     read = (_read(row_id, row, format, scorer) for row_id, row in read_rows(source))
     aside, usable = "", False
@@ -64,10 +70,9 @@ def _read(row_id: str, row: Callable[[], dict], format: str, scorer: str) -> Pro
     needs_none = is_own(scorer) or reward_model_of(scorer)
     read = _unsolved if format == "problems" and needs_none else _FORMATS[format]
     try:
-        if not is_own(scorer):
-            return read(row_id, row())
-        fields = _as_json(row())
-        return replace(read(row_id, fields), fields=fields)
+        fields = _as_json(row()) if is_own(scorer) else row()
+        problem = replace(read(row_id, fields), fields=fields if is_own(scorer) else None)
+        return problem if fields.get("loss_weight") is None else replace(problem, loss_weight=_loss_weight(fields))
     except UnusableRow as error:
         return Quarantined(row_id, str(error))
 
@@ -149,7 +154,31 @@ def _texts(choices: object, name: str) -> list[str]:
 def _preference(row_id: str, row: dict) -> Problem:
     read = read_preference(row)
     gold = next((turn for turn in read.right if isinstance(turn, str)), "")
-    return Problem(row_id, read.prompt, gold, gold, read.right, read.wrong, read.tools, read.plain_prompt)
+    weights = {
+        f"{side}_weights": _weights(row, f"{name}_token_weights", turns)
+        for side, name, turns in (("right", "chosen", read.right), ("wrong", "rejected", read.wrong))
+    }
+    return Problem(row_id, read.prompt, gold, gold, read.right, read.wrong, read.tools, read.plain_prompt, **weights)
+
+
+def _weights(row: dict, name: str, turns: tuple[Turn, ...]) -> list[float] | None:
+    if row.get(name) is None:
+        return None
+    if len(turns) != 1:
+        raise UnusableRow(f"{name}: expected one response, got {len(turns)}")
+    if not isinstance(row[name], list) or not all(map(_is_weight, row[name])):
+        raise UnusableRow(f"{name}: expected a list of numbers from 0 on, got {row[name]!r:.80}")
+    return row[name]
+
+
+def _loss_weight(row: dict) -> float:
+    if not _is_weight(row["loss_weight"]):
+        raise UnusableRow(f"loss_weight: expected a number from 0 on, got {row['loss_weight']!r:.80}")
+    return row["loss_weight"]
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quarantined]:
@@ -170,6 +199,9 @@ def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quaran
             waiting.write(json.dumps(vars(outcome)).encode() + b"\n")
         for _, members in groupby(np.argsort(numbers, kind="stable"), key=numbers.__getitem__):
             problem = _merged([_waited(waiting, places[member]) for member in members])
+            if isinstance(problem, Quarantined):
+                yield problem
+                continue
             missing = "wrong" if problem.right else "right"
             both = problem.right and problem.wrong
             yield problem if both else Quarantined(problem.id, f"its prompt has no {missing} completion beside it")
@@ -181,7 +213,9 @@ def _waited(file: BinaryIO, place: int) -> Problem:
     return Problem(**row | {side: tuple(row[side]) for side in _SIDES})
 
 
-def _merged(group: list[Problem]) -> Problem:
+def _merged(group: list[Problem]) -> Problem | Quarantined:
+    if any((problem.loss_weight, problem.right_weights, problem.wrong_weights) != (1, None, None) for problem in group):
+        return Quarantined(group[0].id, "weights are of pairs; its completions are judged one by one")
     right, wrong = (distinct(turn for problem in group for turn in getattr(problem, side)) for side in _SIDES)
     better = [without_end(turn) for turn in right]
     wrong = tuple(turn for turn in wrong if without_end(turn) not in better)

@@ -99,6 +99,9 @@ class Npo:
 class Preference:
     """Learning: a sum of the losses on pairs, each with its weight. By default DPO, with epsilon None the warm-up's.
 
+    Where a batch has token weights w, losses see w logp and w ref for logp and ref (TIS-DPO, arXiv 2410.04350, with its
+    estimates as w); where it has weights of pairs, their mean is of weight times loss.
+
     Metrics carry TRL's names: rewards are beta (logp - ref) of whole responses, or without any reference beta times
     the mean logp of their tokens; `logps/` are sums always. With epsilon, losses that have a reference see key tokens
     only of the rejected: `key_rewards/` are the rewards of those. Which are key depends on their rewards, so that
@@ -120,17 +123,20 @@ class Preference:
 
     def __call__(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = batch.examples.unbind(1)
+        seen, seen_ref = logps, ref
+        if batch.token_weights is not None:
+            seen, seen_ref = logps * batch.token_weights, None if ref is None else ref * batch.token_weights
         if self.losses != (("sigmoid", 1.0),) or self.length_alpha:
-            losses, *key_rewards, weights = self._summed(logps, ref, batch)
+            losses, *key_rewards, weights = self._summed(seen, seen_ref, batch, logps)
         elif self.epsilon is not None and self.protocol == "release":
-            pairs = logps[chosen], logps[rejected], ref[chosen], ref[rejected]
+            pairs = seen[chosen], seen[rejected], seen_ref[chosen], seen_ref[rejected]
             losses, *key_rewards, weights = self._release(*pairs, batch, rejected)
         else:
             losses, *key_rewards, weights = key_token_dpo_loss(
-                logps[chosen],
-                logps[rejected],
-                ref[chosen],
-                ref[rejected],
+                seen[chosen],
+                seen[rejected],
+                seen_ref[chosen],
+                seen_ref[rejected],
                 batch.valid[chosen],
                 batch.valid[rejected],
                 fraction=1.0 if self.epsilon is None else self.epsilon,
@@ -147,9 +153,10 @@ class Preference:
         }
         if self.epsilon is not None and ref is not None:
             metrics |= _reward_metrics("key_rewards", *key_rewards)
+        losses = losses if batch.loss_weights is None else losses * batch.loss_weights
         return losses.mean(), metrics
 
-    def _summed(self, logps: Tensor, ref: Tensor | None, batch: Batch) -> tuple[Tensor, ...]:
+    def _summed(self, logps: Tensor, ref: Tensor | None, batch: Batch, unweighted: Tensor) -> tuple[Tensor, ...]:
         """Losses, rewards and key tokens of each pair, as key_token_dpo_loss has them."""
         chosen, rejected = batch.examples.unbind(1)
         every, tokens = batch.valid[rejected].float(), batch.valid.sum(1).float()
@@ -170,7 +177,7 @@ class Preference:
 
         def seen_by(name: str) -> Pairs:
             if name == "confpo":
-                return _unsure_pairs(logps, batch)
+                return _unsure_pairs(logps, batch, unweighted)
             return whole if name in WITHOUT_REFERENCE else keyed
 
         losses = sum(weight * LOSSES[name](seen_by(name), settings) for name, weight in self.losses)
@@ -184,10 +191,10 @@ class Preference:
         return *dpo_loss(*sums, beta=self.beta, label_smoothing=self.label_smoothing), weights
 
 
-def _unsure_pairs(logps: Tensor, batch: Batch) -> Pairs:
+def _unsure_pairs(logps: Tensor, batch: Batch, unweighted: Tensor) -> Pairs:
     """Of tokens that are less probable than the mean of their response's; which are has no gradient."""
     chosen, rejected = batch.examples.unbind(1)
-    probabilities = logps.detach().exp() * batch.valid
+    probabilities = unweighted.detach().exp() * batch.valid
     means = probabilities.sum(1, keepdim=True) / batch.valid.sum(1, keepdim=True)
     unsure = ((probabilities < means) & batch.valid).to(logps)
     sums, tokens = (logps * unsure).sum(1), unsure.sum(1)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.data.batch import Batch, Layout, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.model.attention import PACKED
 
 LONGEST = 256  # tokens of a trial's prompt; attention windows beyond are not tried

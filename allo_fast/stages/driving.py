@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.config_train import LossConfig
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.encoding import max_positions
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import Config, UserError
 from allo_fast.data.arrays import Ragged
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.model.generation import generate

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from allo_fast import ranks
 from allo_fast.config import TrainConfig, UserError
-from allo_fast.data.batch import Batch, Corpus
+from allo_fast.data.batch import Batch
+from allo_fast.data.corpus import Corpus
 from allo_fast.durable import SCRATCH, read_json, write_json
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep

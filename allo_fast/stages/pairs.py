@@ -3,7 +3,7 @@
     `allo-fast pairs CONFIG`
 
 Departs from the release: file order decides nothing, a seed does. Writes pairs.jsonl {id, prompt, chosen, rejected,
-and the token ids of all three}.
+and the token ids of all three; weights, where the data has them}.
 """
 
 import random
@@ -58,4 +58,7 @@ def _pairs(row: dict, unit: Unit, counts: Counter[str]) -> list[dict]:
 def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
     texts = {"chosen": chosen["text"], "rejected": rejected["text"]}
     ids = {"prompt_ids": row["prompt_ids"], "chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"]}
-    return {"id": row["id"], "prompt": row["prompt"], **texts, **ids}
+    sides = {"chosen": chosen, "rejected": rejected}
+    weights = {f"{side}_weights": response["weights"] for side, response in sides.items() if "weights" in response}
+    weights |= {"loss_weight": row["loss_weight"]} if "loss_weight" in row else {}
+    return {"id": row["id"], "prompt": row["prompt"], **texts, **ids, **weights}

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.device import pick_device
 from allo_fast.method.objectives import Sft
 from allo_fast.method.policy import DensePolicy

@@ -7,7 +7,8 @@ from operator import itemgetter
 import torch
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.training.reference import Opened

@@ -22,7 +22,7 @@ import torch
 
 from allo_fast import ranks
 from allo_fast.config import UserError
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.sources import UnusableRow, parse_json
 from allo_fast.model.weights import fingerprint
 from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl

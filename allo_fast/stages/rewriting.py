@@ -16,7 +16,7 @@ from pathlib import Path
 from rapidfuzz.distance import Levenshtein
 
 from allo_fast.config import UserError
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
 from allo_fast.method.objectives import Sft

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from allo_fast import ranks
-from allo_fast.data.batch import Corpus, collate
+from allo_fast.data.batch import collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.stages.models import Inference
 from allo_fast.training.reference import micro_batches
 

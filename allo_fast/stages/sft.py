@@ -13,7 +13,7 @@ import random
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 from allo_fast.method.objectives import Sft
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.unit import Progress, Unit

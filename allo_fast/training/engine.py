@@ -16,7 +16,8 @@ from torch import Tensor
 
 from allo_fast import ranks, signals
 from allo_fast.config import TrainConfig
-from allo_fast.data.batch import Batch, Corpus
+from allo_fast.data.batch import Batch
+from allo_fast.data.corpus import Corpus
 from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
 from allo_fast.method.objectives import Npo, Preference, Sft

@@ -10,7 +10,8 @@ import numpy as np
 from allo_fast import ranks
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.arrays import Chained, Ragged
-from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
+from allo_fast.data.batch import Batch, Layout, collate, rows_of
+from allo_fast.data.corpus import Corpus
 from allo_fast.training.steps import MicroBatch, Rows, cut, plan_steps, shuffled
 
 logger = logging.getLogger(__name__)

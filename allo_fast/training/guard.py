@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allo_fast.data.batch import Batch, Corpus, Layout, collate
+from allo_fast.data.batch import Batch, Layout, collate
+from allo_fast.data.corpus import Corpus
 from allo_fast.training.reference import micro_batches
 
 CHANGE = "logps/kept_change"  # nats per token, since the first step

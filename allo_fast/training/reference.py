@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.arrays import Lazy
-from allo_fast.data.batch import Batch, Corpus, Layout, collate, rows_of
+from allo_fast.data.batch import Batch, Layout, collate, rows_of
+from allo_fast.data.corpus import Corpus
 from allo_fast.durable import (
     LEFTOVERS,
     about_of,

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from allo_fast.data.arrays import Chunks
-from allo_fast.data.batch import Corpus
+from allo_fast.data.corpus import Corpus
 
 MicroBatch = tuple[int, ...]  # examples of one forward pass
 Rows = tuple[int, int]  # of examples in one batch: how many, how wide; of packed ones tokens, and 1
