@@ -42,7 +42,7 @@ from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.driving import hidden_updates
-from allo_fast.stages.evaluate import evaluate_alone
+from allo_fast.stages.evaluate import compares_with_base, evaluate_alone
 from allo_fast.stages.export import export
 from allo_fast.stages.models import base_path
 from allo_fast.training.engine import TrainingError
@@ -234,7 +234,7 @@ def _eval(options: argparse.Namespace) -> None:
     check_model(options.model)
     # What the run pretrained or fine-tuned lies in its own folder.
     unit = Unit(Run(config, STAGES, folder=Path(config.output_dir) / config.name), "evaluate", "base")
-    for made in unit.upstream() if config.data.format == "preference" else ():
+    for made in unit.upstream() if compares_with_base(config) else ():
         if made.folder.exists():
             made.check(outside=False)
     base = base_path(unit)

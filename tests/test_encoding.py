@@ -61,8 +61,8 @@ def test_texts_that_are_the_same_tokens():
 def test_sampled_responses_that_cannot_be_trained_are_counted():
     (row,), _ = encoded(SAMPLED)
     right, long = len(row["prompt_ids"]) + len(PROMPTS.encode_response("2")), "2" * 9
-    row = encode_responses(row, [(text, {"correct": text == "2"}) for text in ("2", "\ud83d", long)], PROMPTS, right)
-    assert row["responses"] == [{"text": "2", "ids": PROMPTS.encode_response("2"), "correct": True}]
+    row = encode_responses(row, ["2", "\ud83d", long], PROMPTS, right)
+    assert row["responses"] == [{"text": "2", "ids": PROMPTS.encode_response("2")}]
     refused, too_long = row["unusable"]
     assert "the tokenizer refuses it" in refused
     length = len(row["prompt_ids"]) + len(PROMPTS.encode_response(long))

@@ -8,7 +8,7 @@ import torch
 from conftest import pair_corpus, random_selection, tiny_llama
 
 from allo_fast.__main__ import main
-from allo_fast.config import TrainConfig
+from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import Layout
@@ -16,6 +16,7 @@ from allo_fast.data.corpus import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.method.policy import SparsePolicy
+from allo_fast.model.loading import load_model
 from allo_fast.report.page import _forgotten
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.rows import read_jsonl, write_jsonl
@@ -179,8 +180,8 @@ def test_what_the_last_look_sees_is_said_too(copied, caplog):
         ({Npo.CHANGE: 0.0}, " Before its last step the log-probability of a forgotten token had changed by +0.000."),
         (
             {CHANGE: -0.5, REPEATED: 0.123, "steps": 2, "ended_before_steps": 6},
-            " After it that of a token of right responses had changed by -0.500. Of greedy responses +12.3% was "
-            "repeated, in runs of four tokens. It ended after 2 of 6 steps.",
+            " After it that of a token of right responses had changed by -0.500. The share of greedy responses "
+            "that repeats runs of four tokens had changed by +0.123. It ended after 2 of 6 steps.",
         ),
     ],
 )
@@ -199,25 +200,29 @@ def test_a_look_keeps_to_the_budget_of_a_pass():
     assert len(seen) == len({response.prompt for response in kept().responses})
 
 
-def test_the_model_as_it_is_answers_the_problems_that_are_watched(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_model_as_it_is_answers_the_problems_that_are_watched(tmp_path, checkpointing):
     rows = [row(number, right=[[4, 5]], wrong=[[9, 9]]) for number in range(3, 20)]
-    model, tokenizer = tiny_llama(vocab_size=40), character_tokenizer()
-    asked = unit(tmp_path, rows, "sample.max_new_tokens=9")
-    guard = guard_of(asked, Prompts(tokenizer), model)
-    prompts = [[*guard.corpus.prompts[number]] for number in range(8)]
+    tiny_llama(vocab_size=40).save_pretrained(tmp_path / "model")
+    settings = {"dtype": "float32", "device": "cpu", "gradient_checkpointing": checkpointing}
+    model, prompts = load_model(tmp_path / "model", ModelConfig(**settings)), Prompts(character_tokenizer())
+    plain = tiny_llama(vocab_size=40)
+    guard = guard_of(unit(tmp_path, rows, "sample.max_new_tokens=9"), prompts, model)
+    asked = [[*guard.corpus.prompts[number]] for number in range(8)]
+    plain.generation_config.eos_token_id = sorted(prompts.end_tokens)
 
     def greedy():
-        ids = [model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, 1:] for prompt in prompts]
-        ends = Prompts(tokenizer).end_tokens
-        texts = [tokenizer.decode([token for token in new.tolist() if token not in ends]) for new in ids]
-        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        ids = [plain.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, 1:] for prompt in asked]
+        return [[token for token in new.tolist() if token not in prompts.end_tokens] for new in ids]
 
-    model.generation_config.eos_token_id = sorted(Prompts(tokenizer).end_tokens)
     before = guard.speak()
     assert before == greedy() and any(before)
-    torch.nn.init.normal_(model.lm_head.weight)
+    assert any(module.training for module in model.modules()) == checkpointing, "as it was"
+    for changed in (model, plain):
+        torch.manual_seed(1)
+        torch.nn.init.normal_(changed.lm_head.weight)
     assert guard.speak() == greedy() != before
-    assert guard_of(unit(tmp_path, rows, "forget.guard.max_repeated=null"), Prompts(tokenizer), model).speak is None
+    assert guard_of(unit(tmp_path, rows, "forget.guard.max_repeated=null"), prompts, model).speak is None
 
 
 @pytest.mark.xdist_group("runs")
@@ -228,7 +233,7 @@ def test_a_run_says_that_its_responses_repeat_themselves(copied, caplog, monkeyp
     assert main(["run", str(copied[0]), *words, "forget.learning_rate=1e-3"]) == 0
     facts = json.loads(next((copied[1].parent / "again").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
     assert facts["steps"] == 2 < facts["ended_before_steps"] and facts[REPEATED] == pytest.approx(0.4)
-    assert "40% more of greedy responses is repeated, forget.guard.max_repeated is 0.3" in caplog.text
+    assert "the repeated share of greedy responses rose by 0.4, forget.guard.max_repeated is 0.3" in caplog.text
 
 
 @pytest.mark.xdist_group("runs")
@@ -241,6 +246,6 @@ def test_a_run_says_that_forgetting_ended(copied, capsys):
     facts = manifest["facts"]
     assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0 and -1 <= facts[REPEATED] <= 1
     page = (folder.parent / "ended" / "report.html").read_text()
-    assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. Of greedy" in page
+    assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. The share" in page
     assert facts["steps"] < facts["ended_before_steps"]
     assert f"forgetting ended after {facts['steps']} of {facts['ended_before_steps']} steps" in said.out + said.err

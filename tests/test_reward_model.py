@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_verifier import rows_of, write_rows
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from allo_fast.__main__ import main
+from allo_fast.compare import results
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
@@ -22,7 +24,7 @@ from allo_fast.stages.check import check
 
 FP32 = ModelConfig(dtype="float32", device="cpu")
 CHAT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}"
-CHAT += "{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+CHAT += "+{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
 
 
 def reward_model(folder, num_labels=1, chat=None, **changes):
@@ -69,22 +71,36 @@ def test_one_and_zero_say_nothing_of_themselves_where_there_are_no_bounds():
     [
         (None, None, "1 + 2 3"),
         ("{} =", None, "1 + 2 = 3"),
-        (None, CHAT, "u: 1 + 2 a: 3"),
+        (None, CHAT, "u: 1 + 2 +a: 3<eos>+"),
     ],
 )
 def test_a_reward_is_the_logit_of_the_conversation(tmp_path, template, chat, text):
     model, tokenizer = reward_model(tmp_path, chat=chat)
-    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = tokenizer(text.replace("<eos>", tokenizer.eos_token), add_special_tokens=False).input_ids
+    ids += [] if chat else [tokenizer.eos_token_id]
     response = "3" if chat else " 3"
     by_hand = model(torch.tensor([ids])).logits.item()
     assert RewardModel(str(tmp_path), FP32, template)(response, row()) == pytest.approx(by_hand, abs=1e-6)
 
 
+def test_it_reads_as_far_as_it_can(tmp_path):
+    model, tokenizer = reward_model(tmp_path)
+    ids = tokenizer("1 + 2" + " 3" * 200, add_special_tokens=False).input_ids[:256]
+    judge = RewardModel(str(tmp_path), FP32)
+    assert judge(" 3" * 200, row()) == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-6)
+    assert judge(" 3<eos> 4", row()) == judge(" 3", row()), "up to what ends it"
+
+
+def test_rewards_that_bfloat16_would_make_equal_differ(tmp_path):
+    reward_model(tmp_path)
+    judge = RewardModel(str(tmp_path), ModelConfig(dtype="bfloat16", device="cpu"))
+    rewards = {judge(f" {n}", row()) for n in range(100, 160)}
+    assert len({torch.tensor(reward).bfloat16().item() for reward in rewards}) < len(rewards) == 60
+
+
 def test_what_it_cannot_read_is_said_of_its_row(tmp_path):
     reward_model(tmp_path)
     model = RewardModel(str(tmp_path), FP32)
-    with pytest.raises(UserError, match=r"rows:1: data.scorer: .*: 307 tokens, it reads 256"):
-        model("3" * 301, row())
     with pytest.raises(
         UserError, match=r"rows:1: data.scorer: .*: chat messages need a tokenizer with a chat template"
     ):
@@ -129,6 +145,7 @@ def test_a_run_that_a_reward_model_judges(copied, tmp_path, capsys):
         assert after["reward_model"] == pytest.approx(1 / (1 + math.exp(before["reward"] - after["reward"])))
     assert any(line["reward_model"] != 0.5 for line in dpo)
     summary = json.loads((folder / "summary.json").read_text())["models"]
+    assert summary["base"]["ci95"] == [0.5, 0.5] and summary["dpo"]["scorers"] == {}
     assert summary["dpo"]["accuracy"] == pytest.approx(sum(line["reward_model"] for line in dpo) / 6)
     assert summary["dpo"]["reward"] == [pytest.approx(sum(line["reward"] for line in dpo) / 6)]
     assert "wins" in out and f"dpo: mean reward {summary['dpo']['reward'][0]:.4g}" in out and "round 2: wins" in out
@@ -136,12 +153,18 @@ def test_a_run_that_a_reward_model_judges(copied, tmp_path, capsys):
     assert "<h2>Wins</h2>" in page and f"dpo: mean reward {summary['dpo']['reward'][0]:.4g}" in page
     rounds = json.loads((folder / "rounds.json").read_text())
     assert [r["gain"]["points"] for r in rounds] == [pytest.approx(r["wins"] - 0.5) for r in rounds]
+    last = read_jsonl(next((tmp_path / "rewarded-round-2-seed-0").glob("*-evaluate/dpo-seed-0")) / "predictions.jsonl")
+    mean = sum(line["reward"] for line in last) / 6
+    assert f"mean reward {mean:.4g}, " in next(line for line in out.splitlines() if line.startswith("round 2: wins"))
 
     aligned = next(folder.glob("*-warmup/seed-0")) / "model"
     assert main(["eval", str(aligned), str(copied[0]), *words]) == 0
     said = capsys.readouterr().out
-    assert f"{summary['dpo']['accuracy']:.2%} by the reward_model scorer" in said
-    assert f"mean reward {summary['dpo']['reward'][0]:.4g}" in said
+    mean = f"mean reward {summary['dpo']['reward'][0]:.4g}"
+    assert f"{summary['dpo']['accuracy']:.2%} of wins over the base, {mean}; 6 problems" in said
+    assert main(["eval", str(model), str(copied[0]), *words]) == 0
+    said = capsys.readouterr().out
+    assert "wins" not in said and f"mean reward {summary['base']['reward'][0]:.4g}" in said, "nothing to compare with"
 
     reward_model(tmp_path / "rm", hidden_size=48, max_position_embeddings=2048)
     assert main(["run", str(copied[0]), *words]) == 2
@@ -158,8 +181,13 @@ def test_several_responses_have_a_mean_reward(copied, tmp_path):
     evaluated = next(folder.glob("*-evaluate/base"))
     for problem, line in zip(*(read_jsonl(evaluated / f"{n}.jsonl") for n in ("problems", "predictions")), strict=True):
         rewards = [judge(text, problem) for text in line["responses"]]
-        assert line["reward"] == pytest.approx(sum(rewards) / 3, abs=1e-5) and line.keys() >= {"id", "reward_model"}
-        assert "pass" not in line
+        assert line["rewards"] == pytest.approx(rewards, abs=1e-5) and "pass" not in line
+        assert line["reward"] == pytest.approx(sum(rewards) / 3, abs=1e-5)
+        assert line["reward_model"] == pytest.approx(0.5), "each against each"
+    base, dpo = (read_jsonl(next(folder.glob(f"*-evaluate/{key}*")) / "predictions.jsonl") for key in ("base", "dpo"))
+    for before, after in zip(base, dpo, strict=True):
+        chances = [1 / (1 + math.exp(b - a)) for a in after["rewards"] for b in before["rewards"]]
+        assert after["reward_model"] == pytest.approx(sum(chances) / 9)
 
 
 def base(folder):
@@ -178,13 +206,14 @@ def test_it_is_looked_at_before_a_run(tmp_path):
     reward_model(tmp_path / "rm")
     assert "data.scorer" not in problems()
     reward_model(tmp_path / "two", num_labels=2)
-    assert "LlamaForSequenceClassification: not a reward model, a sequence classifier with one label" in problems(
+    assert "LlamaForSequenceClassification: not a reward model, a decoder that classifies sequences" in problems(
         f"data.scorer=reward_model:{tmp_path}/two"
     )
     assert "expected strict" in str(
         pytest.raises(UserError, load_config, "configs/quickstart.yaml", ['data.scorer="reward_model:"']).value
     )
-    assert scorers_with("reward_model:x/y") == ("reward_model",)
+    assert scorers_with("reward_model:x/y") == scorers_with("reward_model:a.py:f") == ("reward_model",)
+    assert "data.scorer" not in problems("data.scorer=reward_model:nobody/nothing", "data.format=multiple_choice")
 
 
 def test_a_plan_counts_its_weights(tmp_path):
@@ -193,6 +222,18 @@ def test_a_plan_counts_its_weights(tmp_path):
     words = words_of(tmp_path, **base(tmp_path / "base"), **{"model.dtype": "bfloat16"})
     config = load_config("configs/quickstart.yaml", words)
     job = job_of(config, 1, 80e9)
-    for phase in (sample_phase(job, None), evaluate_phase(job, None)):
-        assert size <= phase.memory["reward model"] <= 2 * size
-    assert "reward model" not in evaluate_phase(job_of(load_config("configs/quickstart.yaml"), 1, 80e9), None).memory
+    without = replace(job, judging=0)
+    for phase in (sample_phase, evaluate_phase):
+        assert size <= phase(job, None).memory["reward model"] <= 2 * size
+        assert "reward model" not in phase(without, None).memory
+        assert phase(job, None).seconds > phase(without, None).seconds
+    assert job_of(load_config("configs/quickstart.yaml"), 1, 80e9).judging == 0
+
+
+def test_a_comparison_has_one_base(monkeypatch):
+    """Wins of two arms are comparable over the same responses alone."""
+    rewards = {"a": 1.0, "b": 1.0, "c": 2.0}
+    monkeypatch.setattr(results, "_predictions", lambda run, key: [[{"id": "x", "reward": rewards[run]}]])
+    results._check_alike({"first": "a", "second": "b"})
+    with pytest.raises(UserError, match="arms: third has another base than first; a reward model sees wins over one"):
+        results._check_alike({"first": "a", "third": "c"})

@@ -61,6 +61,11 @@ def values_of(run: Run, key: str | None = None) -> tuple[str, np.ndarray]:
     return metric, np.array([[float(row[scorer]) for row in seed] for seed in rows])
 
 
+def mean_reward(runs: Sequence[Run]) -> float:
+    """Of what the models of these runs answer."""
+    return fmean(row[REWARD] for run in runs for predictions in _predictions(run, None) for row in predictions)
+
+
 def _predictions(run: Run, key: str | None) -> list[Rows]:
     keys = [key] if key else [f"{run.config.method}-seed-{seed}" for seed in run.config.seeds]
     return [read_jsonl(Unit(run, "evaluate", key).folder / PREDICTIONS) for key in keys]
@@ -80,6 +85,8 @@ def results(comparison: Comparison, finals: Sequence[tuple[Trial, Tried]]) -> tu
     rows = []
     for name, numbers in values.items():
         score, interval = accuracy_interval(numbers.tolist())
+        if name == "base" and metric == "wins":  # over itself
+            interval = (0.5, 0.5)
         minus = {other: difference(numbers, values[other]) for other in against if other != name}
         row = Result(name=name, accuracy=score, interval=interval, seeds=numbers.mean(1).tolist(), minus=minus)
         if name in trials:
@@ -93,9 +100,14 @@ def results(comparison: Comparison, finals: Sequence[tuple[Trial, Tried]]) -> tu
 
 
 def _check_alike(runs: Mapping[str, Run]) -> None:
-    """Raises UserError where an arm was not judged on the same problems as the others."""
+    """Raises UserError where an arm was not judged on the same problems as the others, or wins over another base."""
     problems: dict[str, list[str]] = {}
+    bases: dict[str, list[float | None]] = {}
     for name, run in runs.items():
+        bases[name] = [row.get(REWARD) for row in _predictions(run, "base")[0]]
+        if bases[name] != next(iter(bases.values())):
+            first = next(iter(bases))
+            raise UserError(f"arms: {name} has another base than {first}; a reward model sees wins over one base alone")
         for predictions in _predictions(run, None):
             problems[name] = [row["id"] for row in predictions]
             if problems[name] != next(iter(problems.values())):

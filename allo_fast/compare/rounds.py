@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from allo_fast import ranks
-from allo_fast.compare.results import values_of
+from allo_fast.compare.results import mean_reward, values_of
 from allo_fast.data.scoring import accuracy_interval, difference_interval
 from allo_fast.durable import write_bytes
 from allo_fast.report.summary import percent, shown_interval
@@ -76,6 +76,8 @@ def said_of_rounds(first: Run, later: Sequence[Sequence[Run]]) -> list[str]:
         since = "base" if number == 1 else f"round {number - 1}"
         low, high = (percent(bound, "+") for bound in gained)
         shown = f"{percent(score)} ({shown_interval(metric, interval)})"
+        if metric == "wins":
+            shown += f", mean reward {mean_reward(runs):.4g}"
         lines.append(f"round {number}: {metric} {shown}, {percent(points, '+')} ({low} .. {high}) since {since}")
         rows.append({"round": number, metric: score, "ci95": interval, "gain": {"points": points, "ci95": gained}})
     write_bytes(first.folder / ROUNDS, json.dumps(rows, indent=1).encode())

@@ -46,19 +46,19 @@ def encode_problems(
             yield Quarantined(problem.id, str(error))
 
 
-def encode_responses(row: dict, texts: list[tuple[str, dict]], prompts: Prompts, positions: float) -> dict:
-    """The row with sampled responses and what is said of each; `unusable`: why others could not be encoded.
+def encode_responses(row: dict, texts: list[str], prompts: Prompts, positions: float) -> dict:
+    """The row with sampled responses {text, ids}; `unusable`: why others could not be encoded.
 
     positions: tokens that the model reads. A response has one more than was sampled where no end was, and others where
     the tokenizer writes its text in another way.
     """
     responses, unusable = [], []
-    for text, said in texts:
+    for text in texts:
         try:
             _, (ids,) = prompts.encode(row["prompt"], [text], row["tools"])
             if (length := len(row["prompt_ids"]) + len(ids)) > positions:
                 raise UnusableRow(f"with its prompt it has {length} tokens, the model reads {positions}")
-            responses.append({"text": text, "ids": ids, **said})
+            responses.append({"text": text, "ids": ids})
         except UnusableRow as error:
             unusable.append(str(error))
     return {**row, "responses": responses, "unusable": unusable}

@@ -89,6 +89,12 @@ class Prompts:
         prompt_ids = self._tokens(before)
         return prompt_ids, [self._after(before, prompt_ids, self._whole(prompt, turn, tools)) for turn in responses]
 
+    def encode_whole(self, prompt: str | Messages, response: str, tools: list[dict] | None = None) -> list[int]:
+        """Token ids of the conversation as it is rendered, whatever comes behind the response. Raises UnusableRow."""
+        end = self.tokenizer.convert_ids_to_tokens(self.end_token)
+        ids = self._tokens(self._whole(prompt, response.partition(end)[0], tools))
+        return ids if self.chat else [*ids, self.end_token]
+
     def request(self, prompt: str | Messages, tools: list[dict] | None = None, suffix: str = "") -> dict:
         """As a server of OpenAI's API is asked for what follows: {messages}, with tools and the template's arguments;
         or {prompt}, a text without what the tokenizer adds to it. Raises UnusableRow."""

@@ -6,6 +6,7 @@ Whether a run still fits is asked of this one file; what it imports may change u
 """
 
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -24,12 +25,13 @@ Judge = Callable[[str, dict], float]  # of a response and the row that it answer
 
 
 def is_own(scorer: str) -> bool:
-    return re.fullmatch(OWN_SCORER, scorer) is not None
+    return re.fullmatch(OWN_SCORER, scorer) is not None and not scorer.startswith(REWARD_MODEL)
 
 
 def reward_model_of(scorer: str) -> str | None:
     """The folder or hub id of the reward model, where one judges."""
-    return scorer.removeprefix(REWARD_MODEL) if scorer.startswith(REWARD_MODEL) else None
+    path = scorer.removeprefix(REWARD_MODEL)
+    return os.path.expanduser(path) if path != scorer else None
 
 
 def judging_model(config: Config) -> str | None:

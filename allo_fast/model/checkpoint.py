@@ -119,8 +119,8 @@ def read_config(path: str | Path, auto: type = AutoModelForCausalLM) -> PreTrain
         if auto is AutoModelForCausalLM and (kind := _other_kind(config, name)):
             raise UserError(f"{path}: {name}: {kind}; allo-fast trains causal language models")
         classifies = name.endswith("ForSequenceClassification") and config.num_labels == 1
-        if auto is not AutoModelForCausalLM and not classifies:
-            raise UserError(f"{path}: {name}: not a reward model, a sequence classifier with one label")
+        if auto is not AutoModelForCausalLM and not (classifies and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+            raise UserError(f"{path}: {name}: not a reward model, a decoder that classifies sequences, with one label")
         return config
     except UserError:
         raise

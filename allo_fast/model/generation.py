@@ -56,17 +56,45 @@ def generate(
 
     samples = range(num_return_sequences)
     responses = [[begun(number, prompt, sample) for sample in samples] for number, prompt in enumerate(prompts)]
-    every = [response for same in responses for response in same]
-    rows = min(rows or len(every), len(every))
+    _extend(model, [response for same in responses for response in same], sampler, min(end_tokens), rows, sharded)
+    return [[_text(tokenizer, response, stops) for response in same] for same in responses]
+
+
+@torch.no_grad()
+def greedy_tokens(
+    model: PreTrainedModel, prompts: list[list[int]], end_tokens: set[int], max_new_tokens: int, sharded: bool = False
+) -> list[list[int]]:
+    """Of a response to each prompt its token ids, without what ends it, by a model that may be training."""
+    stops, training = {*end_tokens, *stop_tokens(model)}, [module for module in model.modules() if module.training]
+    responses = [Response(prompt, max_new_tokens) for prompt in prompts]
+    for module in training:  # layers that are computed again in backward keep no keys of earlier tokens
+        module.training = False
+    try:
+        _extend(model, responses, Sampler(type(model).__name__, 0.0, 1.0, stops), min(end_tokens), None, sharded)
+    finally:
+        for module in training:
+            module.training = True
+    return [[token for token in response.tokens if token not in stops] for response in responses]
+
+
+def _extend(
+    model: PreTrainedModel,
+    responses: list[Response],
+    sampler: Sampler,
+    padding: int,
+    rows: int | None,
+    sharded: bool,
+) -> None:
+    """Until each is done."""
+    rows = min(rows or len(responses), len(responses))
     forget_longer_rows(model)
     if not sharded and _in_slots(model):
         limit = longest_row(model)  # beyond it, what a row is depends on its batch
-        fitting = [response for response in every if not limit or len(response.prompt) + max_new_tokens <= limit]
+        fitting = [response for response in responses if not limit or len(response.prompt) + response.room <= limit]
         Decoder(model, sampler, rows).run(fitting)
-        every = [response for response in every if not response.tokens]
-    for batch in _batches(model, every, rows, min(end_tokens), sharded):
-        _decode_batch(model, batch, sampler, min(end_tokens), sharded)
-    return [[_text(tokenizer, response, stops) for response in same] for same in responses]
+        responses = [response for response in responses if not response.tokens]
+    for batch in _batches(model, responses, rows, padding, sharded):
+        _decode_batch(model, batch, sampler, padding, sharded)
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:

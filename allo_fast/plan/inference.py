@@ -90,7 +90,13 @@ def _generating(
     token_s = max(read / (device.mbu * device.memory_bytes_per_s), device.layer_s * shape.layers)
     prompt_s = 2.0 * shape.parameters * computed * prompt / (device.mfu * device.peak_flops)
     rounds = math.ceil(math.ceil(problems / settings.batch_size) / job.gpus)
-    return _Work(memory, rounds * (prompt_s + new * token_s), rounds * (new + 1))
+    seconds = rounds * (prompt_s + new * token_s)
+    if job.judging:  # a pass for each response
+        memory["reward model"] = job.judging
+        flops = 2.0 * job.judging / BYTES[job.config.model.dtype] * (prompt + new)
+        judged_s = max(flops / (device.mfu * device.peak_flops), job.judging / (device.mbu * device.memory_bytes_per_s))
+        seconds += math.ceil(problems / job.gpus) * responses * judged_s
+    return _Work(memory, seconds, rounds * (new + 1))
 
 
 def _is_shared(job: Job, zero: Zero | None, whole: int) -> bool:
@@ -102,8 +108,7 @@ def _frozen(job: Job, stage: str, zero: Zero | None, work: _Work, times: int) ->
     shape, width = job.shape_in(stage), BYTES[job.config.model.dtype]
     whole = width * shape.parameters
     shared = _is_shared(job, zero, whole)
-    judging = {"reward model": job.judging} if job.judging and stage in ("sample", "evaluate") else {}
-    memory, seconds = {"base": whole, **work.memory, **judging}, work.seconds
+    memory, seconds = {"base": whole, **work.memory}, work.seconds
     if shared:
         memory |= {"base": math.ceil(whole / job.gpus), "gathered weights": gathered_bytes(shape, None, width)}
         seconds += work.passes * whole / job.bandwidth

@@ -69,12 +69,14 @@ def _rows(data: dict[str, dict[str, int]]) -> str:
 def _accuracies(summary: dict) -> str:
     first = next(iter(summary["models"].values()))
     name = score_name(first).capitalize()
-    over = " over the base's responses, as the reward model expects them" * (name == "Wins")
+    over = " over the base's responses, as the reward model expects them," * (name == "Wins")
     return _section(
         name,
         f"{name}{over} on {first['n']} problems of data.test; bars are means over seeds, dots single seeds, whiskers "
         f"95 % intervals. {html.escape('; '.join(more_lines(summary['models'])))}",
-        figures.accuracy_bars({key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}),
+        figures.accuracy_bars(
+            {key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}, name.lower()
+        ),
     )
 
 
@@ -193,7 +195,7 @@ def _forgotten(unit: Unit) -> str:
     if cost is not None:
         said.append(f"After it that of a token of right responses had changed by {cost:+.3f}")
     if (more := facts.get(REPEATED)) is not None:
-        said.append(f"Of greedy responses {more:+.1%} was repeated, in runs of four tokens")
+        said.append(f"The share of greedy responses that repeats runs of four tokens had changed by {more:+.3f}")
     if "ended_before_steps" in facts:
         said.append(f"It ended after {facts['steps']} of {facts['ended_before_steps']} steps")
     return "".join(f" {sentence}." for sentence in said)

@@ -9,6 +9,7 @@ from allo_fast.config import Config
 from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.scoring import (
     REWARD,
+    WINS,
     accuracy_interval,
     difference_interval,
     mean_interval,
@@ -82,6 +83,8 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
         scorers = scorers_with(config.data.scorer)
         by_scorer = {name: accuracy_interval([[row[name] for row in rows] for rows in seeds]) for name in scorers}
         accuracy, interval = by_scorer[scorer]
+        if model == "base" and REWARD in seeds[0][0]:  # wins over itself
+            interval = (0.5, 0.5)
         models[model] = {
             "accuracy": accuracy,
             "n": len(seeds[0]),
@@ -91,7 +94,7 @@ def _accuracies(config: Config, predictions: dict[str, list[list[dict]]]) -> dic
         }
         models[model] |= sampled_shares(seeds, scorer)
         if REWARD in seeds[0][0]:
-            models[model][REWARD] = [fmean(row[REWARD] for row in rows) for rows in seeds]
+            models[model] |= {REWARD: [fmean(row[REWARD] for row in rows) for rows in seeds], "scorers": {}}
         if "tie" in seeds[0][0]:
             models[model]["ties"] = sum(row["tie"] for rows in seeds for row in rows)
     right = {model: [[row[scorer] for row in rows] for rows in seeds] for model, seeds in predictions.items()}
@@ -242,7 +245,8 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
         ties = [ties_line(name, metric["ties"]) for name, metric in metrics.items() if metric.get("ties")]
     else:
         scorers = scorers_with(config.data.scorer)
-        parts = [f"{facts[scorer] / facts['problems']:.2%} by the {scorer} scorer" for scorer in scorers]
+        by = {scorer: f"by the {scorer} scorer" for scorer in scorers} | {WINS: "of wins over the base"}
+        parts = [f"{facts[name] / facts['problems']:.2%} {by[name]}" for name in scorers if name in facts]
         parts += (
             [shares_line("sampled", shares)]
             if (shares := sampled_shares([rows], scorer_name(config.data.scorer)))
@@ -251,7 +255,7 @@ def evaluation_line(config: Config, facts: dict, rows: list[dict]) -> str:
         counted = f"{facts['problems']} problems"
         ties = [ties_line("of these", facts["ties"])] if facts.get("ties") else []
     lost = [f"perplexity of data.text {facts['perplexity']:.4g}"] if "perplexity" in facts else []
-    lost += [f"mean reward {facts[REWARD]:.4g}"] if REWARD in facts else []
+    parts += [f"mean reward {facts[REWARD]:.4g}"] if REWARD in facts else []
     return "; ".join([", ".join(parts), f"{counted}, {facts['quarantined']} rows set aside", *ties, *lost])
 
 

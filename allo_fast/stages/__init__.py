@@ -29,6 +29,7 @@ def _files(*keys: str) -> Callable[[Config], dict[str, dict[str, Path]]]:
 
     def files(config: Config) -> dict[str, dict[str, Path]]:
         values = flat(config.model_dump())
+        values["data.scorer"] = values["data.scorer"] if config.generates_answers else None
         named = [key for key in ("model.name_or_path", *keys) if values[key]]
         by_key = {key: _READ.get(key, model_files)(values[key]) for key in named}
         return {key: files for key, files in by_key.items() if files}

@@ -48,6 +48,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first_row: dict[str, str] = field(default_factory=dict)
+    first: dict | None = None  # usable row of data.train
     longest: int = 0  # tokens of a prompt with its response, of the usable rows
     shortest: int = 0  # likewise, at least; of data.train
     highest: int = 0  # token id
@@ -77,7 +78,7 @@ def check(config: Config) -> Findings:
     if config.data.text and prompts:
         findings.attempt(lambda: deque(text_windows(config, tokenizer), maxlen=0))
     _check_budgets(findings, config)
-    findings.attempt(lambda: check_scorer(config))
+    findings.attempt(lambda: check_scorer(config, findings.first))
     if config.warms_up and config.warmup.lora:
         findings.attempt(lora.require)
     if config.sample.engine == "server":
@@ -151,7 +152,7 @@ def _check_data(
         findings.first_row = first_row(first, prompts, right_responses) if config.sft else first_row(first, prompts)
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
         findings.shortest = seen.shortest
-        findings.attempt(lambda: check_scorer(config, seen.first))
+        findings.first = seen.first
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))

@@ -9,20 +9,21 @@ Preferences: each pair of a right and a wrong response, by the implicit rewards 
 model, evaluated before, and by log-probabilities alone, which say more of lengths than of preferences. The base has no
 implicit rewards, nor has the model of which `sft` made it.
 With `data.scorer: reward_model:FOLDER` a response's score is sigmoid(its reward - that of the base's), the probability
-that it wins by Bradley and Terry: of the base itself one half.
+that it wins by Bradley and Terry: of the base itself one half; of several responses the mean over all pairs.
 
 Models are judged in `model.dtype`; a dense warm-up, which is saved in float32, loses there what rounding takes from it.
 A tie is wrong, and counted; a score that is not finite is an error. Writes predictions.jsonl: {id, strict, release
 (right by either scorer), response} of sampled problems, or {..., pass, majority, responses} of several; of multiple
-choice {..., per_token, tie, responses}; of preferences {id, responses}; `reward`, where a reward model judges, of
-several responses the mean. Responses of these two are {logp, tokens,
-correct, ref_logp (by the base model)} in the row's order.
+choice {..., per_token, tie, responses}; of preferences {id, responses}. Where a reward model judges, {id, reward_model,
+reward, response}, of several responses the mean reward, and `rewards`. Responses of choices and preferences are {logp,
+tokens, correct, ref_logp (by the base model)} in the row's order.
 """
 
 import logging
 import math
 from collections import Counter
 from collections.abc import Generator, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import fmean, mode
 
@@ -69,11 +70,14 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     return facts
 
 
+def compares_with_base(config: Config) -> bool:
+    return config.data.format == "preference" or judging_model(config) is not None
+
+
 def evaluate_alone(run: Run, path: str | Path, base: str | Path) -> Generator[Progress, None, tuple[dict, list[dict]]]:
     """The facts and predictions of the model at `path`; preferences also against the one at `base`, where that goes."""
-    unit, against, data = Unit(run, "evaluate", "model"), None, run.config.data
-    compares = data.format == "preference" or judging_model(run.config)
-    if compares and Path(path).resolve() != Path(base).resolve():
+    unit, against = Unit(run, "evaluate", "model"), None
+    if compares_with_base(run.config) and Path(path).resolve() != Path(base).resolve():
         try:
             against = yield from _evaluate_base(Unit(run, "evaluate", "base"), base, path)
         except UserError as error:
@@ -85,7 +89,8 @@ def evaluate_alone(run: Run, path: str | Path, base: str | Path) -> Generator[Pr
 
 def _evaluate_base(unit: Unit, path: str | Path, reader: str | Path) -> Generator[Progress, None, Path]:
     """The folder of the evaluation of the base at `path`, on the rows as the model at `reader` reads them."""
-    if load_tokenizer(path).get_vocab() != load_tokenizer(reader).get_vocab():
+    preference = unit.config.data.format == "preference"
+    if preference and load_tokenizer(path).get_vocab() != load_tokenizer(reader).get_vocab():
         raise UserError(f"{reader} has another vocabulary than {path}")
     unit.folder.mkdir(parents=True)
     yield from evaluate(unit, path, reader=reader)
@@ -116,7 +121,7 @@ def evaluate(
             judged = reference[start : start + len(chunk)] if reference else [None] * len(chunk)
             if not scoring:
                 answers = _answered(frozen, prompts, chunk, start, unit.config, judges)
-                return [_won(*row) for row in zip(answers, judged, strict=True)]
+                return [_won(*row, is_base=unit.key == "base") for row in zip(answers, judged, strict=True)]
             logps = response_logps(frozen, chunk)
             return [_scored(unit, delta or path, *row) for row in zip(chunk, logps, judged, strict=True)]
 
@@ -170,12 +175,13 @@ def _judges(config: Config) -> Mapping[str, Judge]:
     return judges_with(config.data.scorer)
 
 
-def _won(answered: dict, reference: dict | None) -> dict:
-    """With the probability that it wins against the base's, where they have rewards."""
-    if REWARD not in answered:
+def _won(answered: dict, reference: dict | None, is_base: bool) -> dict:
+    """With the probability that it wins against the base's, where both are known and have rewards."""
+    if REWARD not in answered or not (reference or is_base):
         return answered
-    gain = answered[REWARD] - (reference or answered)[REWARD]
-    return answered | {WINS: 0.5 + 0.5 * math.tanh(gain / 2)}  # the sigmoid, without overflow
+    own, others = (row.get("rewards", [row[REWARD]]) for row in (answered, reference or answered))
+    chances = [0.5 + 0.5 * math.tanh((a - b) / 2) for a, b in product(own, others)]  # the sigmoid, without overflow
+    return answered | {WINS: fmean(chances)}
 
 
 def _answered(
@@ -209,7 +215,8 @@ def judged(problem: dict, texts: list[str], judges: Mapping[str, Judge]) -> dict
     if len(texts) == 1:
         return {"id": problem["id"], **right[0], "response": texts[0]}
     if REWARD in judges:
-        return {"id": problem["id"], REWARD: fmean(row[REWARD] for row in right), "responses": texts}
+        rewards = [row[REWARD] for row in right]
+        return {"id": problem["id"], REWARD: fmean(rewards), "rewards": rewards, "responses": texts}
     answers = [final_answer(text) for text in texts]
     votes = [answer for answer in answers if answer is not None] or answers
     return {

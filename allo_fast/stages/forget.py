@@ -27,7 +27,7 @@ from allo_fast.data.arrays import Ragged
 from allo_fast.data.corpus import Corpus
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
-from allo_fast.model.generation import generate
+from allo_fast.model.generation import greedy_tokens
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
@@ -71,8 +71,8 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     if guard and ranks.is_main() and guard.ends(changes):
         lost = f"right responses lost {-changes[CHANGE]:.3g} nats a token, forget.guard.max_drop is {guard.max_drop}"
         if -changes[CHANGE] <= guard.max_drop:
-            lost = f"{changes[REPEATED]:.0%} more of greedy responses is repeated, forget.guard.max_repeated is "
-            lost += str(guard.max_repeated)
+            lost = f"the repeated share of greedy responses rose by {changes[REPEATED]:.3g}, "
+            lost += f"forget.guard.max_repeated is {guard.max_repeated}"
         logger.warning(
             "forgetting ended after %d of %d steps: %s; a smaller forget.learning_rate or forget.threshold forgets "
             "less",
@@ -103,9 +103,7 @@ def guard_of(unit: Unit, prompts: Prompts, model: PreTrainedModel) -> Guard | No
     sharded = unit.zero is not None and unit.zero.sharded
 
     def speak() -> list[list[int]]:
-        ends = prompts.end_tokens
-        texts = generate(model, prompts.tokenizer, asked, ends, max_new_tokens=new, sharded=sharded)
-        return [prompts.tokenizer(text, add_special_tokens=False).input_ids for (text,) in texts]
+        return greedy_tokens(model, asked, prompts.end_tokens, new, sharded)
 
     speaking = {} if settings.max_repeated is None else {"speak": speak, "max_repeated": settings.max_repeated}
     return Guard(corpus, settings.steps, settings.max_drop, **speaking) if len(corpus.responses) else None

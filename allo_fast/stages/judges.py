@@ -27,13 +27,13 @@ def labels_in(config: Config) -> Labels:
     return lambda texts, row: [{"correct": label} for label in labels([judge(text, row) for text in texts])]
 
 
-def check_scorer(config: Config, first: dict | None = None) -> None:
+def check_scorer(config: Config, first: dict | None) -> None:
     """What `data.scorer` names is there, and a function of the user's can judge the row `first`. Raises UserError."""
     scorer = config.data.scorer
     if not config.generates_answers:
         return
     if path := judging_model(config):
-        check_reward_model(path, config.data.prompt_template)
+        check_reward_model(path, config.data.prompt_template, first)
     elif scorer == "math":
         equivalence.require()
     elif is_own(scorer) and first:

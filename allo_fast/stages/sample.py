@@ -117,8 +117,9 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
 
 
 def _judged(row: dict, texts: list[str], label: Labels, stops: list[str], prompts: Prompts, positions: float) -> dict:
-    cut = [_cut(text, stops) for text in texts]
-    return encode_responses(row, [*zip(cut, label(cut, row), strict=True)], prompts, positions)
+    row = encode_responses(row, [_cut(text, stops) for text in texts], prompts, positions)
+    labels = label([response["text"] for response in row["responses"]], row)
+    return row | {"responses": [one | said for one, said in zip(row["responses"], labels, strict=True)]}
 
 
 def _cut(text: str, stops: list[str]) -> str:
