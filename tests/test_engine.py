@@ -42,6 +42,8 @@ def trainer(folder, policy=None, objective=None, ratio=0.05, protocol="paper", *
     ]
     if isinstance(objective, Npo | Sft):
         corpus.examples = [(index,) for index in range(len(corpus.responses))]
+    else:
+        weights = None
     return Trainer(
         policy, corpus, objective or Preference(0.5, 0.5), config, folder, token_weights=weights, protocol=protocol
     )

@@ -302,7 +302,7 @@ def test_rows_that_the_model_cannot_read_are_set_aside(place, capsys):
 def test_without_a_base_there_are_no_implicit_rewards(place, capsys, caplog):
     other, config = model(place / "other", seed=5), str(place / "config.yaml")
     assert main(["eval", other, config, "model.name_or_path=/nowhere"]) == 0
-    assert "no implicit rewards: /nowhere: no such file or folder" in caplog.text
+    assert "not compared with the base: /nowhere: no such file or folder" in caplog.text
     said = capsys.readouterr().out
     assert "logps/accuracies " in said and "rewards/" not in said
     larger = character_tokenizer()
