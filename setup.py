@@ -1,8 +1,13 @@
+import re
+from pathlib import Path
+
 from setuptools import setup
+
+INIT = Path(__file__).parent / "allo_fast" / "__init__.py"
 
 setup(
     name="allo-fast",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', INIT.read_text())[1],
     description="ALLO: align a language model by training a few percent of its weights",
     license="Apache-2.0",
     python_requires=">=3.11",

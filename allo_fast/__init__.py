@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 _PLACES = {
     "Delta": "allo_fast.method.delta",
     "DensePolicy": "allo_fast.method.policy",

@@ -3,10 +3,13 @@
 import argparse
 from pathlib import Path
 
-from allo_fast.compare.judging import STYLES
-from allo_fast.plan.phase import DEVICES
-from allo_fast.stages import STAGES
-from allo_fast.stages.export import STAGES_WITH_MODELS
+from allo_fast import __version__
+
+# As their modules have them, which take seconds to import.
+STAGES = "pretrain", "sft", "sample", "pairs", "warmup", "locate", "rewards", "forget", "learn", "evaluate"
+STAGES_WITH_MODELS = "pretrain", "sft", "warmup", "forget", "learn"
+STYLES = "alpaca_eval", "arena_hard"
+DEVICES = "h100", "a100"
 
 _ABOUT = "The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."
 
@@ -24,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allo-fast", description=_ABOUT)
+    parser.add_argument("--version", action="version", version=f"allo-fast {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says what LOCAL_RANK says
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     about = {"run": "every stage of a run, then its summary and report", "report": "summary and report again"}

@@ -16,7 +16,6 @@ from pathlib import Path
 import transformers
 
 from allo_fast import ranks, signals
-from allo_fast.arguments import parse
 from allo_fast.compare.arms import Comparison
 from allo_fast.compare.driving import compare
 from allo_fast.compare.judging import asking, judge, read_responses, said_of
@@ -54,9 +53,8 @@ logger = logging.getLogger("allo_fast")
 _PATIENCE = 10.0  # seconds after which a rank that nobody has ended says itself what ended it
 
 
-def run(arguments: list[str] | None) -> int:
-    """The exit code of a command."""
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The exit code of a command. Raises BrokenPipeError where nobody reads what it prints any more."""
     command = _COMMANDS.get(options.name, _stage)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("allo_fast").setLevel(logging.INFO)
@@ -68,6 +66,8 @@ def run(arguments: list[str] | None) -> int:
         return command(options) or 0
     except Exception as error:
         signals.check_cause(error)
+        if isinstance(error, BrokenPipeError):
+            raise
         rank = ranks.launched_rank()
         if rank:  # what all meet rank 0 says, and what another's end led to that one; then a launcher ends this one
             time.sleep(_PATIENCE)

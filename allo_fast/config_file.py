@@ -65,6 +65,42 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
+# What users of TRL, LLaMA-Factory and Axolotl type for a key of ours.
+NAMES_ELSEWHERE = {
+    theirs: ours
+    for ours, every in {
+        "learning_rate": "lr",
+        "num_train_epochs": "epochs num_epochs",
+        "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size per_device_batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation_steps",
+        "max_grad_norm": "grad_clip clip_grad gradient_clipping",
+        "lr_scheduler_type": "scheduler lr_scheduler",
+        "warmup_steps": "warmup_ratio",
+        "loss_type": "loss pref_loss",
+        "loss_weights": "rpo_alpha pref_ftx",
+        "beta": "pref_beta",
+        "simpo_gamma": "gamma cpo_gamma",
+        "model.name_or_path": "base_model model_name model_name_or_path model_id model_path",
+        "model.dtype": "torch_dtype bf16 fp16 mixed_precision precision",
+        "model.attn_implementation": "flash_attention flash_attn use_flash_attention_2",
+        "data.train": "dataset datasets dataset_name dataset_path train_file train_dataset",
+        "data.test": "eval_dataset eval_file test_file test_datasets val_set_size test_split_size",
+        "data.max_prompt_tokens": "max_prompt_length",
+        "data.max_response_tokens": "max_length max_completion_length cutoff_len sequence_len max_seq_length",
+        "seeds": "seed data_seed",
+        "name": "run_name",
+        "warmup.lora": "peft lora use_peft adapter finetuning_type peft_config",
+        "warmup.lora.r": "lora_r lora_rank",
+        "warmup.lora.target_modules": "lora_target_modules lora_target",
+        "learn.reference": "ref_model ref_model_path ref_model_name_or_path",
+        "learn.ratio": "sparsity mask_ratio neuron_ratio",
+        "sample.num_return_sequences": "num_generations num_samples",
+        "save_models": "save_safetensors save_only_model",
+    }.items()
+    for theirs in every.split()
+}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses keys that stand twice, and files that are more than a configuration can be."""
 
@@ -161,7 +197,13 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
         suffix = "" if first["type"] == "missing" else f" (got {first['input']!r:.200})"
         return f"{key}: {message}{suffix}" if key else message
     where = ".".join(map(str, first["loc"]))
-    siblings = [name for name in known if name.rpartition(".")[0] == where.rpartition(".")[0]]
+    section, _, last = where.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    if meant := NAMES_ELSEWHERE.get(last):
+        places = [name for name in known if f".{name}".endswith(f".{meant}")]
+        return (
+            f"{where}: unknown key; did you mean {min(places, key=lambda n: (n not in siblings, _is_less_likely(n)))}?"
+        )
     elsewhere = [name for name in known if name.endswith(f".{where}")]
     near = difflib.get_close_matches(where, siblings, n=1) or sorted(elsewhere, key=_is_less_likely)[:1]
     near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.0)

@@ -1,0 +1,98 @@
+"""The command line before and after its work: help at once, names that others use, ends that programs understand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from allo_fast import __version__, arguments
+from allo_fast.__main__ import main
+from allo_fast.compare.judging import STYLES
+from allo_fast.config import Config, UserError
+from allo_fast.config_file import NAMES_ELSEWHERE, known_keys, load_config
+from allo_fast.plan.phase import DEVICES
+from allo_fast.stages import STAGES
+from allo_fast.stages.export import STAGES_WITH_MODELS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, **more) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, **more)
+
+
+def test_its_words_are_those_of_the_modules():
+    assert tuple(STAGES) == arguments.STAGES and STAGES_WITH_MODELS == arguments.STAGES_WITH_MODELS
+    assert tuple(STYLES) == arguments.STYLES and tuple(DEVICES) == arguments.DEVICES
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["run"]])
+def test_what_needs_no_model_imports_none(words):
+    code = f"""
+import sys
+from allo_fast.__main__ import main
+try:
+    main({words!r})
+finally:
+    print([name for name in ("torch", "transformers", "pydantic", "numpy") if name in sys.modules], file=sys.stderr)
+"""
+    done = run(code)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert done.returncode == (2 if words == ["run"] else 0)
+    if words == ["--version"]:
+        assert done.stdout == f"allo-fast {__version__}\n"
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    assert run("import sys, allo_fast; print('torch' in sys.modules)").stdout == "False\n"
+
+
+def test_who_has_read_enough_is_told_nothing():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from allo_fast.__main__ import main; sys.exit(main(['env']))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + 13, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("lr=1e-5", "learn.learning_rate"),
+        ("warmup.lr=1e-5", "warmup.learning_rate"),
+        ("epochs=2", "learn.num_train_epochs"),
+        ("learn.batch_size=2", "learn.per_device_train_batch_size"),
+        ("base_model=x", "model.name_or_path"),
+        ("model.torch_dtype=x", "model.dtype"),
+        ("dataset=x", "data.train"),
+        ("val_set_size=0.1", "data.test"),
+        ("seed=1", "seeds"),
+        ("peft=true", "warmup.lora"),
+        ("warmup.lora_r=8", "warmup.lora.r"),
+        ("ref_model=x", "learn.reference"),
+        ("rpo_alpha=1", "learn.loss_weights"),
+        ("forget.pref_beta=1", "forget.beta"),
+        ("learn.learning_rat=1", "learn.learning_rate"),
+    ],
+)
+def test_a_key_by_the_name_that_others_give_it(words, meant):
+    with pytest.raises(UserError, match=rf"{words.partition('=')[0]}: unknown key; did you mean {meant}\?"):
+        load_config("configs/quickstart.yaml", [words])
+
+
+def test_the_names_of_others_are_for_keys_that_there_are():
+    known = known_keys(Config)
+    for theirs, ours in NAMES_ELSEWHERE.items():
+        assert any(f".{key}".endswith(f".{ours}") for key in known), ours
+        assert theirs not in known, "then nobody asks"
+
+
+def test_a_mistake_ends_with_2(capsys):
+    assert main(["run", "nowhere.yaml"]) == 2 and "nowhere.yaml" in capsys.readouterr().err
