@@ -22,6 +22,7 @@ from allo_fast.compare.judging import asking, judge, read_responses, said_of
 from allo_fast.compare.rounds import complete_rounds, later_rounds, said_of_rounds
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
+from allo_fast.config_keys import print_keys
 from allo_fast.console import say, show
 from allo_fast.durable import reason, versions
 from allo_fast.method.delta import Delta
@@ -288,6 +289,7 @@ _COMMANDS = {
     "check": _check,
     "plan": _plan,
     "eval": _eval,
+    "keys": print_keys,
     "judge": _judge,
     "merge": _merge,
     "export": _export,

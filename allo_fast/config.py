@@ -56,13 +56,13 @@ class ModelConfig(Section):
 class DataConfig(Section):
     # A file, a saved data set, org/name:config:split, arithmetic:train, reasoning_gym:TASK; and a slice: x.jsonl[:9]
     train: str
-    test: str  # likewise; the problems that `evaluate` answers
-    text: str | None = None  # likewise, rows {text}: each model's perplexity of them is said, too
-    format: Literal["problems", "gsm8k", "release", "multiple_choice", "preference"] = "problems"
+    test: str  # as data.train; the problems that `evaluate` answers
+    text: str | None = None  # as data.train, rows {text}: each model's perplexity of them is said, too
+    format: Literal["problems", "gsm8k", "release", "multiple_choice", "preference"] = "problems"  # what a row is
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
     prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
-    # Which answers are right: one of SCORERS, FILE.py:FUNCTION of a response and its row, or reward_model:FOLDER.
+    # Which answers are right: strict, release, math, FILE.py:FUNCTION of a response and its row, reward_model:FOLDER.
     scorer: str = "strict"
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
     max_response_tokens: int = Field(1024, gt=0)  # longer given responses and solutions are set aside
@@ -145,7 +145,7 @@ class Config(Section):
     deepspeed: str | None = None  # DeepSpeed JSON, or auto; null: one process without DeepSpeed
     ddp_timeout: float = Field(1800, gt=0, le=1e6)  # seconds that a rank waits for the others
     seeds: list[Annotated[int, Field(ge=0, le=LARGEST)]] = Field([0], min_length=1)  # stages run for each
-    protocol: Literal["paper", "release"] = "paper"
+    protocol: Literal["paper", "release"] = "paper"  # release: the published code's, where that is another
     # Log-probabilities by the reference. cached: computed once, and kept in the run's folder for all stages and seeds;
     # online: in every step. Dense training and other reference models know only cached.
     reference: Literal["cached", "online"] = "cached"

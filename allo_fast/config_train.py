@@ -41,10 +41,10 @@ class PretrainConfig(TrainConfig):
     learning_rate: float = Field(2e-3, gt=0)
     per_device_train_batch_size: int = Field(128, gt=0)
     gradient_accumulation_steps: int = Field(1, gt=0)
-    hidden_size: int = Field(128, gt=0)
-    intermediate_size: int = Field(352, gt=0)
-    num_hidden_layers: int = Field(6, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
+    hidden_size: int = Field(128, gt=0)  # of the tiny Llama, as those below
+    intermediate_size: int = Field(352, gt=0)  # of its feed-forward layers
+    num_hidden_layers: int = Field(6, gt=0)  # blocks
+    num_attention_heads: int = Field(4, gt=0)  # of queries, keys and values alike
     problems: int = Field(51200, gt=0)  # generated arithmetic problems
     careless: float = Field(0.0, ge=0, le=1)  # fraction whose solution reads the first minus as a plus
 
