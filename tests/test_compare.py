@@ -1,6 +1,7 @@
 """Comparisons: what a file stands for, which runs share what, and what is said of the results."""
 
 import json
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,9 +222,9 @@ def test_what_another_command_made_counts_for_the_time(file):
     changed(file, ("{best: [1e-4, 1e-2]}", "1e-4"), ("development: ", "# "))
     one, both = (Comparison.load(file, [f"seeds={seeds}"]) for seeds in ([0], [0, 1]))
     first, second = (one.final(arm, {}) for arm in one.arms[1:3])
-    assert [*Worker(one, drive([]), False, Clock([])).complete([first])] == [first]
+    assert [*Worker(one, drive([]), False, Clock([])).complete(deque([first]))] == [first]
     clock = Clock([both.final(both.arms[3], {})])
-    assert [*Worker(one, drive([]), False, clock).complete([second])] == [second]
+    assert [*Worker(one, drive([]), False, clock).complete(deque([second]))] == [second]
     assert clock.left.endswith("one process left beside forget, rewards")
 
 
@@ -238,6 +239,23 @@ def test_a_run_that_another_command_works_on_comes_last(file, monkeypatch):
         others = [next(lines) for _ in range(4)]
     assert [line.split(":")[0] for line in others[1:]] == ["sparse, 0.1", "sparse, 0.2", "allo"]
     assert next(lines).startswith("dpo: ")
+
+
+@runs
+def test_no_arm_waits_for_another_to_choose(file, monkeypatch):
+    changed(file, ("{each: [0.1, 0.2]}", "{best: [0.1, 0.2]}"))
+    monkeypatch.setattr(driving, "_SECONDS", 0.01)
+    comparison = Comparison.load(file, ["seeds=[0]"])
+    other = comparison.development(comparison.arms[0])[1]
+    lines = compare(comparison, drive([]))
+    next(lines)
+    with alone_in(other.folder):  # as another command would be, at one of those that dpo chooses from
+        said = [next(lines).partition(":")[0] for _ in range(5)]
+    first, *of_sparse, allo, final = said
+    assert [first, allo] == ["dpo, warmup.learning_rate 0.0001", "allo"]
+    assert of_sparse == ["sparse, learn.ratio 0.1", "sparse, learn.ratio 0.2"] and final in of_sparse
+    last = [next(lines).partition(":")[0] for _ in range(2)]
+    assert last[0] == other.label and last[1] in (other.label, first)
 
 
 @runs

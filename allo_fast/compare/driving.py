@@ -1,4 +1,4 @@
-"""Runs of a comparison one after another: those that choose, then the final ones, then what they say."""
+"""Runs of a comparison one after another: those that choose, of each arm then the final one, and what they say."""
 
 import hashlib
 import json
@@ -41,24 +41,31 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {len(clock.waiting)} stages to go{clock.left}"
     _check(arms, choosing, comparison)
     worker = Worker(comparison, show, rerun, clock)
+    chosen: dict[str, tuple[Trial, Tried]] = {}
+    waiting = deque(trial for trials in choosing.values() for trial in trials)
+    for arm in arms:
+        if not choosing[arm.name]:
+            chosen[arm.name] = comparison.final(arm, arm.candidates[0]), []
+            waiting.append(chosen[arm.name][0])
     tried: dict[str, float] = {}
-    for trial in worker.complete([trial for trials in choosing.values() for trial in trials]):
+    for trial in worker.complete(waiting):
+        name, candidates = trial.arm.name, choosing[trial.arm.name]
+        if name in chosen:
+            yield f"{trial.label}: {_said(trial, worker, 'data.test')}{clock.left}"
+            continue
         tried[trial.label] = _mean(trial) if trial.label not in worker.failed else -math.inf
         yield f"{trial.label}: {_said(trial, worker, 'development data')}{clock.left}"
-    chosen: dict[str, tuple[Trial, Tried]] = {}
-    for arm in arms:
-        scores = [(tried[trial.label], trial.values) for trial in choosing[arm.name]]
-        best = max(scores, key=lambda pair: pair[0]) if scores else (0.0, arm.candidates[0])
-        if math.isfinite(best[0]):
-            chosen[arm.name] = comparison.final(arm, best[1]), scores
-        else:
-            yield f"{arm.name}: left out, as no candidate could be trained"
-    for trial in worker.complete([trial for trial, _ in chosen.values()]):
-        yield f"{trial.label}: {_said(trial, worker, 'data.test')}{clock.left}"
-        if trial.label in worker.failed:
-            del chosen[trial.arm.name]
+        if all(candidate.label in tried for candidate in candidates):
+            scores = [(tried[candidate.label], candidate.values) for candidate in candidates]
+            best, values = max(scores, key=lambda pair: pair[0])
+            if math.isfinite(best):
+                chosen[name] = comparison.final(trial.arm, values), scores
+                waiting.append(chosen[name][0])
+            else:
+                yield f"{name}: left out, as no candidate could be trained"
+    made = [chosen[arm.name] for arm in arms if arm.name in chosen]
     with locked(comparison.folder / ".locks" / "results"):
-        metric, rows = results(comparison, [*chosen.values()])
+        metric, rows = results(comparison, [each for each in made if each[0].label not in worker.failed])
     yield table(rows, metric)
     yield from sentences(rows)
     yield str(comparison.folder / "compare.md")
@@ -104,9 +111,9 @@ class Worker:
     clock: "Clock"
     failed: dict[str, str] = field(default_factory=dict)
 
-    def complete(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """Each when it is complete; those that other commands work on last."""
-        waiting, busy = deque(trials), 0
+    def complete(self, waiting: deque[Trial]) -> Iterator[Trial]:
+        """Each when it is complete, of which there may come more; those that other commands work on last."""
+        busy = 0
         while waiting:
             trial = waiting.popleft()
             try:
