@@ -66,21 +66,22 @@ class Corpus:
     ) -> list[int]:
         """Adds one problem; returns the indices of its responses. weights: of the tokens of those that have any."""
         assert prompt, "the first token of a response needs one before it"
-        number, first = len(self.prompts), len(self.responses)
-        self.prompts.append(prompt)
-        self.names.append(name.encode())
-        for tokens in responses:
-            self.responses.append(Response(number, tokens))
+        number, first, added = len(self.prompts), len(self.responses), [*responses]
         if weights and self.weights is None:
             self.weights = Ragged("f", self.responses.folder)
+            for length in self.responses.tokens.lengths.tolist():
+                self.weights.append([1.0] * length)
         if loss_weight != 1 and self.loss_weights is None:
             self.loss_weights = Numbers("f", self.responses.folder)
-        if self.weights is not None:
-            for index in range(len(self.weights), len(self.responses)):
-                tokens = self.responses.tokens[index]
+            self.loss_weights.extend([1.0] * number)
+        self.prompts.append(prompt)
+        self.names.append(name.encode())
+        for tokens in added:
+            self.responses.append(Response(number, tokens))
+            if self.weights is not None:
                 self.weights.append(weights.get(tuple(tokens), [1.0] * len(tokens)))
         if self.loss_weights is not None:
-            self.loss_weights.extend([1.0] * (number - len(self.loss_weights)) + [loss_weight])
+            self.loss_weights.extend([loss_weight])
         return list(range(first, len(self.responses)))
 
     def only(self, numbers: Sequence[int]) -> "Corpus":

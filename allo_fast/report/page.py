@@ -73,7 +73,7 @@ def _accuracies(summary: dict) -> str:
     return _section(
         name,
         f"{name}{over} on {first['n']} problems of data.test; bars are means over seeds, dots single seeds, whiskers "
-        f"95 % intervals. {html.escape('; '.join(more_lines(summary['models'])))}",
+        f"95 % intervals. {'; '.join(more_lines(summary['models']))}",
         figures.accuracy_bars(
             {key: {"mean": model["accuracy"], **model} for key, model in summary["models"].items()}, name.lower()
         ),
