@@ -1,16 +1,19 @@
 """Problems as rows of token ids; what a model cannot read is set aside, with the numbers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import apart
 from tiny import family
 
+from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import Limits, corpus_of_pairs, encode_problems, encode_responses
-from allo_fast.data.problems import Problem
+from allo_fast.data.problems import Problem, read_problems
 from allo_fast.data.prompts import Prompts
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = Prompts(character_tokenizer(), template="{}=")
 WIDE = Limits(prompt=100, response=100, new=10, positions=1000, vocabulary=1000)
 GIVEN = Problem("a:1", "1+1", "2", "2", ("2", "02"), ("3",))
@@ -75,3 +78,15 @@ def test_pairs_of_one_problem_share_its_prompt():
     corpus = corpus_of_pairs(rows)
     assert corpus.prompts == [[1], [5]] and corpus.examples == [(0, 1), (0, 2), (3, 4)]
     assert [response.tokens for response in corpus.responses] == [[2, 9], [3, 9], [4, 9], [2, 9], [3, 9]]
+
+
+def test_the_example_rows_are_rows():
+    """Eight to train on and two to test, by the configuration that lies beside them."""
+    config, counts = load_config(CONFIGS / "preference.yaml"), []
+    for source in (config.data.train, config.data.test):
+        problems = read_problems(str(CONFIGS.parent / source), config.data.format)
+        rows, set_aside = encoded(*problems, prompts=Prompts(family("gemma")), limits=Limits(512, 512, 0, 999, 999))
+        assert not set_aside
+        assert all([response["correct"] for response in row["responses"]] == [True, False] for row in rows)
+        counts.append(len(rows))
+    assert counts == [8, 2]
