@@ -76,8 +76,9 @@ NAMES_ELSEWHERE = {
         "max_grad_norm": "grad_clip clip_grad gradient_clipping",
         "lr_scheduler_type": "scheduler lr_scheduler",
         "warmup_steps": "warmup_ratio",
-        "loss_type": "loss pref_loss",
-        "loss_weights": "rpo_alpha pref_ftx",
+        "loss_type": "loss pref_loss reference_free",
+        "loss_weights": "rpo_alpha cpo_alpha pref_ftx",
+        "data.scorer": "reward_model reward_model_path reward_funcs",
         "beta": "pref_beta",
         "simpo_gamma": "gamma cpo_gamma",
         "model.name_or_path": "base_model model_name model_name_or_path model_id model_path",
@@ -92,6 +93,7 @@ NAMES_ELSEWHERE = {
         "warmup.lora": "peft lora use_peft adapter finetuning_type peft_config",
         "warmup.lora.r": "lora_r lora_rank",
         "warmup.lora.target_modules": "lora_target_modules lora_target",
+        "save_steps": "save_strategy",
         "learn.reference": "ref_model ref_model_path ref_model_name_or_path",
         "learn.ratio": "sparsity mask_ratio neuron_ratio",
         "sample.num_return_sequences": "num_generations num_samples",
@@ -206,8 +208,9 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
         )
     elsewhere = [name for name in known if name.endswith(f".{where}")]
     near = difflib.get_close_matches(where, siblings, n=1) or sorted(elsewhere, key=_is_less_likely)[:1]
-    near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.0)
-    return f"{where}: unknown key; did you mean {near[0]}?"
+    near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    said = f"did you mean {near[0]}?" if near else "`allo-fast keys WORD` finds those there are"
+    return f"{where}: unknown key; {said}"
 
 
 def known_keys(section: type[Section], prefix: str = "") -> list[str]:

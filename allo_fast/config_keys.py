@@ -13,6 +13,7 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from allo_fast.config import Config, RewardSource, Score, UserError
+from allo_fast.config_file import NAMES_ELSEWHERE
 from allo_fast.config_train import Loss, TrainConfig
 from allo_fast.section import Section
 
@@ -44,7 +45,12 @@ def print_keys(options: argparse.Namespace) -> None:
         print(as_markdown(), end="")
         return
     word = options.word.lower()
-    found = [key.line for key in keys_of(Config) if word in f"{key.name} {key.about}".lower()]
+    ours = NAMES_ELSEWHERE.get(word, "\0")
+    found = [
+        key.line
+        for key in keys_of(Config)
+        if word in f"{key.name} {key.about}".lower() or f".{key.name}".endswith(f".{ours}")
+    ]
     if not found:
         raise UserError(f"{options.word}: in no key's name or explanation")
     print("\n".join(found))

@@ -87,6 +87,11 @@ def test_a_key_by_the_name_that_others_give_it(words, meant):
         load_config("configs/quickstart.yaml", [words])
 
 
+def test_what_nothing_is_near_to_is_not_guessed():
+    with pytest.raises(UserError, match="zzzz: unknown key; `allo-fast keys WORD` finds those there are"):
+        load_config("configs/quickstart.yaml", ["zzzz=1"])
+
+
 def test_the_names_of_others_are_for_keys_that_there_are():
     known = known_keys(Config)
     for theirs, ours in NAMES_ELSEWHERE.items():

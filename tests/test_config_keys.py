@@ -80,5 +80,6 @@ def test_a_key_is_found_by_a_word(capsys):
     assert "learn.simpo_gamma: default 0.5; number, >= 0. of simpo and confpo: the margin" in out
     assert "beta" not in out and max(map(len, out.splitlines())) <= 100
     assert main(["keys", "data.train"]) == 0 and "data.train: must be set; text" in capsys.readouterr().out
+    assert main(["keys", "rpo_alpha"]) == 0 and "learn.loss_weights: default null" in capsys.readouterr().out
     assert main(["keys", "no such word"]) == 2
     assert "no such word: in no key's name or explanation" in capsys.readouterr().err

@@ -86,6 +86,11 @@ def test_gold_stands_in_only_where_nothing_is_correct(tmp_path):
     assert run_pairs(tmp_path, rows, gold="missing") == [("gold", "x"), ("a", "y")], "and never against itself"
     with pytest.raises(UserError, match="no pair left: of 1 problems 0 have no correct response and 1 no wrong one"):
         run_pairs(tmp_path, [problem(["a"], [])])
+    graded = problem(["a"], ["b"])
+    for response in graded["responses"]:
+        response["correct"] = None
+    with pytest.raises(UserError, match=r"and 2 no wrong one \(in 1 all have one score\); sample more"):
+        run_pairs(tmp_path, [graded, problem(["a"], [])])
 
 
 TOKENIZER = character_tokenizer()

@@ -37,6 +37,9 @@ def graded(response, row):
 def careless(response, row):
     return row["no such field"]
 
+def alone(response):
+    return True
+
 def said(response, row):
     return "yes"
 
@@ -91,6 +94,7 @@ def test_a_judge_sees_the_whole_row(scorer):
         ("said", "said: expected True, False or a number between 0 and 1, got 'yes'"),
         ("array", "array: expected True, False or a number between 0 and 1, got array"),
         ("careless", r"careless: KeyError: 'no such field', .*scorers.py:\d+, of the response 'abc'"),
+        ("alone", r"alone: TypeError: .*positional argument.*, of the response 'abc'"),
         ("leaves", r"leaves: SystemExit: 3, .*scorers.py:\d+, of the response 'abc'"),
         ("nobody", "no function nobody"),
         ("SCORERS", "no function SCORERS"),
@@ -99,6 +103,13 @@ def test_a_judge_sees_the_whole_row(scorer):
 def test_what_a_judge_may_not_do_is_said(scorer, name, said):
     with pytest.raises(UserError, match=said):
         own_judge(scorer(name))("abc", {})
+
+
+def test_a_file_by_a_relative_path_has_lines_too(scorer, tmp_path, monkeypatch):
+    scorer("careless")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"careless: KeyError: 'no such field', scorers.py:\d+, of the response"):
+        own_judge("scorers.py:careless")("abc", {})
 
 
 def test_a_judge_is_told_of_whom_and_cannot_change_the_row(scorer):

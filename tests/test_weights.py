@@ -41,16 +41,22 @@ def test_rows_bring_them_along(tmp_path):
     assert (pair["chosen_weights"], pair["rejected_weights"], pair["loss_weight"]) == ([1, 0.5], [0, 2, 0, 1.5], 0.5)
     (problem,) = read(tmp_path, {"problem": "1", "solution": "2", "answer": "2", "loss_weight": 3}, format="problems")
     assert problem["loss_weight"] == 3, "of any format"
+    texts = {"loss_weight": "0.5", "chosen_token_weights": "[1, 0.5]", "rejected_token_weights": " "}
+    of_table, without = read(tmp_path, PAIR | texts, PAIR | {"loss_weight": "", "weight": ""})
+    assert of_table["loss_weight"] == 0.5 and of_table["responses"][0]["weights"] == [1, 0.5]
+    assert "weights" not in of_table["responses"][1] and "loss_weight" not in without, "empty cells of a table"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"loss_weight": -1}, "loss_weight: expected a number from 0 on, got -1"),
-        ({"loss_weight": True}, "loss_weight: expected a number from 0 on, got True"),
-        ({"loss_weight": float("inf")}, "loss_weight: expected a number from 0 on, got inf"),
-        ({"chosen_token_weights": 2}, "chosen_token_weights: expected a list of numbers from 0 on, got 2"),
-        ({"chosen_token_weights": [1, None]}, "chosen_token_weights: expected a list of numbers from 0 on"),
+        ({"loss_weight": -1}, "loss_weight: expected a number from 0 to 1000, got -1"),
+        ({"loss_weight": True}, "loss_weight: expected a number from 0 to 1000, got True"),
+        ({"loss_weight": 1001}, "loss_weight: expected a number from 0 to 1000, got 1001"),
+        ({"loss_weight": "much"}, "loss_weight: expected a number from 0 to 1000, got 'much'"),
+        ({"loss_weights": 2}, "loss_weights: not read; weights are loss_weight, chosen_token_weights, rejected_token"),
+        ({"chosen_token_weights": 2}, "chosen_token_weights: expected a list of numbers from 0 to 1000, got 2"),
+        ({"chosen_token_weights": [1, None]}, "chosen_token_weights: expected a list of numbers from 0 to 1000"),
         (
             {"chosen_token_weights": [1]},
             "chosen_token_weights: expected 2 numbers, one for each token of the response, with what ends it, got 1",

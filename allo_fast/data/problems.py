@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 import tempfile
 from array import array
@@ -16,7 +15,7 @@ import numpy as np
 from allo_fast.config import UserError
 from allo_fast.data.conversations import Messages, text
 from allo_fast.data.preferences import Turn, distinct, read_preference, without_end
-from allo_fast.data.sources import UnusableRow, lacks, read_rows
+from allo_fast.data.sources import UnusableRow, lacks, parse_json, read_rows
 from allo_fast.data.verifier import is_own, reward_model_of
 
 
@@ -72,7 +71,8 @@ def _read(row_id: str, row: Callable[[], dict], format: str, scorer: str) -> Pro
     try:
         fields = _as_json(row()) if is_own(scorer) else row()
         problem = replace(read(row_id, fields), fields=fields if is_own(scorer) else None)
-        return problem if fields.get("loss_weight") is None else replace(problem, loss_weight=_loss_weight(fields))
+        weight = _cell(fields, "loss_weight")
+        return problem if weight is None else replace(problem, loss_weight=_loss_weight(weight))
     except UnusableRow as error:
         return Quarantined(row_id, str(error))
 
@@ -162,23 +162,36 @@ def _preference(row_id: str, row: dict) -> Problem:
 
 
 def _weights(row: dict, name: str, turns: tuple[Turn, ...]) -> list[float] | None:
-    if row.get(name) is None:
+    if other := next((other for other in _NO_WEIGHTS if row.get(other) not in (None, "")), None):
+        raise UnusableRow(f"{other}: not read; weights are loss_weight, chosen_token_weights, rejected_token_weights")
+    if (weights := _cell(row, name)) is None:
         return None
     if len(turns) != 1:
-        raise UnusableRow(f"{name}: expected one response, got {len(turns)}")
-    if not isinstance(row[name], list) or not all(map(_is_weight, row[name])):
-        raise UnusableRow(f"{name}: expected a list of numbers from 0 on, got {row[name]!r:.80}")
-    return row[name]
+        raise UnusableRow(f"{name}: expected one response, got {len(turns)}; write a row for each pair")
+    if not isinstance(weights, list) or not all(map(_is_weight, weights)):
+        raise UnusableRow(f"{name}: expected a list of numbers from 0 to {_HEAVIEST}, got {row[name]!r:.80}")
+    return weights
 
 
-def _loss_weight(row: dict) -> float:
-    if not _is_weight(row["loss_weight"]):
-        raise UnusableRow(f"loss_weight: expected a number from 0 on, got {row['loss_weight']!r:.80}")
-    return row["loss_weight"]
+def _loss_weight(weight: object) -> float:
+    if not _is_weight(weight):
+        raise UnusableRow(f"loss_weight: expected a number from 0 to {_HEAVIEST}, got {weight!r:.80}")
+    return weight
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _HEAVIEST
+
+
+def _cell(row: dict, name: str) -> object:
+    """A value, also from a table's cell, which is a text; None where there is none."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except UnusableRow:
+        return value
 
 
 def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quarantined]:
@@ -224,5 +237,8 @@ def _merged(group: list[Problem]) -> Problem | Quarantined:
 
 
 _SIDES = ("right", "wrong")
+_HEAVIEST = 1000
+_NO_WEIGHTS = ("weight", "weights", "sample_weight", "pair_weight", "loss_weights", "token_weights")
+_NO_WEIGHTS += ("chosen_weights", "rejected_weights")
 _FORMATS = {"problems": _problem, "gsm8k": _gsm8k, "release": _release}
 _FORMATS |= {"multiple_choice": _multiple_choice, "preference": _preference}

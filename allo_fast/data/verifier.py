@@ -64,8 +64,10 @@ def own_judge(scorer: str) -> Judge:
             right = function(response, deepcopy(row))
             known = isinstance(right, Real | np.bool_) and 0 <= right <= 1
         except (Exception, SystemExit) as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-            why = f"{type(error).__name__}: {first_line(error)}, {path}:{lines[-1]}"
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
+            where = f", {path}:{lines[-1]}" if lines else ""  # none, where it takes other arguments
+            why = f"{type(error).__name__}: {first_line(error)}{where}"
             raise UserError(f"data.scorer: {name}: {why}, of the response {response!r:.200}") from error
         if not known:
             said = f"expected True, False or a number between 0 and 1, got {right!r:.200}"

@@ -33,9 +33,10 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
             yield from _pairs(row, unit, counts)
         if not counts["pairs"]:
             gold = ", or set pairs.gold: missing" * any("solution_ids" in row for row in problems)
+            alike = counts["alike"] and f" (in {counts['alike']} all have one score)" or ""
             raise UserError(
                 f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
-                f"{counts['no_wrong']} no wrong one; sample more{gold}"
+                f"{counts['no_wrong']} no wrong one{alike}; sample more{gold}"
             )
 
     write_jsonl(unit.folder / "pairs.jsonl", pairs())
@@ -46,7 +47,7 @@ def _pairs(row: dict, unit: Unit, counts: Counter[str]) -> list[dict]:
     """Of one problem, which is counted."""
     settings = unit.config.pairs
     correct, wrong = distinct_responses(row, True), distinct_responses(row, False)
-    counts.update(no_correct=not correct, no_wrong=not wrong)
+    counts.update(no_correct=not correct, no_wrong=not wrong, alike=bool(row["responses"]) and not (correct or wrong))
     if not correct and settings.gold == "missing" and "solution_ids" in row:
         correct = [{"text": row["solution"], "ids": row["solution_ids"]}]
     both = [(chosen, rejected) for chosen, rejected in product(correct, wrong) if chosen["ids"] != rejected["ids"]]
