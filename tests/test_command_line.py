@@ -50,10 +50,11 @@ def test_the_package_itself_imports_nothing_heavy():
     assert run("import sys, allo_fast; print('torch' in sys.modules)").stdout == "False\n"
 
 
-def test_who_has_read_enough_is_told_nothing():
+@pytest.mark.parametrize("words", [["env"], ["keys", "margin"]])
+def test_who_has_read_enough_is_told_nothing(words):
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from allo_fast.__main__ import main; sys.exit(main(['env']))"
+    code = f"import sys; from allo_fast.__main__ import main; sys.exit(main({words!r}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
