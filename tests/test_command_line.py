@@ -56,6 +56,7 @@ def test_who_has_read_enough_is_told_nothing(words):
     os.close(read)
     code = f"import sys; from allo_fast.__main__ import main; sys.exit(main({words!r}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment["PYTHONUNBUFFERED"] = ""  # what waits until the end counts, too
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
     )
