@@ -19,9 +19,12 @@ from allo_fast.stages.export import STAGES_WITH_MODELS
 ROOT = Path(__file__).parent.parent
 
 
-def run(code: str, **more) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, **more)
+def run(code: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": ""}  # what waits until the end counts, too
+    return subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_its_words_are_those_of_the_modules():
@@ -54,12 +57,7 @@ def test_the_package_itself_imports_nothing_heavy():
 def test_who_has_read_enough_is_told_nothing(words):
     read, write = os.pipe()
     os.close(read)
-    code = f"import sys; from allo_fast.__main__ import main; sys.exit(main({words!r}))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    environment["PYTHONUNBUFFERED"] = ""  # what waits until the end counts, too
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    done = run(f"import sys; from allo_fast.__main__ import main; sys.exit(main({words!r}))", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + 13, "")
 

@@ -176,8 +176,11 @@ def test_key_tokens_are_of_losses_with_a_reference_alone(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_may_be_cut_anywhere(name):
+    assert_it_may_be_cut(pair_corpus(7), Preference(0.5, 0.5, losses=((name, 1.0),), length_alpha=0.1))
+
+
+def assert_it_may_be_cut(corpus: Corpus, objective: Preference) -> None:
     """Means over pairs, weighted by how many they are, are the mean of all."""
-    corpus, objective = pair_corpus(7), Preference(0.5, 0.5, losses=((name, 1.0),), length_alpha=0.1)
     draw = torch.Generator().manual_seed(3)
     drawn = -torch.rand(2, len(corpus.responses), corpus.longest, generator=draw)
 

@@ -1,11 +1,12 @@
 """Weights that rows bring along: of pairs, and of the tokens of their responses."""
 
 import json
-from math import exp, log, log1p
+from math import log
 
 import pytest
 import torch
 from conftest import pair_corpus, tiny_llama
+from test_pair_losses import assert_it_may_be_cut, nls
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.arithmetic import character_tokenizer
@@ -102,10 +103,6 @@ def test_a_corpus_has_them_where_any_row_has():
     assert len([*corpus.arrays()]) == len([*plain.arrays()]) + 3, "ranks agree on them, too"
 
 
-def nls(x):
-    return log1p(exp(-x))
-
-
 ROWS = [
     pair("a", [1, 2], [3, 4], chosen_weights=[1, 0.5], rejected_weights=[2, 0], loss_weight=0.25),
     pair("b", [5], [6]),
@@ -159,17 +156,7 @@ def test_confpo_asks_the_tokens_own_probabilities():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_may_be_cut_anywhere(name):
-    corpus, objective = weighted_corpus(), Preference(0.5, 0.5, losses=((name, 1.0),))
-    draw = torch.Generator().manual_seed(3)
-    drawn = -torch.rand(2, len(corpus.responses), corpus.longest, generator=draw)
-
-    def loss(examples):
-        batch = collate(corpus, examples)
-        logps, ref = (of[batch.responses, : batch.valid.shape[1]] * batch.valid for of in drawn)
-        return objective(logps, ref, batch)[0] * len(examples)
-
-    examples = list(corpus.examples)
-    torch.testing.assert_close(loss(examples[:1]) + loss(examples[1:4]) + loss(examples[4:]), loss(examples))
+    assert_it_may_be_cut(weighted_corpus(), Preference(0.5, 0.5, losses=((name, 1.0),)))
 
 
 def weighted_corpus():
