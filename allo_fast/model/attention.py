@@ -1,8 +1,9 @@
 """Attention within packed rows: several problems one behind another, without a mask of [T, T].
 
-On a GPU by FlexAttention, whose block mask is made from where problems and responses begin. On a CPU piece by piece,
-each one call of scaled_dot_product_attention: a prompt with its first response, causal; every further response against
-the prompt and itself; or small problems of about the same length, stacked and masked.
+On a GPU by FlexAttention, whose block mask is made from where problems and responses begin. On a CPU, and for heads
+that FlexAttention's matrix products are too small for, piece by piece, each one call of scaled_dot_product_attention: a
+prompt with its first response, causal; every further response against the prompt and itself; or small problems of about
+the same length, stacked and masked.
 
 `PACKED` is an attention implementation of transformers: sdpa, but for what comes with a `Packing`.
 """
@@ -25,6 +26,7 @@ from allo_fast.data.batch import Batch, Layout, Span
 
 PACKED = "allo_packed"
 BLOCK = 128  # positions of FlexAttention's blocks, of which a packed row on a GPU is a multiple
+_LEAST = 16  # numbers of a head that FlexAttention takes at least
 _CALL = 1_500_000  # entries of q k^T, times heads and their size, that take as long on a CPU as one call more
 
 
@@ -122,7 +124,7 @@ def packed_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Tensor | None,
     packing: Packing | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
@@ -132,8 +134,8 @@ def packed_attention_forward(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.is_cuda:
-        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.is_cuda and min(query.shape[3], value.shape[3]) >= _LEAST:
+        return flex_attention_forward(module, query, key, value, packing.block_mask, **kwargs)
     pieces, order = packing.pieces(query.shape[1] * query.shape[3])
     parts = [_attend(piece, module, query, key, value, kwargs) for piece in pieces]
     states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -173,12 +175,9 @@ def inputs(batch: Batch, model: PreTrainedModel) -> dict:
     """What it takes beside the tokens of a packed batch."""
     if model.config.get_text_config()._attn_implementation != PACKED:
         return {"position_ids": batch.position_ids}
-    packing = Packing(batch)
-    if batch.input_ids.is_cuda:
-        mask = packing.block_mask
-    else:  # in four dimensions models hand it on as it is, and make none of their own
-        mask = batch.segment_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *2 * batch.input_ids.shape[1:])
-    return {"attention_mask": mask, "position_ids": batch.position_ids, "packing": packing}
+    # In four dimensions models hand it on as it is, and make none of their own.
+    mask = batch.segment_ids.new_zeros((), dtype=torch.bool).expand(1, 1, *2 * batch.input_ids.shape[1:])
+    return {"attention_mask": mask, "position_ids": batch.position_ids, "packing": Packing(batch)}
 
 
 def _taken(tensor: Tensor, ranges: Sequence[slice]) -> Tensor:
