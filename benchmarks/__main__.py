@@ -11,6 +11,7 @@ OURS = ["sparse", "sparse-checkpointed", "sparse-768", "sparse-768-checkpointed"
 OURS += ["dense"]
 THEIRS = ["trl", "trl-checkpointed", "trl-lora", "trl-lora-all", "peft-shira", "peft-supertuning"]
 SHAPES = ["chat", "choice", "groups"]
+LLAMAS = ["11M", "1B", "8B"]
 DTYPES = ["float32", "bfloat16", "bfloat16-model"]
 
 
@@ -18,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     command = commands.add_parser("step", help="an epoch of DPO against TRL and PEFT: speed, memory, useful tokens")
-    command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
+    command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama)")
+    command.add_argument("--random", default="11M", choices=LLAMAS, help="how many weights a random Llama has")
     command.add_argument("--dtypes", nargs="+", default=DTYPES[:2], choices=DTYPES, help="-model: rivals' weights, too")
     command.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES, help="of the pairs")
     command.add_argument("--train", type=Path, help="a run's pairs.jsonl instead")

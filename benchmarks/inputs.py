@@ -21,9 +21,36 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.corpus import Corpus
+from allo_fast.device import pick_device
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl
 
+LLAMAS = {  # the shapes of: a small model, Llama-3.2-1B, Llama-3.1-8B
+    "11M": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    },
+    "1B": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 SPECIAL = 3  # token ids below it are a tokenizer's own
 
 
@@ -113,11 +140,12 @@ def few_pairs(vocabulary: int) -> Corpus:
     return corpus
 
 
-def random_llama(folder: Path) -> Path:
-    """Of 11M weights, with a tokenizer; a new folder in `folder`."""
+def random_llama(folder: Path, size: str = "11M") -> Path:
+    """Of `LLAMAS`, with a tokenizer; a new folder in `folder`. The larger ones have bfloat16 weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
-    )
-    save_model(LlamaForCausalLM(config), character_tokenizer(), folder / "llama")
+    with torch.device(pick_device("auto")):
+        config = LlamaConfig(**LLAMAS[size])
+        dtype = torch.float32 if size == "11M" else torch.bfloat16
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    save_model(model, character_tokenizer(), folder / "llama")
     return folder / "llama"

@@ -41,6 +41,7 @@ class Settings:
     """What the command line takes, whose help says what each is."""
 
     model: str | None  # None: a random Llama
+    random: str  # of which size
     dtypes: Sequence[str]
     shapes: Sequence[str]
     train: Path | None  # instead of the shapes
@@ -108,7 +109,7 @@ def profile(settings: Settings, folder: Path) -> None:
 
 def _jobs(settings: Settings, folder: Path) -> Iterator[tuple[str, Job, list[dict]]]:
     """Of each shape its name, its job without a contender, and the pairs."""
-    model = settings.model or str(random_llama(folder))
+    model = settings.model or str(random_llama(folder, settings.random))
     vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     check = write_rows(folder / "check.jsonl", draw_rows(SHAPES["choice"], 8, vocabulary, seed=1)[::4])
     drawn = {name: draw_rows(SHAPES[name], settings.pairs, vocabulary) for name in settings.shapes}
@@ -165,7 +166,7 @@ def _launch(job: Job, folder: Path, quiet: bool = True) -> Outcome | str:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"},
     )
     if done.returncode:
         return f"failed with {done.returncode}: {reason(done.stderr)}"

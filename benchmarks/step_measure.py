@@ -1,7 +1,8 @@
 """What one process measures of one contender, the same for ours and for rivals; it imports nothing of the engine.
 
-Before the clock starts, a few steps at a large learning rate must make the loss fall. Then one epoch over the pairs is
-timed, reference log-probabilities and all, and its peak memory taken.
+Before the clock starts, a few steps at a large learning rate must make the loss fall; on a GPU an epoch goes before the
+one timed, because kernels are compiled when they are first used. Then one epoch over the pairs is timed, reference
+log-probabilities and all, and its peak memory taken.
 """
 
 import json

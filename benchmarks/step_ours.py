@@ -58,6 +58,8 @@ def measure(job: Job) -> Outcome | None:
         trainer.backend.close()
         del trainer
         policy, rows = make_policy(job), job.rows("pairs")
+        if policy.model.device.type == "cuda":  # whose kernels are compiled for what an epoch has
+            deque(make_trainer(policy, job, rows, folder / "warm-up").run(), maxlen=0)
         trainer, counted = make_trainer(policy, job, rows, folder / "epoch"), Positions([policy.model])
         if len(trainer.examples) < len(rows):
             raise RuntimeError(f"{len(rows) - len(trainer.examples)} of {len(rows)} pairs are longer than the budget")
@@ -112,8 +114,8 @@ def make_policy(job: Job) -> Policy:
     model = load_model(job.model, config)
     if job.contender == "dense":  # as the warm-up trains: float32 weights, matrix products in the base's dtype
         return DensePolicy(model.float(), None if job.dtype == "float32" else getattr(torch, job.dtype))
-    draw = torch.Generator().manual_seed(0)
-    scores = {name: torch.rand(weight.shape, generator=draw) for name, weight in named_weights(model).items()}
+    draw, weights = torch.Generator(model.device).manual_seed(0), named_weights(model)
+    scores = {name: torch.rand(weight.shape, generator=draw, device=model.device) for name, weight in weights.items()}
     lengths = row_lengths(model) if job.contender == "sparse-rows" else None
     return SparsePolicy(model, Selection.from_scores(scores, job.ratio, base=fingerprint(model), rows=lengths))
 

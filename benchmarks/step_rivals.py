@@ -85,6 +85,8 @@ def measure(job: Job) -> Outcome:
         history = [row for row in trainer.state.log_history if "loss" in row]
         check_falls(losses := [row["loss"] for row in history])
         del trainer
+        if torch.cuda.is_available():  # as ours
+            _trainer(job, folder, job.rows("pairs"), None, []).train()
         clock = Clock()
         trainer = _trainer(job, folder, rows := job.rows("pairs"), None, [Started(clock)])
         positions = Positions(model for model in (trainer.model, trainer.ref_model) if model)
