@@ -188,7 +188,8 @@ def test_a_checkpoint_says_what_made_it(tmp_path):
     made.checkpoints.mark = "of this unit"
     list(made.run())
     _, about = load_tensors(tmp_path / "checkpoint-6.safetensors")
-    assert about["mark"] == "of this unit" and about["versions"]["torch"] == torch.__version__
+    assert about["mark"] == "of this unit"
+    assert about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # which build, or not
 
 
 def test_a_checkpoint_also_when_minutes_are_over(tmp_path, monkeypatch):

@@ -662,4 +662,4 @@ def test_a_tokenizer_with_code_of_its_own(tmp_path, monkeypatch, capsys):
 def test_tokens_that_no_tokenizer_can_have(tmp_path, capsys):
     (tmp_path / "model.gguf").write_bytes(gguf("token", "oth er"))  # a merge of what are no tokens
     assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "new")]) == 2
-    assert "model.gguf: not a GGUF file that can be read: Error while initializing BPE" in capsys.readouterr().err
+    assert "model.gguf: not a GGUF file that can be read: " in capsys.readouterr().err

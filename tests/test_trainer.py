@@ -18,7 +18,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2}
-REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 def masks(policy: SparsePolicy) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def assert_same_training(policy: SparsePolicy, dense, start, atol: float) -> Non
         pytest.param({"gradient_accumulation_steps": 3}, id="accumulation"),
         pytest.param({"max_grad_norm": 0.0}, id="unclipped"),
         pytest.param({"bf16": True}, id="autocast"),
-        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
         pytest.param(REENTRANT, id="reentrant"),
         pytest.param({"eval_strategy": "steps", "eval_steps": 1}, id="evaluation"),
     ],

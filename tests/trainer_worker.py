@@ -67,7 +67,7 @@ def _train(folder: Path) -> None:
     changes = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer, policy = sparse_trainer(folder / "out", **changes)
     trainer.train()
-    again, resumed = sparse_trainer(folder / "out", activation_checkpointing=True, **changes)
+    again, resumed = sparse_trainer(folder / "out", gradient_checkpointing=True, **changes)
     again.train(resume_from_checkpoint=str(folder / "out/checkpoint-2"))
     found = {"values": vector(policy), "resumed": vector(resumed), "norms": logged(trainer, "grad_norm")}
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
