@@ -12,8 +12,9 @@ from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from allo_fast.config import Config, RewardSource, Score, UserError
+from allo_fast.config import Config, UserError
 from allo_fast.config_file import NAMES_ELSEWHERE
+from allo_fast.config_sections import RewardSource, Score
 from allo_fast.config_train import Loss, TrainConfig
 from allo_fast.section import Section
 

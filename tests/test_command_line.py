@@ -72,7 +72,7 @@ def test_who_has_read_enough_is_told_nothing(words):
         ("base_model=x", "model.name_or_path"),
         ("model.torch_dtype=x", "model.dtype"),
         ("dataset=x", "data.train"),
-        ("val_set_size=0.1", "data.test"),
+        ("val_set_size=0.1", "data.test_size"),
         ("seed=1", "seeds"),
         ("peft=true", "warmup.lora"),
         ("warmup.lora_r=8", "warmup.lora.r"),

@@ -120,6 +120,7 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
             "test[7:9]",
             r"development: arithmetic:test\[7:9\] shares rows with data.test, arithmetic:te",
         ),
+        ("set: {", "set: {data.test: null, ", "data.test: a comparison needs one beside data.train; .* names none"),
         ("job: micro.yaml", "job: nowhere.yaml", "nowhere.yaml: no such file"),
         (
             "locate: {score: random}",

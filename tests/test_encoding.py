@@ -10,8 +10,9 @@ from tiny import family
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import Limits, corpus_of_pairs, encode_problems, encode_responses
-from allo_fast.data.problems import Problem, read_problems
+from allo_fast.data.problems import Problem
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.splitting import read_split
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = Prompts(character_tokenizer(), template="{}=")
@@ -83,8 +84,9 @@ def test_pairs_of_one_problem_share_its_prompt():
 def test_the_example_rows_are_rows():
     """Eight to train on and two to test, by the configuration that lies beside them."""
     config, counts = load_config(CONFIGS / "preference.yaml"), []
-    for source in (config.data.train, config.data.test):
-        problems = read_problems(str(CONFIGS.parent / source), config.data.format)
+    config.data.train = str(CONFIGS.parent / config.data.train)
+    for key in ("train", "test"):
+        problems = read_split(config.data, key)
         rows, set_aside = encoded(*problems, prompts=Prompts(family("gemma")), limits=Limits(512, 512, 0, 999, 999))
         assert not set_aside
         assert all([response["correct"] for response in row["responses"]] == [True, False] for row in rows)

@@ -146,6 +146,8 @@ class Comparison:
         common = load_config(job, words)
         if common.deepspeed:
             raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
+        if common.data.test_size:
+            raise UserError(f"{path}: data.test: a comparison needs one beside data.train; {job} names none")
         if config.development and _overlap(config.development, common.data.test):
             raise UserError(f"{path}: development: {config.development} shares rows with data.test, {common.data.test}")
         return cls(config, job, tuple(words), Path(common.output_dir) / common.name, common.model.dtype)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allo_fast.config import OWN_SCORER, REWARD_MODEL, Config
+from allo_fast.config import Config
+from allo_fast.config_sections import OWN_SCORER, REWARD_MODEL
 from allo_fast.errors import UserError, first_line
 
 Judge = Callable[[str, dict], float]  # of a response and the row that it answers: from 0, wrong, to 1, right

@@ -152,7 +152,10 @@ def _notes(job: Job, phases: list[Phase]) -> list[str]:
     """What the times, and what is cached, are of."""
     rows, notes = job.rows, []
     for known, count, key in ((rows.train_known, rows.problems, "train"), (rows.test_known, rows.tests, "test")):
-        notes.append(f"{count} rows of data.{key}" if known else f"data.{key} is not read here: per {count} rows of it")
+        held_out = ", held out of data.train" if key == "test" and job.config.data.test_size else ""
+        notes.append(
+            f"{count} rows of data.{key}{held_out}" if known else f"data.{key} is not read here: per {count} rows of it"
+        )
     if any(phase.scratch_bytes for phase in phases):
         notes.append("scratch: at most; where the disk lacks it, locating runs the whole model in every pass")
     if job.shape.cache_bound:

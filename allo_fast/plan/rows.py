@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allo_fast.config import SAMPLED, Config, TrainConfig, UserError
-from allo_fast.data.problems import Problem, read_problems
+from allo_fast.data.problems import Problem
 from allo_fast.data.sources import is_generated, split_slice
+from allo_fast.data.splitting import Key, read_split
 
 _THOUSAND = 1000
 _OPTIONS = {"multiple_choice": 5, "preference": 2}  # responses of a row that cannot be read
@@ -29,7 +30,7 @@ class Rows:
 
 def count_rows(config: Config) -> Rows:
     """Of local files, saved data sets and generated arithmetic; a thousand rows of what lies elsewhere."""
-    return _rows(config, *(_count(source, config) for source in (config.data.train, config.data.test)))
+    return _rows(config, *(_count(key, config) for key in ("train", "test")))
 
 
 def unknown_rows(config: Config) -> Rows:
@@ -51,14 +52,14 @@ def _rows(config: Config, train: Counter[str] | None, test: Counter[str] | None)
     )
 
 
-def _count(source: str, config: Config) -> Counter[str] | None:
+def _count(key: Key, config: Config) -> Counter[str] | None:
     """None where it lies elsewhere, or `allo-fast check` has something to say of it."""
-    name = split_slice(source)[0]
+    name = split_slice(getattr(config.data, key))[0]
     if not (is_generated(name) or Path(name).is_file() or Path(name.partition(":")[0]).is_dir()):
         return None
     counts = Counter(options=0)
     try:
-        for row in read_problems(source, config.data.format, config.data.scorer):
+        for row in read_split(config.data, key):
             if isinstance(row, Problem):
                 pairs, wrong = _pairs(config, row)
                 counts.update(problems=1, right=max(1, len(row.right)), pairs=pairs, wrong=wrong)

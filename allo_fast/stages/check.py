@@ -19,6 +19,7 @@ from allo_fast.data.encoding import count_trained, prompt_digest
 from allo_fast.data.problems import Quarantined
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
+from allo_fast.data.splitting import Key
 from allo_fast.device import pick_device
 from allo_fast.locating.windows import pieces_of, windows_of
 from allo_fast.method import lora
@@ -33,7 +34,7 @@ from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.judges import check_scorer
 from allo_fast.stages.models import other_models, prompts_of
 from allo_fast.stages.perplexity import text_windows
-from allo_fast.stages.problems import Key, first_row, limits, problems_of, right_responses, usable_problems
+from allo_fast.stages.problems import first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.stages.unread import unread
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
@@ -145,7 +146,8 @@ def _check_data(
     if not seen.first:
         findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
         return []
-    said = f"data.{key}: {len(seen.prompts)} rows, {seen.aside.total()} set aside"
+    held_out = ", held out of data.train" if key == "test" and config.data.test_size else ""
+    said = f"data.{key}: {len(seen.prompts)} rows{held_out}, {seen.aside.total()} set aside"
     findings.notes.append("; ".join(filter(None, [said, reasons])))
     if key == "train":
         first = [seen.first]

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.encoding import Limits, encode_problems, max_positions
-from allo_fast.data.problems import Problem, Quarantined, read_problems
+from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.splitting import Key, read_split
 from allo_fast.plan.shapes import model_config
 from allo_fast.runs.rows import Rows, split_once
 from allo_fast.runs.unit import Unit
 
-Key = Literal["train", "test"]  # of `data`
 PROBLEMS, QUARANTINE = "problems.jsonl", "quarantine.jsonl"
 
 
@@ -51,7 +50,7 @@ def problems_of(config: Config, key: Key) -> Iterator[Problem | Quarantined]:
     """Those of data.train without a solution are set aside, where a stage trains on it or shows it."""
     data, gold = config.data, key == "train" and config.reads_solutions
     try:
-        for row in read_problems(getattr(data, key), data.format, data.scorer):
+        for row in read_split(data, key):
             lacking = gold and isinstance(row, Problem) and not (row.solution or row.right)
             yield Quarantined(row.id, "no solution, which sft and rewards.source need") if lacking else row
     except UserError as error:
