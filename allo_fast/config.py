@@ -113,6 +113,9 @@ class Config(Section):
         if self.protocol == "release" and self.learn.max_tokens_per_batch:
             raise ValueError("learn.max_tokens_per_batch: protocol: release counts key tokens by the micro-batch")
         for train in (self.warmup, self.learn):
+            if train.watches and not self.pairs.eval_size:
+                keys = "early_stopping_patience and load_best_model_at_end"
+                raise ValueError(f"{train.section}: {keys} look at pairs that do not train: set pairs.eval_size")
             losses, weights = train.loss_type, train.loss_weights
             if len({*losses}) < len(losses):
                 raise ValueError(f"{train.section}.loss_type: each only once, got {losses}")

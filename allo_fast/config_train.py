@@ -81,11 +81,20 @@ class LossConfig(PreferenceTrainConfig):
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = None  # of each loss; null: 1
     simpo_gamma: float = Field(0.5, ge=0)  # of simpo and confpo: the margin that they ask for
     length_alpha: float = Field(0.0, ge=0)  # of sigmoid, R-DPO's: what a token more of the chosen counts as
+    eval_steps: int = Field(10, gt=0)  # optimizer steps between two looks at the pairs of pairs.eval_size
+    # Looks in a row whose loss is not below the lowest before, after which training ends; null: it goes on.
+    early_stopping_patience: int | None = Field(None, gt=0)
+    load_best_model_at_end: bool = False  # training leaves the weights of the look with the lowest loss
 
     @field_validator("loss_type", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @property
+    def watches(self) -> bool:
+        """Whether what comes of it depends on pairs that do not train."""
+        return self.early_stopping_patience is not None or self.load_best_model_at_end
 
     @property
     def losses(self) -> tuple[tuple[str, float], ...]:

@@ -67,8 +67,10 @@ from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 from allo_fast.training.engine import Trainer, TrainingError
 from allo_fast.training.examples import Examples
+from allo_fast.training.held_out import HeldOut
 from allo_fast.training.reference import Opened
 from allo_fast.training.sharded import ShardedPolicy
+from allo_fast.training.watching import Watches
 from allo_fast.training.zero import _OPTIONS, Zero
 from allo_kernels import memory
 
@@ -357,6 +359,36 @@ def rewarded(folder: Path) -> None:
         for row, other in zip(rows, expected, strict=True):
             assert row == {**other, "rewards": pytest.approx(other["rewards"], abs=1e-3)}
         assert (facts["zero_stage"], facts["world_size"]) == (zero.stage, 2) and facts["selected"] == facts["changed"]
+
+
+def held_out(folder: Path) -> None:
+    """Looks at pairs that do not train, and training that leaves the best weights, are those of one process."""
+
+    def watched(kind: str, name: str, zero: Zero | None) -> Trainer:
+        rate = 5e-2 if kind == "sparse" else 5e-3
+        settings = {"num_train_epochs": 3, "learning_rate": rate, "lr_scheduler_type": "constant"}
+        trainer = build(kind, folder / f"{kind}-{name}-{rank() if zero is None else 0}", zero, **settings)
+        examples = Examples(pair_corpus(3, seed=9), trainer.config)
+        trainer.held_out = HeldOut(examples, trainer.objective, every=1, keeps_best=True)
+        trainer.watches = Watches(len(trainer.steps), 64, held_out=trainer.held_out)
+        return trainer
+
+    kinds = ("sparse", "dense")
+    alone = {kind: (trainer := watched(kind, "alone", None), outcome(trainer)) for kind in kinds}
+    ranks.start(60)
+    for kind, (wanted, expected) in alone.items():
+        assert wanted.held_out.best_step < wanted.made, "or the test shows nothing"
+        for stage in (0, 3):
+            ours = watched(kind, f"stage-{stage}", Zero(stage, options=LARGE if stage == 3 else {}))
+            found = outcome(ours)
+            assert ours.held_out.best_step == wanted.held_out.best_step
+            losses = [torch.tensor([loss for _, loss in t.held_out.state]) for t in (ours, wanted)]
+            torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+            for name, weight in expected["weights"].items():
+                torch.testing.assert_close(
+                    found["weights"][name], weight, rtol=0, atol=1e-4, msg=f"{kind} {stage} {name}"
+                )
+            OPEN.close()
 
 
 def other_reference(folder: Path) -> None:

@@ -23,6 +23,7 @@ from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages.forget import guard_of
 from allo_fast.training.engine import Trainer
 from allo_fast.training.guard import CHANGE, REPEATED, Guard, repeated
+from allo_fast.training.reference import Opened
 
 QUICK = ["seeds=[0]", "rivals=[]"]
 SETTINGS = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
@@ -115,7 +116,7 @@ def test_a_training_that_it_ended_stays_ended(tmp_path):
     made = len([*first.run()])
     again = trainer(tmp_path, every=1, max_drop=1e-3, save_steps=1)
     assert [*again.run()] == [] and again.made == made < len(again.steps)
-    assert again.guard.before == first.guard.before, "not what it was when training went on"
+    assert again.guard.state == first.guard.state, "not what it was when training went on"
 
 
 def test_a_killed_training_compares_with_its_first_step(tmp_path):
@@ -196,7 +197,7 @@ def test_a_look_keeps_to_the_budget_of_a_pass():
         seen.append(batch.input_ids.numel())
         return torch.zeros(batch.valid.shape)
 
-    guard.look(compute, Layout(), torch.device("cpu"), budget=1)
+    guard.look(0, Opened(compute, Layout(), torch.device("cpu")), budget=1)
     assert len(seen) == len({response.prompt for response in kept().responses})
 
 

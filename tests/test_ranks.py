@@ -127,6 +127,7 @@ def test_every_stage_agrees_with_one_process(work, world, cases):
         "offload",
         "other_reference",
         "rewarded",
+        "held_out",
         "options",
         "generator",
         "closed",

@@ -34,13 +34,17 @@ def accuracy_bars(models: dict[str, dict], title: str = "") -> str:
 
 
 def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:
-    """Loss, and rewards where the stage has them."""
+    """Loss, and rewards where the stage has them; dashed, of the pairs that do not train."""
     names = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in _first(seeds)]
     figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.1), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
+        held_out = ""
         for label, rows in seeds.items():
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1.2, label=label)
-        axis.set_title(f"{stage}: {name}", fontsize=9)
+            (line,) = axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1.2, label=label)
+            if looks := [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]:
+                axis.plot(*zip(*looks, strict=True), linewidth=1.2, color=line.get_color(), linestyle="--")
+                held_out = "; dashed: held out"
+        axis.set_title(f"{stage}: {name}{held_out}", fontsize=9)
         axis.set_xlabel("step")
     return as_svg(figure, f"training curves of {stage}")
 

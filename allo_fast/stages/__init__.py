@@ -148,7 +148,7 @@ STAGES = {
     "pairs": Stage(
         number=3,
         execute=pairs.execute,
-        outputs=("pairs.jsonl",),
+        outputs=("pairs.jsonl", "eval_pairs.jsonl"),
         settings=("pairs",),
         needs=_needs("sample"),
         keys=_seeds,

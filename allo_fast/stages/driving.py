@@ -9,7 +9,7 @@ from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.config_train import LossConfig
 from allo_fast.data.corpus import Corpus
-from allo_fast.data.encoding import max_positions
+from allo_fast.data.encoding import corpus_of_pairs, max_positions
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.plan import costs
@@ -17,7 +17,10 @@ from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.models import frozen_reference
+from allo_fast.stages.pairs import EVAL_PAIRS
 from allo_fast.training.engine import Trainer
+from allo_fast.training.examples import Examples
+from allo_fast.training.held_out import HeldOut
 from allo_fast.training.metrics import LOG
 from allo_fast.training.reference import Reference
 
@@ -44,10 +47,27 @@ def trainer_of(
     **more,
 ) -> Trainer:
     """As a stage trains; more: see `Trainer`."""
+    if isinstance(settings, LossConfig):
+        more["held_out"] = held_out_of(unit, policy, objective, settings)
     named = frozen_reference(unit, getattr(settings, "reference", None) if objective.needs_reference else None)
     given = {"mark": unit.mark, "seed": unit.seed, "zero": unit.zero, "reference": named, **more}
     online = unit.config.reference == "online"
     return Trainer(policy, corpus, objective, settings, unit.folder, cache=cache_of(unit), online=online, **given)
+
+
+def held_out_of(
+    unit: Unit, policy: DensePolicy | SparsePolicy, objective: Preference, settings: LossConfig
+) -> HeldOut | None:
+    """The pairs that `pairs.eval_size` kept from training, if any; of a sparse policy also what share of it moved."""
+    if not unit.config.pairs.eval_size:
+        return None
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / EVAL_PAIRS))
+
+    def moved() -> dict[str, float]:
+        return {"moved": policy.changed() / policy.selected} if isinstance(policy, SparsePolicy) else {}
+
+    watched = settings.eval_steps, settings.early_stopping_patience, settings.load_best_model_at_end
+    return HeldOut(Examples(corpus, settings, unit.seed), objective, *watched, moved)
 
 
 def cache_of(unit: Unit) -> Path:
@@ -73,6 +93,8 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
         facts["ended_before_steps"] = len(trainer.steps)
     if seconds:  # else the log of all steps was lost
         facts["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+    if trainer.held_out:
+        facts["best_step"] = trainer.held_out.best_step
     if trainer.examples.set_aside:
         facts["set_aside"] = trainer.examples.set_aside
     if trainer.skipped:

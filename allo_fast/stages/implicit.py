@@ -19,13 +19,14 @@ from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train, trainer_of
 from allo_fast.stages.gradients import located
 from allo_fast.stages.models import base_path, selected_policy
+from allo_fast.stages.pairs import PAIRS
 from allo_fast.stages.responses import rewarded
 from allo_fast.training.reference import Opened
 
 
 def implicit(unit: Unit, responses: Rows) -> Generator[Progress, None, dict]:
     settings, path = unit.config.rewards.dpo, unit.config.rewards.model or base_path(unit)
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / PAIRS), unit.folder)
     selection, locating = yield from located(
         unit, path, corpus, Preference(settings.beta), settings, unit.config.rewards.ratio
     )

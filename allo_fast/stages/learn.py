@@ -19,12 +19,13 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import objective_of, train, trainer_of
 from allo_fast.stages.models import DELTA, base_path, prompts_of, save_trained, sparse_policy
+from allo_fast.stages.pairs import PAIRS
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     settings, protocol = unit.config.learn, unit.config.protocol
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / PAIRS), unit.folder)
     start = unit.needed("forget") / DELTA if unit.config.method == "allo" else None
     policy = sparse_policy(unit, settings, start)
     objective = objective_of(settings, unit.config.epsilon, protocol)

@@ -32,6 +32,7 @@ from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import objective_of
 from allo_fast.stages.gradients import frozen_base, gradient_scores
 from allo_fast.stages.models import base_path
+from allo_fast.stages.pairs import PAIRS
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
@@ -112,7 +113,7 @@ def _changes(unit: Unit, base: PreTrainedModel, path: str | Path, sharded: bool)
 def _by_gradients(unit: Unit, path: str | Path) -> Generator[Progress, None, tuple[Scored, dict]]:
     """The scores, and what the manifest says of them."""
     settings = unit.config.warmup
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / PAIRS), unit.folder)
     with frozen_base(unit, path) as base:
         lengths = row_lengths(base.logps.model)
         scores, facts = yield from gradient_scores(

@@ -3,9 +3,11 @@
     `allo-fast pairs CONFIG`
 
 Departs from the release: file order decides nothing, a seed does. Writes pairs.jsonl {id, prompt, chosen, rejected,
-and the token ids of all three; weights, where the data has them}.
+and the token ids of all three; weights, where the data has them}, and eval_pairs.jsonl, those of the problems that
+`pairs.eval_size` keeps from training: a problem's prompt decides, whatever the seed.
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -17,6 +19,8 @@ from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.problems import distinct_responses
 
+PAIRS, EVAL_PAIRS = "pairs.jsonl", "eval_pairs.jsonl"
+
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     problems = read_jsonl(unit.needed("sample") / "responses.jsonl")
@@ -27,10 +31,16 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
 
 def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
     counts = Counter(pairs=0, problems=0, no_correct=0, no_wrong=0)
+    share = unit.config.pairs.eval_size or 0.0
+    held_out: list[dict] = []
 
     def pairs() -> Iterator[dict]:
         for row in problems:
-            yield from _pairs(row, unit, counts)
+            pairs = _pairs(row, unit, counts)
+            if _is_held_out(row, share):
+                held_out.extend(pairs)
+            else:
+                yield from pairs
         if not counts["pairs"]:
             gold = ", or set pairs.gold: missing" * any("solution_ids" in row for row in problems)
             alike = counts["alike"] and f" (in {counts['alike']} all have one score)" or ""
@@ -39,8 +49,22 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
                 f"{counts['no_wrong']} no wrong one{alike}; sample more{gold}"
             )
 
-    write_jsonl(unit.folder / "pairs.jsonl", pairs())
+    write_jsonl(unit.folder / PAIRS, pairs())
+    if share:
+        if not 0 < len(held_out) < counts["pairs"]:
+            raise UserError(
+                f"pairs.eval_size: {share} of {counts['problems']} problems with pairs leaves {len(held_out)} of "
+                f"{counts['pairs']} pairs to look at; name another share"
+            )
+        write_jsonl(unit.folder / EVAL_PAIRS, held_out)
+        counts.update(eval_pairs=len(held_out), pairs=-len(held_out))
     return counts
+
+
+def _is_held_out(row: dict, share: float) -> bool:
+    """By the prompt's tokens, and not as data.test_size decides, which has taken its share."""
+    digest = hashlib.sha256(f"eval {row['prompt_ids']}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def _pairs(row: dict, unit: Unit, counts: Counter[str]) -> list[dict]:

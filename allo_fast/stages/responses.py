@@ -11,6 +11,7 @@ from allo_fast.data.batch import collate
 from allo_fast.data.corpus import Corpus
 from allo_fast.runs.rows import by_chunks, read_jsonl
 from allo_fast.runs.unit import Progress, Unit
+from allo_fast.stages.pairs import PAIRS
 from allo_fast.training.reference import Opened
 
 REWARDS = "rewards.jsonl"
@@ -22,7 +23,7 @@ def wrong_responses(unit: Unit) -> Iterator[dict]:
     Pairs are in the order of their problems, so both files are gone through once, together.
     """
     problems = iter(read_jsonl(unit.needed("sample") / "responses.jsonl"))
-    for name, members in groupby(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), key=itemgetter("id")):
+    for name, members in groupby(read_jsonl(unit.needed("pairs") / PAIRS), key=itemgetter("id")):
         problem = next(row for row in problems if row["id"] == name)
         correct, responses = [response["ids"] for response in problem["responses"] if response["correct"]], {}
         for pair in members:

@@ -71,7 +71,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     if not config.warms_up and "warmup" in located:
         yield (
             "weights are located by its steps, and none is taken",
-            "warmup.save_* warmup.skip_nonfinite_steps warmup.lora*",
+            "warmup.save_* warmup.skip_nonfinite_steps warmup.lora* warmup.eval_steps warmup.early* warmup.load*",
         )
     elif not config.warms_up:
         yield "no warm-up runs, and its steps locate no weights", "warmup.*"
@@ -88,6 +88,8 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     yield f"rewards.source: {config.reward_source}", " ".join(idle)
     for train in (config.warmup, config.learn):
         yield from _of_losses(train)
+    if not config.pairs.eval_size:
+        yield "pairs.eval_size: null, no pair is held out", "warmup.eval_steps learn.eval_steps"
     if config.protocol == "release":
         yield "protocol: release", "forget.threshold forget.guard*"
     for key in ("pretrain", "sft", "warmup", "rewards.train", "rewards.dpo", "forget", "learn"):

@@ -15,11 +15,12 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import objective_of, train, trainer_of
 from allo_fast.stages.models import base_path, dense_policy, lora_policy, prompts_of, save_trained
+from allo_fast.stages.pairs import PAIRS
 
 
 def execute(unit: Unit) -> Generator[Progress, None, dict]:
     prompts = prompts_of(unit.config, load_tokenizer(base_path(unit)))
-    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / "pairs.jsonl"), unit.folder)
+    corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / PAIRS), unit.folder)
     settings = unit.config.warmup
     base = base_path(unit)
     policy = lora_policy(unit, base, settings.lora) if settings.lora else dense_policy(unit, base)

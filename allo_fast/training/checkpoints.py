@@ -9,6 +9,7 @@ from allo_fast.durable import Damaged, about_of, open_tensors, versions
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoint-*.safetensors"
+BEST = CHECKPOINTS.replace("*", "best")
 _KEPT = 2
 
 

@@ -5,11 +5,10 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,17 +21,16 @@ from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
-from allo_fast.training.backend import LocalBackend
-from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
+from allo_fast.training.backends import make_backend
+from allo_fast.training.checkpoints import BEST, CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
 from allo_fast.training.guard import Guard
+from allo_fast.training.held_out import LOSS, HeldOut
 from allo_fast.training.metrics import LOG, StepMetrics
-from allo_fast.training.reference import TOKENS, Opened, described, kept, reference_logps
+from allo_fast.training.reference import TOKENS, Opened, Reference, described, kept, reference_logps
 from allo_fast.training.steps import MicroBatch
+from allo_fast.training.watching import Watches
 from allo_fast.training.zero import Zero, check_divides
-
-if TYPE_CHECKING:
-    from allo_fast.training.backend_deepspeed import DeepSpeedBackend
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +56,8 @@ class Trainer:
     ranks divide the micro-batches of each step, the same to rounding for any number of them. Raises UserError
     where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
     compare with, while the reference's log-probabilities are computed. cache: where these are kept, by content; None:
-    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead. guard: looks
-    at the policy every so many steps, and may end training; `made` is how many steps there were.
+    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead. guard,
+    held_out: look at the policy every so many steps, and may end training; `made` is how many steps there were.
     """
 
     def __init__(
@@ -79,6 +77,7 @@ class Trainer:
         cache: Path | None = None,
         online: bool = False,
         guard: Guard | None = None,
+        held_out: HeldOut | None = None,
     ):
         self.policy, self.corpus, self.objective, self.config, self.folder = policy, corpus, objective, config, folder
         self.open_reference, self.mark, self.cache = reference, mark, cache or folder / SCRATCH
@@ -86,33 +85,42 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, mark)
         check_divides(config, ranks.world_size())
         self.examples = Examples(corpus, config, seed, token_weights)
-        self.steps, self.guard, self.made = self.examples.steps, guard, 0
+        self.steps, self.made = self.examples.steps, 0
+        self.guard, self.held_out = guard, held_out
+        self.watches = Watches(len(self.steps), self.examples.budget or TOKENS, guard=guard, held_out=held_out)
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.examples.layout, self.traffic = policy.logps.layout, ranks.Traffic() if zero else None
         self.traffic_by_operation: dict[str, int] = {}  # of the last step
         self._state_bytes: dict[str, int] = {}  # as an earlier session counted them, until this one makes a step
         self.skipped = 0  # steps whose gradients were not finite
 
-    def prepare(self) -> Iterator[tuple[int, int]]:
+    def prepare(self) -> Generator[tuple[int, int], None, None]:
         """The reference log-probabilities, where the objective needs them; yields (responses done, all).
 
         Computed once, before the first update, where the policy is the reference unless another was given. Kept for
         whoever compares the same responses with the same model.
         """
-        if not self.objective.needs_reference or self.online:
+        if not self.objective.needs_reference:
             return
+        own = [] if self.online else [self.examples]
+        for examples in own + ([self.held_out.examples] if self.held_out else []):
+            examples.reference = yield from self._reference_of(examples)
+
+    def _reference_of(self, examples: Examples) -> Generator[tuple[int, int], None, Reference]:
         model, layout, cache = self.policy.model, self.policy.logps.layout, self.cache
-        own = nullcontext(Opened(self.backend.response_logps, layout, model.device))
+        own = nullcontext(self._opened())
         assert not self.backend.updated, "it is the reference no more"
         if self.open_reference:  # of use to nobody else
             opened, of = self.open_reference(), f"{self.mark} {layout} {model.device.type}"
             cache = self.folder / SCRATCH
         else:
             opened, of = own, described(model, self.policy.fingerprint(), layout, self.policy.autocast)
-        asked = self.examples.responses(range(len(self.examples)))
-        self.examples.reference = yield from reference_logps(
-            *kept(cache, of), self.examples.corpus, asked, opened, self.examples.budget
-        )
+        asked = examples.responses(range(len(examples)))
+        return (yield from reference_logps(*kept(cache, of), examples.corpus, asked, opened, examples.budget))
+
+    def _opened(self) -> Opened:
+        """The policy, as it is."""
+        return Opened(self.backend.response_logps, self.policy.logps.layout, self.policy.model.device)
 
     def run(self) -> Iterator[StepMetrics]:
         """Yields after each optimizer step that was made.
@@ -145,6 +153,8 @@ class Trainer:
             if ranks.add_up(torch.tensor(float(bool(received())))):  # since the last step looked
                 self._save(self.made)
                 raise signals.Interrupted(received() or signal.SIGTERM)
+        if self.held_out and self.held_out.keeps_best:
+            self.backend.load(self.folder / BEST)
         self._check_weights(self.made)
         ranks.on_main(lambda: log.flush())
 
@@ -155,17 +165,15 @@ class Trainer:
         progress = self.backend.load(path)
         self.skipped, self.traffic_by_operation = progress["skipped"], progress["traffic_by_operation"]
         self._state_bytes = progress["state_bytes"]
-        if self.guard:
-            self.guard.before = progress["guarded"]
+        self.watches.state = progress["watched"]
         return progress["step"]
 
     def _looks(self, made: int) -> tuple[dict[str, float], bool]:
-        """What the guard sees after so many steps, if it looks then, and whether training ends; on all ranks alike."""
-        if not self.guard or (made % self.guard.every and made < len(self.steps) and self.guard.before is not None):
-            return {}, False
-        opened = self.backend.response_logps, self.policy.logps.layout, self.policy.model.device
-        seen = self.guard.look(*opened, self.examples.budget or TOKENS)
-        return seen, ranks.on_main(lambda: self.guard.ends(seen))
+        """What is seen after so many steps by who looks then, and whether training ends; on all ranks alike."""
+        seen, ended = self.watches.look(made, self._opened())
+        if LOSS in seen and self.held_out.keeps_best and self.held_out.best_step == made:
+            self.backend.save(self.folder / BEST, made, self.checkpoints.about)
+        return seen, ended
 
     def _open_log(self, done: int) -> Journal:
         path = self.folder / LOG
@@ -188,7 +196,7 @@ class Trainer:
     def _seen(self) -> dict:
         """What a session that makes no step more cannot see."""
         seen = {"state_bytes": self.state_bytes(), "traffic_by_operation": self.traffic_by_operation}
-        return {"skipped": self.skipped, "guarded": self.guard and self.guard.before, **seen}
+        return {"skipped": self.skipped, "watched": self.watches.state, **seen}
 
     def _check_weights(self, step: int) -> None:
         """Raises TrainingError where the last update of a weight was too much."""
@@ -288,13 +296,3 @@ class Trainer:
         # Before the first update the policy is the reference, whatever kernels gradients may have made it run.
         policy_is_reference = self.open_reference is None and not self.backend.updated
         return logps, logps.detach() if policy_is_reference and self.objective.needs_reference else reference
-
-
-def make_backend(
-    policy: DensePolicy | SparsePolicy, config: TrainConfig, total_steps: int, protocol: str, zero: Zero | None
-) -> "LocalBackend | DeepSpeedBackend":
-    if zero is None:
-        return LocalBackend(policy, config, total_steps, protocol)
-    from allo_fast.training.backend_deepspeed import DeepSpeedBackend
-
-    return DeepSpeedBackend(policy, config, total_steps, zero)

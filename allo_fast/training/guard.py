@@ -8,11 +8,10 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from allo_fast.data.batch import Batch, Layout, collate
+from allo_fast.data.batch import collate
 from allo_fast.data.corpus import Corpus
-from allo_fast.training.reference import micro_batches
+from allo_fast.training.reference import Opened, micro_batches
 
 CHANGE = "logps/kept_change"  # nats per token, since the first step
 REPEATED = "repeated_change"  # of the mean `repeated`, since the first step
@@ -30,22 +29,20 @@ class Guard:
     max_drop: float
     speak: Callable[[], list[list[int]]] | None = None
     max_repeated: float = 1.0
-    before: dict[str, float] | None = None  # what the first look saw; a checkpoint keeps it
+    state: dict[str, float] | None = None  # what the first look saw; a checkpoint keeps it
 
     @torch.no_grad()
-    def look(
-        self, compute: Callable[[Batch], Tensor], layout: Layout, device: torch.device, budget: int
-    ) -> dict[str, float]:
-        """compute: log-probabilities of a batch's responses, of at most `budget` tokens if none has more by itself. The
-        first look is what later ones compare with."""
+    def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:
+        """After `made` steps. budget: tokens of a forward pass, if no response has more. The first look is what later
+        ones compare with."""
         corpus, sums = self.corpus, []
-        for micro in micro_batches(corpus, np.arange(len(corpus.responses)), layout, budget):
-            batch = collate(corpus, [(number,) for number in micro], layout).to(device)
-            sums += compute(batch).double().sum(1).tolist()
+        for micro in micro_batches(corpus, np.arange(len(corpus.responses)), opened.layout, budget):
+            batch = collate(corpus, [(number,) for number in micro], opened.layout).to(opened.device)
+            sums += opened.compute(batch).double().sum(1).tolist()
         seen = {CHANGE: fsum(sums) / len(corpus.responses.tokens.flat)}
         seen |= {REPEATED: fmean(map(repeated, self.speak()))} if self.speak else {}
-        self.before = self.before or seen
-        return {name: value - self.before[name] for name, value in seen.items()}
+        self.state = self.state or seen
+        return {name: value - self.state[name] for name, value in seen.items()}
 
     def ends(self, seen: dict[str, float]) -> bool:
         return seen.get(CHANGE, 0.0) < -self.max_drop or seen.get(REPEATED, 0.0) > self.max_repeated

@@ -1,0 +1,57 @@
+"""Pairs that do not train, looked at while others do: whether what is learned holds for them, and when it was best."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from allo_fast.method.objectives import Preference
+from allo_fast.training.examples import Examples
+from allo_fast.training.reference import Opened
+
+LOSS = "eval_loss"
+
+
+@dataclass
+class HeldOut:
+    """every: steps between two looks. patience: looks in a row whose loss is not below the lowest before training ends;
+    None: it goes on. keeps_best: training leaves what had the lowest loss. moved: more to say, by name."""
+
+    examples: Examples
+    objective: Preference
+    every: int
+    patience: int | None = None
+    keeps_best: bool = False
+    moved: Callable[[], dict[str, float]] = dict
+    state: list[tuple[int, float]] | None = None  # each look's step and loss
+
+    @property
+    def best_step(self) -> int | None:
+        """The first one with the lowest loss; None before the first look."""
+        return min(self.state, key=lambda look: look[1])[0] if self.state else None
+
+    @torch.no_grad()
+    def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:
+        """TRL's names; means over all pairs, in the micro-batches that training would have. budget: not its own."""
+        self.state = [(step, loss) for step, loss in self.state or [] if step < made]
+        if not made:
+            return {}
+        examples, sums = self.examples, Counter()
+        examples.layout = opened.layout
+        for step in range(len(examples.epochs[0])):
+            for micro in examples.micro_batches(step):
+                batch = examples.collate(micro).to(opened.device)
+                loss, metrics = self.objective(opened.compute(batch), batch.reference, batch)
+                for name, value in {"loss": loss, **metrics}.items():
+                    sums[f"eval_{name}"] += len(micro) * value.item()
+        seen = {name: total / len(examples) for name, total in sums.items()}
+        self.state.append((made, seen[LOSS]))
+        return seen | self.moved()
+
+    def ends(self, seen: dict[str, float]) -> bool:
+        """Whether the last looks were all no better than an earlier one; `seen` is in `state` already."""
+        if self.patience is None or not self.state:
+            return False
+        behind = [step for step, _ in self.state if step > self.best_step]
+        return len(behind) >= self.patience
