@@ -50,7 +50,10 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "lora": ["peft>=0.18"],
         "math": ["math-verify>=0.9"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.19"],
         "test": [
+            "tensorboard>=2.18",
             "pytest>=8,<9.2",
             "pytest-xdist>=3.6",
             "ruff>=0.15",

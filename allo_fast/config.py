@@ -45,6 +45,8 @@ class Config(Section):
     # Of which sparse stages whole models are written beside their deltas; `allo-fast export` makes them afterwards too.
     # Of `sft` always, with none too: its model is the base of all that follows.
     save_models: Literal["final", "all", "none"] = "final"
+    # What shows curves of training while it goes on; tensorboard's are in the run's folder. Both are to be installed.
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
     data: DataConfig

@@ -89,6 +89,7 @@ NAMES_ELSEWHERE = {
         "data.test_size": "val_size val_set_size test_split_size validation_split",
         "data.max_prompt_tokens": "max_prompt_length",
         "data.max_response_tokens": "max_length max_completion_length cutoff_len sequence_len max_seq_length",
+        "report_to": "logger log_with use_wandb use_tensorboard wandb_project",
         "seeds": "seed data_seed",
         "name": "run_name",
         "warmup.lora": "peft lora use_peft adapter finetuning_type peft_config",

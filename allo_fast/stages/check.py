@@ -37,6 +37,7 @@ from allo_fast.stages.perplexity import text_windows
 from allo_fast.stages.problems import first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
 from allo_fast.stages.unread import unread
+from allo_fast.training import tracking
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ def check(config: Config) -> Findings:
     findings.attempt(lambda: check_scorer(config, findings.first))
     if config.warms_up and config.warmup.lora:
         findings.attempt(lora.require)
+    findings.attempt(lambda: tracking.require(config.report_to))
     if config.sample.engine == "server":
         findings.attempt(lambda: api_key(config.sample))
     if config.method == "allo":
@@ -223,11 +225,9 @@ def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, 
 def _check_budgets(findings: Findings, config: Config) -> None:
     """Something of data.train fits into a micro-batch."""
     for name, train in (training_sections(config) | config.located_sections).items():
-        if name != "pretrain" and (train.max_tokens_per_batch or findings.shortest) < findings.shortest:
-            findings.problems.append(
-                f"{name}.max_tokens_per_batch: {train.max_tokens_per_batch}: the shortest prompt with a response of "
-                f"data.train has {findings.shortest} tokens"
-            )
+        if name != "pretrain" and (budget := train.max_tokens_per_batch or findings.shortest) < findings.shortest:
+            said = f"the shortest prompt with a response of data.train has {findings.shortest} tokens"
+            findings.problems.append(f"{name}.max_tokens_per_batch: {budget}: {said}")
 
 
 def _check_architecture(config: Config, model: PretrainedConfig) -> None:
@@ -293,8 +293,7 @@ def _check_disk(findings: Findings, config: Config, parameters: int) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         findings.problems.append(f"output_dir: {existing}: not a folder that can be written")
         return
-    free, needed = shutil.disk_usage(existing).free, disk_bytes(config, parameters)
-    if needed > free:
+    if (needed := disk_bytes(config, parameters)) > (free := shutil.disk_usage(existing).free):
         findings.problems.append(
             f"output_dir: the run writes up to {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB left"
         )

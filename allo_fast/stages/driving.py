@@ -23,6 +23,7 @@ from allo_fast.training.examples import Examples
 from allo_fast.training.held_out import HeldOut
 from allo_fast.training.metrics import LOG
 from allo_fast.training.reference import Reference
+from allo_fast.training.tracking import tracking
 
 
 def objective_of(settings: LossConfig, epsilon: float | None = None, protocol: str = "paper") -> Preference:
@@ -79,9 +80,13 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     """Drives a training loop; returns the facts every training stage records."""
     check_lengths(trainer.policy.model, trainer.corpus)
     yield from responses_done(trainer.prepare())
-    for metrics in trainer.run():
-        notes = {"loss": metrics.loss, **metrics.metrics}
-        yield Progress(metrics.step, metrics.total_steps, "step", notes)
+    report_to = unit.config.report_to if ranks.is_main() else "none"
+    about = f"{unit.name}-{unit.key}", unit.mark, unit.config.model_dump()
+    with tracking(report_to, unit.owner.home.folder, *about) as record:
+        for metrics in trainer.run():
+            record(metrics)
+            notes = {"loss": metrics.loss, **metrics.metrics}
+            yield Progress(metrics.step, metrics.total_steps, "step", notes)
     rows = ranks.on_main(lambda: read_jsonl(unit.folder / LOG))  # of earlier sessions too
     parameters, seconds = trainer.policy.parameters, sum(row["seconds"] for row in rows)
     facts = {
