@@ -10,6 +10,7 @@ STAGES = "pretrain", "sft", "sample", "pairs", "warmup", "locate", "rewards", "f
 STAGES_WITH_MODELS = "pretrain", "sft", "warmup", "forget", "learn"
 STYLES = "alpaca_eval", "arena_hard"
 DEVICES = "h100", "a100"
+METHODS = "sparse-dpo", "allo", "dpo"
 
 _ABOUT = "The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."
 
@@ -41,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", type=Path, help="of the comparison, as configs/compare/evidence.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="of the job, for all arms")
     command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
+    command = commands.add_parser("init", help="a first config for your own rows, short and commented")
+    command.add_argument("out", type=Path, nargs="?", default=Path("my_run.yaml"), help="(default: %(default)s)")
+    command.add_argument("--model", help="Hugging Face folder or hub id; asked for where it is not named")
+    command.add_argument("--data", help="file of rows, or hub data set; asked for likewise")
+    command.add_argument("--test", help="rows to judge by; else some are held out")
+    command.add_argument("--method", choices=METHODS, default=METHODS[0])
+    command.add_argument("--gpu-memory", type=float, help="that it must fit into, in GB (default: this device's)")
     command = commands.add_parser("check", help="what would end a run later, all of it, before anything starts")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value")

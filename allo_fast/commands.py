@@ -45,6 +45,7 @@ from allo_fast.stages.driving import hidden_updates
 from allo_fast.stages.evaluate import compares_with_base, evaluate_alone
 from allo_fast.stages.export import export
 from allo_fast.stages.models import base_path
+from allo_fast.starting import init
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, training_sections
 from allo_kernels import memory
@@ -270,10 +271,6 @@ def _kernels(options: argparse.Namespace) -> int:
     return subprocess.call([sys.executable, "-m", "allo_kernels", *options.arguments])
 
 
-def _convert(options: argparse.Namespace) -> None:
-    convert_gguf(options.gguf, options.out)
-
-
 def _env(options: argparse.Namespace) -> None:
     import torch
 
@@ -286,6 +283,7 @@ _COMMANDS = {
     "run": _run,
     "compare": _compare,
     "report": _rewrite,
+    "init": init,
     "check": _check,
     "plan": _plan,
     "eval": _eval,
@@ -293,7 +291,7 @@ _COMMANDS = {
     "judge": _judge,
     "merge": _merge,
     "export": _export,
-    "convert": _convert,
+    "convert": lambda options: convert_gguf(options.gguf, options.out),
     "kernels": _kernels,
     "env": _env,
 }

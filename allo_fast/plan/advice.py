@@ -1,7 +1,7 @@
 """What to change where a job does not fit: each change is tried on paper before it is named."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from allo_fast.config import Config, UserError
@@ -32,6 +32,18 @@ def advised(job: Job, zeros: Zeros) -> Plan:
     return replace(plan, advice=lines)
 
 
+def fitted(job: Job, zeros: Zeros) -> Job | None:
+    """The job with as few changes of its own settings as make every stage fit; None where these are not enough."""
+    for _ in job.config.model_fields_set:
+        if not (lacking := plan_job(job, zeros).lacking):
+            return job
+        changes = _found(lacking[0], _Change("", "", job, zeros), lambda at: ())
+        if not changes:
+            return None
+        job = changes[-1].job
+    return None
+
+
 def _lack(plan: Plan, phase: Phase) -> str:
     missing = phase.device_bytes - USABLE * plan.gpu_bytes
     if missing > 0:
@@ -43,15 +55,22 @@ def _remedy(phase: Phase, job: Job, zeros: Zeros) -> str:
     """From what costs least, to more devices, to larger ones."""
     start = _Change("", "", job, zeros)
     for others in (lambda at: (), _devices):
-        singles = [*_changes(phase, start), *others(start)]
-        for change in singles:
-            if _enough(phase, change):
-                return change.words
-        for first in {change.kind: change for change in singles}.values():  # of each kind the strongest
-            for second in (*_changes(phase, first), *others(first)):
-                if second.kind != first.kind and _enough(phase, second):
-                    return f"{first.words}, and {second.words}"
+        if changes := _found(phase, start, others):
+            return ", and ".join(change.words for change in changes)
     return _larger(phase, start)
+
+
+def _found(phase: Phase, start: _Change, others: Callable[[_Change], Iterable[_Change]]) -> list[_Change]:
+    """The first change that makes enough room, else the first two, the second one made of the first; or none."""
+    singles = [*_changes(phase, start), *others(start)]
+    for change in singles:
+        if _enough(phase, change):
+            return [change]
+    for first in {change.kind: change for change in singles}.values():  # of each kind the strongest
+        for second in (*_changes(phase, first), *others(first)):
+            if second.kind != first.kind and _enough(phase, second):
+                return [first, second]
+    return []
 
 
 def _enough(phase: Phase, change: _Change) -> bool:
