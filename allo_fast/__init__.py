@@ -11,6 +11,7 @@ _PLACES = {
     "SparseAdamW": "allo_fast.method.optim",
     "SparsePolicy": "allo_fast.method.policy",
     "dpo_loss": "allo_fast.method.objectives",
+    "load_delta": "allo_fast.method.loaded",
     "key_token_weights": "allo_kernels",
     "npo_token_loss": "allo_fast.method.objectives",
 }

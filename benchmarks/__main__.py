@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES)
     command.add_argument("--out", type=Path, help="JSON file")
     command.set_defaults(command=_rewards)
+    command = commands.add_parser("loaded", help="deltas on a live model: applied, removed, swapped, scaled; ms")
+    command.add_argument("--model", help="Hugging Face folder or hub id (default: a random Llama of 11M weights)")
+    command.add_argument("--dtype", default="float32")
+    command.add_argument("--ratio", type=float, default=0.05, help="fraction of the weights that a delta has")
+    command.add_argument("--repeats", type=int, default=5)
+    command.set_defaults(command=_loaded)
     command = commands.add_parser("positions", help="formats for the selected positions: bytes and decoding time")
     command.add_argument("--weights", type=int, default=100_000_000)
     command.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.1])
@@ -141,6 +147,13 @@ def _rewards(given: argparse.Namespace) -> int:
     from benchmarks import rewards
 
     rewards.run(given.config, given.overrides, given.sources, given.out)
+    return 0
+
+
+def _loaded(given: argparse.Namespace) -> int:
+    from benchmarks import loaded
+
+    loaded.run(given.model, given.dtype, given.ratio, given.repeats)
     return 0
 
 

@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,14 @@ def test_positions(capsys):
     found = {name: float(size) for _, name, size, _ in rows}
     assert found["bitmask"] == 0.125 and found["int32"] == pytest.approx(0.2, rel=0.02)
     assert found["16bits"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_loaded(tmp_path, capsys):
+    save_model(tiny_llama(), character_tokenizer(), tmp_path / "model")
+    assert main(["loaded", "--model", str(tmp_path / "model"), "--dtype", "bfloat16", "--repeats", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"load, another [\d.e+]+, remove [\d.e+-]+, apply [\d.e+-]+, swap [\d.e+-]+, scale", said)
+    assert "torch.equal of every weight and the base's: True" in said
 
 
 def test_rounding(tmp_path, capsys):

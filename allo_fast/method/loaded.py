@@ -1,0 +1,139 @@
+"""Deltas on a live model: applied, scaled, stacked, swapped, and undone to the bit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from allo_fast.config import UserError
+from allo_fast.method.delta import Delta, set_entries
+from allo_fast.model.weights import VALUES, fingerprint, named_weights, size_of
+from allo_kernels import Positions, gather
+
+
+class LoadedDelta:
+    """One delta of a model's; `load_delta` makes it. Whatever is applied or removed, the others stay as they are.
+
+    One by itself makes the trained model, bit for bit. Several add up what they change, in the order in which they were
+    loaded and rounded to the model's dtype after each; without any the model is its base, bit for bit.
+    """
+
+    def __init__(self, stack: "_Stack", delta: Delta, scale: float):
+        self._stack, self._delta, self._scale, self._applied = stack, delta, scale, True
+        self._originals = {name: _entries(stack.weights[name], at) for name, at in delta.positions.items()}
+
+    @property
+    def applied(self) -> bool:
+        return self._applied
+
+    @property
+    def scale(self) -> float:
+        """0 is the base, 1 what was trained; between, beyond and below them on the line through both."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._stack.change(lambda: setattr(self, "_scale", scale))
+
+    def apply(self) -> None:
+        self._stack.change(lambda: setattr(self, "_applied", True))
+
+    def remove(self) -> None:
+        """It stays at hand for `apply`."""
+        self._stack.change(lambda: setattr(self, "_applied", False))
+
+    def swap(self, other: "LoadedDelta") -> None:
+        """Removes this one and applies another of the same model."""
+        if other._stack is not self._stack:
+            raise UserError("swap: the other delta is on another model")
+
+        def change() -> None:
+            self._applied, other._applied = False, True
+
+        self._stack.change(change)
+
+    def unload(self) -> None:
+        """Removes it for good, and frees what it holds."""
+        self._stack.change(lambda: self._stack.deltas.remove(self))
+        self._applied = False
+
+    def _set(self, alone: bool) -> None:
+        """alone: what lies in its entries is the base's."""
+        for name, at in self._delta.positions.items():
+            weight = self._stack.weights[name]
+            originals, values = (part.to(weight.device) for part in (self._originals[name], self._delta.values[name]))
+            now = originals if alone else _entries(weight, at)
+            if self._scale == 1 and (alone or torch.equal(now, originals)):
+                set_entries(weight, at, values, self._delta.rounding_seed)
+            else:
+                set_entries(weight, at, now.float() + self._scale * (values - originals.float()))
+
+    def _restore(self) -> None:
+        for name, at in self._delta.positions.items():
+            set_entries(self._stack.weights[name], at, self._originals[name])
+
+
+def _entries(weight: Tensor, at: Positions) -> Tensor:
+    """In the weight's dtype."""
+    return gather(weight.detach(), at.to(weight.device))
+
+
+@dataclass(eq=False)
+class _Stack:
+    """The deltas of one model. base: its fingerprint without them; stops: at which it then stops."""
+
+    weights: dict[str, Tensor]
+    generation: object  # its configuration
+    base: str
+    stops: int | list[int] | None
+    deltas: list[LoadedDelta]
+
+    def __post_init__(self):
+        self.dtypes = {name: weight.dtype for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def change(self, how: Callable[[], None]) -> None:
+        """Does what `how` does while the model is the base."""
+        for name, dtype in self.dtypes.items():
+            if (now := self.weights[name].dtype) != dtype:
+                raise UserError(f"load_delta: {name} was cast from {dtype} to {now} since; unload deltas before")
+        for delta in self.deltas:
+            if delta.applied:
+                delta._restore()
+        how()
+        self.generation.eos_token_id = self.stops
+        for number, delta in enumerate(delta for delta in self.deltas if delta.applied):
+            delta._set(alone=number == 0)
+            if delta._delta.stops:
+                self.generation.eos_token_id = [*delta._delta.stops]
+
+
+_stacks: WeakKeyDictionary[PreTrainedModel, _Stack] = WeakKeyDictionary()
+
+
+def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> LoadedDelta:
+    """Sets a delta, a file that a stage wrote, into its base `model` while that may be in use, and gives what takes it
+    out again. The first one of a model reads all its weights once, to know that it is the base.
+
+    Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
+    weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.
+    """
+    delta, weights = Delta.load(path), named_weights(model)
+    if VALUES in model._modules:
+        raise UserError("load_delta: a SparsePolicy trains this model's weights")
+    if any(hasattr(weight, "ds_tensor") for weight in weights.values()):
+        raise UserError("load_delta: the model lies in ZeRO-3 shares")
+    if not (stack := _stacks.get(model)) or not stack.deltas:
+        base, generation = fingerprint(model), model.generation_config
+        stack = _Stack(weights, generation, base, generation.eos_token_id, [])
+    delta.check(stack.base)
+    for name, at in delta.positions.items():
+        if name not in weights or size_of(weights[name]) != at.sizes[0]:
+            raise UserError(f"{path}: {name} is not a tensor of the model, or has another size")
+    stack.change(lambda: stack.deltas.append(LoadedDelta(stack, delta, scale)))
+    _stacks[model] = stack
+    return stack.deltas[-1]
