@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import random_selection, tiny_llama
 
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights
 
@@ -31,6 +32,26 @@ def test_the_kernels():
     names = run(blocks("The kernels"))
     trained = names["weight"].view(-1)[names["positions"].unpack()]
     assert torch.equal(trained, names["values"]) and names["values"].grad.any()
+
+
+def test_deltas_on_a_live_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, weights = tiny_llama(), []
+    for seed, name in enumerate(("polite", "brief")):
+        trained = tiny_llama()
+        policy = SparsePolicy(trained, random_selection(trained, seed=seed))
+        for value in policy.values.values():
+            value.data += 0.1
+        policy.write_back()
+        Path(f"runs/{name}/08-learn/seed-0").mkdir(parents=True)
+        policy.save_delta(Path(f"runs/{name}/08-learn/seed-0/delta.safetensors"))
+        weights.append(named_weights(trained))
+    (snippet,) = blocks("Deltas on a live model")
+    names = {"model": model}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["polite"].applied and names["polite"].scale == 0.5 and not names["brief"].applied
+    names["polite"].scale = 1
+    assert all(torch.equal(weight, weights[0][name]) for name, weight in named_weights(model).items())
 
 
 def test_as_a_library(tmp_path, monkeypatch):
