@@ -1,4 +1,4 @@
-"""The Python in README.md runs."""
+"""The Python in docs/ runs."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks(section: str) -> list[str]:
-    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+def blocks(page: str, section: str) -> list[str]:
+    text = (DOCS / page).read_text().partition(f"# {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
@@ -24,12 +24,12 @@ def run(snippets: list[str]) -> dict:
     """All in one namespace, which it returns."""
     names: dict = {}
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+        exec(compile(snippet, "docs", "exec"), names)
     return names
 
 
 def test_the_kernels():
-    names = run(blocks("The kernels"))
+    names = run(blocks("kernels.md", "The kernels"))
     trained = names["weight"].view(-1)[names["positions"].unpack()]
     assert torch.equal(trained, names["values"]) and names["values"].grad.any()
 
@@ -46,9 +46,9 @@ def test_deltas_on_a_live_model(tmp_path, monkeypatch):
         Path(f"runs/{name}/08-learn/seed-0").mkdir(parents=True)
         policy.save_delta(Path(f"runs/{name}/08-learn/seed-0/delta.safetensors"))
         weights.append(named_weights(trained))
-    (snippet,) = blocks("Deltas on a live model")
+    (snippet,) = blocks("library.md", "Deltas on a live model")
     names = {"model": model}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(snippet, "docs", "exec"), names)
     assert names["polite"].applied and names["polite"].scale == 0.5 and not names["brief"].applied
     names["polite"].scale = 1
     assert all(torch.equal(weight, weights[0][name]) for name, weight in named_weights(model).items())
@@ -63,7 +63,7 @@ def test_as_a_library(tmp_path, monkeypatch):
     for weight in model.parameters():
         weight.data += 0.01 * torch.randn_like(weight)
     save_model(model, tokenizer, tmp_path / "base-after-a-dpo-warm-up")
-    names = run(blocks("As a library"))
+    names = run(blocks("library.md", "As a library"))
     again = type(model).from_pretrained(tmp_path / "trained", dtype=torch.bfloat16)
     assert all(torch.equal(w, named_weights(again)[name]) for name, w in named_weights(names["before"]).items())
     assert {entry["step"] for entry in names["trainer"].state.log_history} == {4}

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,11 +109,20 @@ def test_no_module_is_longer_than_a_reader_can_hold():
     assert not {name: length for name, length in lengths.items() if length > 300}
 
 
-def test_the_readme_tree_names_every_file():
-    readme = (ROOT / "README.md").read_text()
+def test_the_map_names_every_file():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
     named = [path.name for path in PYTHON if "tests" not in path.parts and path.name != "__init__.py"]
-    missing = [name for name in named if name not in readme]
+    missing = [name for name in [*named, *(page.name for page in ROOT.glob("docs/*"))] if name not in tree]
     assert not missing
+
+
+def test_pages_lead_to_what_is_there():
+    """And the README is one that is read to its end."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+    assert len(pages[0].read_text().splitlines()) <= 150
 
 
 def test_the_packages_are_all_installed_ones():
