@@ -1,4 +1,5 @@
-"""Every key of the configuration, in small typed classes; config_file.py reads them from YAML.
+"""Every key of a run's configuration, in small typed classes; those of its sections stand in config_sections.py and
+config_train.py. config_file.py reads all from YAML.
 
 Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are the paper's.
 """

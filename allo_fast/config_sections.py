@@ -91,7 +91,7 @@ class SampleConfig(Section):
 
 class PairsConfig(Section):
     max_pairs: int = Field(5, gt=0)  # per problem, drawn at random
-    # Fraction of the problems whose pairs train nothing, but are looked at while others train; null: none are.
+    # Fraction of the problems whose pairs no stage behind this one trains on, but looks at meanwhile; null: of none.
     eval_size: float | None = Field(None, gt=0, lt=1)
     gold: Literal["never", "missing"] = "never"  # missing: the gold solution stands in where no response is correct
 

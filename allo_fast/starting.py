@@ -25,6 +25,7 @@ _STEPS = 20  # of an epoch at least, where there are examples enough
 _SAID = {
     "name": "of the run's folder, in runs/",
     "model.name_or_path": "a folder or a hub id",
+    "model.dtype": "as planned; auto is float32 where the device has no matrix units for bfloat16",
     "data.train": "`allo-fast check` says which rows are used, and shows the first as it will train",
     "data.test": "rows that do not train, to judge by; without it some are held out of data.train",
     "data.format": "what a row is, as its fields say",
@@ -48,7 +49,7 @@ def init(options: argparse.Namespace) -> None:
         raise UserError(f"{options.out}: exists already; name a file that does not")
     check_model(model)
     settings = _settings(model, data, options.test, options.method, options.out.stem)
-    dtype = {"model.dtype": "bfloat16"} if options.gpu_memory else {}  # as a GPU would compute
+    dtype = {"model.dtype": "bfloat16"} if options.gpu_memory else {}
     config = Config.model_validate(_nested(settings | dtype))
     size = options.gpu_memory * 1e9 if options.gpu_memory else memory.device_bytes()
     job = replace(job_of(config, 1, size), rows=count_rows(config))
@@ -58,7 +59,7 @@ def init(options: argparse.Namespace) -> None:
     smaller = {key: value for key, value in after.items() if before[key] != value}
     said = _SAID | dict.fromkeys(smaller, f"so that it fits into {size / 1e9:.3g} GB")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(line + "\n" for line in _written(_nested(settings | smaller), said)))
+    options.out.write_text("".join(line + "\n" for line in _written(_nested(settings | dtype | smaller), said)))
     print(f"{options.out}: {data} are rows of data.format: {settings['data.format']}; next:")
     print(f"allo-fast check {options.out}\nallo-fast plan {options.out} --gpu-memory {size / 1e9:.3g}")
     print(f"allo-fast run {options.out}")

@@ -39,7 +39,9 @@ def run(model: str | None, dtype: str, ratio: float, repeats: int) -> dict[str, 
         took["swap"] = _timed(
             lambda: (first if first.applied else second).swap(second if first.applied else first), live, repeats
         )
-        took["scale"] = _timed(lambda: setattr(first, "scale", 0.5), live, repeats)
+        first.apply()
+        second.remove()
+        took["scale"] = _timed(lambda: setattr(first, "scale", first.scale / 2), live, repeats)
         for delta in deltas:
             delta.unload()
         assert all(torch.equal(before[name], weight) for name, weight in named_weights(live).items()), "not the base"

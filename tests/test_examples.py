@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as their first lines say."""
+"""The scripts in examples/ run."""
 
 import json
 import os

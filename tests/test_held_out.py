@@ -15,6 +15,9 @@ from allo_fast.method.policy import SparsePolicy
 from allo_fast.report.figures import training_curves
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
+from allo_fast.stages import STAGES
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples
 from allo_fast.training.held_out import LOSS, HeldOut
@@ -102,6 +105,48 @@ def test_the_best_weights_are_left(tmp_path):
     assert training.held_out.best_step == every.index(min(every)) + 1 < training.made
 
 
+def test_damaged_best_weights_are_not_used(tmp_path, caplog):
+    """Of the last checkpoint; the one before goes on, or all begins again."""
+    whole = trainer(tmp_path / "whole", every=1, num_train_epochs=4, keeps_best=True)
+    losses_of(whole)
+    for damaged, first in ((1, 6), (2, 1)):
+        (folder := tmp_path / str(damaged)).mkdir()
+        stopped = trainer(folder, every=1, num_train_epochs=4, keeps_best=True, save_steps=5)
+        for metrics in stopped.run():
+            if metrics.step == 12:
+                break
+        bests = sorted(folder.glob("best-*"), key=lambda path: path.stat().st_mtime_ns)
+        assert {path.name for path in bests} >= {"best-5.safetensors", "best-10.safetensors"}
+        for path in (folder / "best-10.safetensors", folder / "best-5.safetensors")[:damaged]:
+            content = bytearray(path.read_bytes())
+            content[-9] ^= 1
+            path.write_bytes(content)
+        resumed = trainer(folder, every=1, num_train_epochs=4, keeps_best=True, save_steps=5)
+        steps = [metrics.step for metrics in resumed.run()]
+        assert steps[0] == first and "best-10.safetensors" in caplog.text
+        for name, value in whole.policy.values.items():
+            assert torch.equal(resumed.policy.values[name], value)
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best():
+    held_out = HeldOut(None, None, 1, state=[(1, float("nan")), (2, 0.7), (3, 0.6)])
+    assert held_out.best_step == 3
+    held_out.state = []
+    assert held_out.best_step is None
+
+
+def test_how_often_it_looks_decides_nothing_unless_it_ends_training(tmp_path):
+    (tmp_path / "micro.yaml").write_text(MICRO.format(folder=tmp_path))
+
+    def settings(stage: str, *words: str) -> dict:
+        return Unit(Run(load_config(tmp_path / "micro.yaml", [*words]), STAGES), stage, "seed-0").settings()
+
+    watched = ["pairs.eval_size=0.1", "learn.early_stopping_patience=2"]
+    assert settings("learn", "learn.eval_steps=3") == settings("learn")
+    assert settings("learn", *watched, "learn.eval_steps=3") != settings("learn", *watched)
+    assert settings("locate", "warmup.eval_steps=3") == settings("locate")
+
+
 def test_the_best_weights_after_a_kill(tmp_path):
     whole = trainer(tmp_path / "whole", every=1, num_train_epochs=4, keeps_best=True, save_steps=5)
     losses_of(whole)
@@ -164,7 +209,7 @@ def test_a_run_of_it(tmp_path, capsys):
     rows = read_jsonl(folder / "08-learn/seed-0/metrics.jsonl")
     assert all(LOSS in row and 0 <= row["moved"] <= 1 for row in rows)
     assert manifest["facts"]["best_step"] == 1 + min(range(len(rows)), key=lambda step: rows[step][LOSS])
-    assert not [*folder.rglob("checkpoint-*")]
+    assert not [*folder.rglob("checkpoint-*"), *folder.rglob("best-*")]
 
 
 def test_the_report_shows_both():

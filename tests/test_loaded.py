@@ -118,6 +118,10 @@ def test_it_stops_where_the_trained_model_does(tmp_path):
     assert model.generation_config.eos_token_id == [9]
     second.remove()
     assert model.generation_config.eos_token_id == [2, 7]
+    first.scale = 0
+    assert model.generation_config.eos_token_id == stops, "the base's"
+    first.scale = 0.5
+    assert model.generation_config.eos_token_id == [2, 7]
     first.remove()
     assert model.generation_config.eos_token_id == stops
 
@@ -128,10 +132,10 @@ def test_what_does_not_belong_together(tmp_path):
     with pytest.raises(UserError, match="made for the model"):
         allo_fast.load_delta(tiny_llama(seed=4), tmp_path / "a")
     delta = allo_fast.load_delta(model, tmp_path / "a")
-    with pytest.raises(UserError, match="swap: the other delta is on another model"):
+    with pytest.raises(UserError, match="swap: the other delta is not, or not any more, on this model"):
         delta.swap(allo_fast.load_delta(base(), tmp_path / "a"))
     model.to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"was cast from torch.float32 to torch.bfloat16 since; unload deltas before"):
+    with pytest.raises(UserError, match=r"was cast from torch.float32 to torch.bfloat16 since; cast it back"):
         delta.remove()
     policy_model = base()
     SparsePolicy(policy_model, random_selection(policy_model))
@@ -161,6 +165,22 @@ def test_a_refused_one_changes_nothing(tmp_path):
     with pytest.raises(UserError, match="made for the model"):
         allo_fast.load_delta(model, tmp_path / "other")
     assert same(weights_of(model), wanted)
+
+
+def test_what_was_unloaded_does_nothing_any_more(tmp_path):
+    wanted = trained(tmp_path / "a", 1)
+    trained(tmp_path / "b", 2)
+    model = base()
+    first, second = (allo_fast.load_delta(model, tmp_path / name) for name in "ab")
+    second.unload()
+    for use in (second.apply, second.remove, second.unload, lambda: setattr(second, "scale", 2)):
+        with pytest.raises(UserError, match="this delta was unloaded"):
+            use()
+    with pytest.raises(UserError, match="not any more, on this model"):
+        first.swap(second)
+    with pytest.raises(ValueError, match="could not convert"):
+        first.scale = "x"
+    assert first.applied and first.scale == 1 and not second.applied and same(weights_of(model), wanted)
 
 
 def test_a_model_is_let_go(tmp_path):

@@ -13,7 +13,7 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.training.metrics import StepMetrics
 from allo_fast.training.tracking import require, tracking
 
-PLACE = {"name": "learn-seed-0", "mark": "abc" * 21, "config": {"name": "micro"}}
+PLACE = {"name": "learn-seed-0", "config": {"name": "micro"}}
 
 
 def step(number: int, loss: float) -> StepMetrics:
@@ -47,13 +47,13 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         begun.update(given)
         return SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("end"))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))  # what it would import
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     with tracking("wandb", tmp_path, **PLACE) as record:
         record(step(3, 0.5))
     assert logged[0][0] == 3 and logged[0][1]["loss"] == 0.5 and logged[1] == "end"
-    assert begun["project"] == "mine" and begun["name"] == "micro learn-seed-0" and begun["resume"] == "allow"
-    assert begun["id"] == PLACE["mark"][:32], "the same after a kill"
+    assert begun["project"] == "mine" and begun["name"] == "micro learn-seed-0" and begun["group"] == "micro"
+    assert begun["config"] == PLACE["config"] and begun["dir"] == tmp_path
 
 
 def test_nothing_is_written_where_nobody_asked(tmp_path):

@@ -37,29 +37,35 @@ class LoadedDelta:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self._stack.change(lambda: setattr(self, "_scale", scale))
+        scale = float(scale)
+        self._change(lambda: setattr(self, "_scale", scale))
 
     def apply(self) -> None:
-        self._stack.change(lambda: setattr(self, "_applied", True))
+        self._change(lambda: setattr(self, "_applied", True))
 
     def remove(self) -> None:
         """It stays at hand for `apply`."""
-        self._stack.change(lambda: setattr(self, "_applied", False))
+        self._change(lambda: setattr(self, "_applied", False))
 
     def swap(self, other: "LoadedDelta") -> None:
         """Removes this one and applies another of the same model."""
-        if other._stack is not self._stack:
-            raise UserError("swap: the other delta is on another model")
+        if other._stack is not self._stack or other not in self._stack.deltas:
+            raise UserError("swap: the other delta is not, or not any more, on this model")
 
         def change() -> None:
             self._applied, other._applied = False, True
 
-        self._stack.change(change)
+        self._change(change)
 
     def unload(self) -> None:
         """Removes it for good, and frees what it holds."""
-        self._stack.change(lambda: self._stack.deltas.remove(self))
-        self._applied = False
+        self._change(lambda: self._stack.deltas.remove(self))
+        self._applied, self._delta, self._originals = False, None, {}
+
+    def _change(self, how: Callable[[], None]) -> None:
+        if self not in self._stack.deltas:
+            raise UserError("load_delta: this delta was unloaded")
+        self._stack.change(how)
 
     def _set(self, alone: bool) -> None:
         """alone: what lies in its entries is the base's."""
@@ -100,24 +106,26 @@ class _Stack:
         """Does what `how` does while the model is the base."""
         for name, dtype in self.dtypes.items():
             if (now := self.weights[name].dtype) != dtype:
-                raise UserError(f"load_delta: {name} was cast from {dtype} to {now} since; unload deltas before")
+                raise UserError(f"load_delta: {name} was cast from {dtype} to {now} since; cast it back")
         for delta in self.deltas:
             if delta.applied:
                 delta._restore()
-        how()
-        self.generation.eos_token_id = self.stops
-        for number, delta in enumerate(delta for delta in self.deltas if delta.applied):
-            delta._set(alone=number == 0)
-            if delta._delta.stops:
-                self.generation.eos_token_id = [*delta._delta.stops]
+        try:
+            how()
+        finally:
+            self.generation.eos_token_id = self.stops
+            for number, delta in enumerate(delta for delta in self.deltas if delta.applied):
+                delta._set(alone=number == 0)
+                if delta._delta.stops and delta.scale:
+                    self.generation.eos_token_id = [*delta._delta.stops]
 
 
 _stacks: WeakKeyDictionary[PreTrainedModel, _Stack] = WeakKeyDictionary()
 
 
 def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> LoadedDelta:
-    """Sets a delta, a file that a stage wrote, into its base `model` while that may be in use, and gives what takes it
-    out again. The first one of a model reads all its weights once, to know that it is the base.
+    """Sets a delta, a file that a stage wrote, into its live base `model`, between two of its forward passes, and gives
+    what takes it out again. The first one of a model reads all its weights once, to know that it is the base.
 
     Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
     weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.

@@ -33,15 +33,13 @@ def advised(job: Job, zeros: Zeros) -> Plan:
 
 
 def fitted(job: Job, zeros: Zeros) -> Job | None:
-    """The job with as few changes of its own settings as make every stage fit; None where these are not enough."""
-    for _ in job.config.model_fields_set:
-        if not (lacking := plan_job(job, zeros).lacking):
-            return job
+    """The job after changes of its own settings, stage by stage, that make every one fit; None where none do."""
+    while lacking := plan_job(job, zeros).lacking:
         changes = _found(lacking[0], _Change("", "", job, zeros), lambda at: ())
         if not changes:
             return None
         job = changes[-1].job
-    return None
+    return job
 
 
 def _lack(plan: Plan, phase: Phase) -> str:

@@ -33,7 +33,11 @@ def differences(old: Basis, new: Basis) -> str:
 
 
 def deciding(entries: Basis) -> Basis:
-    """Those that what comes of a stage depends on."""
+    """Those that what comes of a stage depends on: how often it looks at held-out pairs, only where they decide."""
+    for section in ("warmup", "learn"):
+        looks = [f"{section}.{name}" for name in ("early_stopping_patience", "load_best_model_at_end", "eval_steps")]
+        if not any(entries.get(key) for key in looks[:2]):
+            entries = {key: value for key, value in entries.items() if key not in looks}
     return {key: value for key, value in entries.items() if _DRIVING.isdisjoint((key, key.rpartition(".")[2]))}
 
 

@@ -32,7 +32,7 @@ from allo_fast.runs.basis import (
 )
 from allo_fast.runs.contents import damage, identities, sha256
 from allo_fast.runs.home import MANIFEST, STARTED, Home, recorded
-from allo_fast.training.checkpoints import CHECKPOINTS
+from allo_fast.training.checkpoints import BESTS, CHECKPOINTS
 from allo_fast.training.metrics import LOG
 from allo_fast.training.zero import Zero, trains_densely
 from allo_kernels import memory
@@ -293,7 +293,7 @@ class Unit:
     def tidy(self) -> None:
         """The run is one with these settings; what a complete unit needs no more is removed, which a kill may leave."""
         self.owner.home.take_config(self.config, self.owner.rerun)
-        for pattern in (STARTED, CHECKPOINTS, f"*{SUMS}"):
+        for pattern in (STARTED, CHECKPOINTS, BESTS, f"*{SUMS}"):
             for path in self.folder.glob(pattern):
                 path.unlink()
         for path in [self.folder / SCRATCH, *self.folder.rglob(LEFTOVERS), *self.folder.parent.glob(LEFTOVERS)]:

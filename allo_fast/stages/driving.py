@@ -79,9 +79,11 @@ def cache_of(unit: Unit) -> Path:
 def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     """Drives a training loop; returns the facts every training stage records."""
     check_lengths(trainer.policy.model, trainer.corpus)
+    if trainer.held_out:
+        check_lengths(trainer.policy.model, trainer.held_out.examples.corpus)
     yield from responses_done(trainer.prepare())
     report_to = unit.config.report_to if ranks.is_main() else "none"
-    about = f"{unit.name}-{unit.key}", unit.mark, unit.config.model_dump()
+    about = f"{unit.name}-{unit.key}", unit.config.model_dump()
     with tracking(report_to, unit.owner.home.folder, *about) as record:
         for metrics in trainer.run():
             record(metrics)

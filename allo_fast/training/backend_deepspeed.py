@@ -126,6 +126,8 @@ class DeepSpeedBackend:
     def load(self, path: Path) -> dict:
         """As LocalBackend.load."""
         read, progress = load_progress(path, "cpu", self.scheduler)
+        if self.zero.sharded:  # what is gathered between steps would not be gathered anew
+            self.engine.empty_partition_cache()
         self.updated = progress["updated"]
         for name, value in self.parameters.items():
             for key in ("values", *MOMENTS):

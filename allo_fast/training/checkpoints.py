@@ -1,4 +1,7 @@
-"""The last two checkpoints of a stage's training, checkpoint-STEP.safetensors, and which of them it goes on from."""
+"""The last two checkpoints of a stage's training, checkpoint-STEP.safetensors, and which of them it goes on from.
+
+Beside them best-STEP.safetensors, the weights that either of them knows as the best, where training is to leave those.
+"""
 
 import logging
 import shutil
@@ -9,7 +12,7 @@ from allo_fast.durable import Damaged, about_of, open_tensors, versions
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoint-*.safetensors"
-BEST = CHECKPOINTS.replace("*", "best")
+BESTS = "best-*.safetensors"
 _KEPT = 2
 
 
@@ -27,6 +30,9 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / CHECKPOINTS.replace("*", str(step))
+
+    def best(self, step: int) -> Path:
+        return self.folder / BESTS.replace("*", str(step))
 
     def newest(self) -> Path | None:
         """The last that is whole and of this training; what is passed over is said."""
@@ -52,6 +58,9 @@ class Checkpoints:
         kept = [older for older in self._good() if older <= step][-_KEPT:]
         for other in {*self._steps()} - {*kept}:
             self.path(other).unlink()
+        bests = {self.best(best) for step in kept if (best := _about(self.path(step)).get("best"))}
+        for path in {*self.folder.glob(BESTS)} - bests:
+            path.unlink()
 
     def _good(self) -> list[int]:
         return [step for step in self._steps() if step not in self._refused]
@@ -63,7 +72,14 @@ class Checkpoints:
     def _objection(self, path: Path) -> str | None:
         try:
             with open_tensors(path) as file:
-                is_own = about_of(file).get("mark") == self.mark
+                about = about_of(file)
         except Damaged as error:
             return str(error)
-        return None if is_own else f"{path}: of another stage, run or setting"
+        if about.get("mark") != self.mark:
+            return f"{path}: of another stage, run or setting"
+        return self._objection(self.best(about["best"])) if about.get("best") else None
+
+
+def _about(path: Path) -> dict:
+    with open_tensors(path, check=False) as file:
+        return about_of(file)

@@ -22,7 +22,7 @@ from allo_fast.journal import Journal
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.policy import DensePolicy, SparsePolicy
 from allo_fast.training.backends import make_backend
-from allo_fast.training.checkpoints import BEST, CHECKPOINTS, Checkpoints
+from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
 from allo_fast.training.guard import Guard
 from allo_fast.training.held_out import LOSS, HeldOut
@@ -154,7 +154,7 @@ class Trainer:
                 self._save(self.made)
                 raise signals.Interrupted(received() or signal.SIGTERM)
         if self.held_out and self.held_out.keeps_best:
-            self.backend.load(self.folder / BEST)
+            self.backend.load(self.checkpoints.best(ranks.on_main(lambda: self.held_out.best_step)))
         self._check_weights(self.made)
         ranks.on_main(lambda: log.flush())
 
@@ -171,8 +171,9 @@ class Trainer:
     def _looks(self, made: int) -> tuple[dict[str, float], bool]:
         """What is seen after so many steps by who looks then, and whether training ends; on all ranks alike."""
         seen, ended = self.watches.look(made, self._opened())
-        if LOSS in seen and self.held_out.keeps_best and self.held_out.best_step == made:
-            self.backend.save(self.folder / BEST, made, self.checkpoints.about)
+        if LOSS in seen and self.held_out.keeps_best and ranks.on_main(lambda: self.held_out.best_step == made):
+            ranks.on_main(self.checkpoints.make_room)
+            self.backend.save(self.checkpoints.best(made), made, self.checkpoints.about)
         return seen, ended
 
     def _open_log(self, done: int) -> Journal:
@@ -196,6 +197,7 @@ class Trainer:
     def _seen(self) -> dict:
         """What a session that makes no step more cannot see."""
         seen = {"state_bytes": self.state_bytes(), "traffic_by_operation": self.traffic_by_operation}
+        seen |= {"best": self.held_out.best_step} if self.held_out and self.held_out.keeps_best else {}
         return {"skipped": self.skipped, "watched": self.watches.state, **seen}
 
     def _check_weights(self, step: int) -> None:

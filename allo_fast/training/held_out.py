@@ -1,5 +1,6 @@
 """Pairs that do not train, looked at while others do: whether what is learned holds for them, and when it was best."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class HeldOut:
 
     @property
     def best_step(self) -> int | None:
-        """The first one with the lowest loss; None before the first look."""
-        return min(self.state, key=lambda look: look[1])[0] if self.state else None
+        """The first one with the lowest loss, of which NaN is none; None before the first look."""
+        losses = {step: loss if math.isfinite(loss) else math.inf for step, loss in self.state or ()}
+        return min(losses, key=losses.__getitem__, default=None)
 
     @torch.no_grad()
     def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:

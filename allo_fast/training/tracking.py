@@ -22,21 +22,21 @@ def require(report_to: str) -> None:
 
 
 @contextmanager
-def tracking(
-    report_to: str, folder: Path, name: str, mark: str, config: dict
-) -> Iterator[Callable[[StepMetrics], None]]:
-    """What takes a step's metrics; one that a resumed run makes again replaces what was there.
+def tracking(report_to: str, folder: Path, name: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
+    """What takes a step's metrics. Raises UserError where the package is not installed.
 
-    folder: of the run. name: of the training in it. mark: of what that is. config: of the run, for Weights & Biases,
-    whose own environment variables apply (WANDB_PROJECT, WANDB_MODE, ...).
+    folder: of the run. name: of the training in it. TensorBoard's curves go on where a session was killed; in Weights &
+    Biases each session is a run of its own, those of a run in one group, with its config, and their own environment
+    variables apply (WANDB_PROJECT, WANDB_MODE, ...).
     """
+    require(report_to)
     if report_to == "none":
         yield lambda metrics: None
     else:
-        yield from _TRACKERS[report_to](folder, name, mark, config)
+        yield from _TRACKERS[report_to](folder, name, config)
 
 
-def _tensorboard(folder: Path, name: str, mark: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
+def _tensorboard(folder: Path, name: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
     writers: list[SummaryWriter] = []
@@ -55,12 +55,11 @@ def _tensorboard(folder: Path, name: str, mark: str, config: dict) -> Iterator[C
             writer.close()
 
 
-def _wandb(folder: Path, name: str, mark: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
+def _wandb(folder: Path, name: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
     import wandb
 
-    about = {"name": f"{config['name']} {name}", "group": config["name"], "config": config, "id": mark[:32]}
-    project = os.environ.get("WANDB_PROJECT", "allo-fast")
-    run = wandb.init(project=project, dir=folder, resume="allow", **about)
+    about = {"name": f"{config['name']} {name}", "group": config["name"], "config": config}
+    run = wandb.init(project=os.environ.get("WANDB_PROJECT", "allo-fast"), dir=folder, **about)
     try:
         yield lambda metrics: run.log(dict(_curves(metrics)), step=metrics.step)
     finally:

@@ -20,7 +20,8 @@ class Watch(Protocol):
 
 
 class Watches:
-    """Those of one training, by name; steps: that it has. All look before the first one and after the last."""
+    """Those of one training, by name; steps: that it has. All are asked before the first one, which a guard
+    compares with, and look after the last."""
 
     def __init__(self, steps: int, budget: int, **watches: Watch | None):
         self.steps, self.budget = steps, budget
