@@ -58,7 +58,7 @@ class DataConfig(Section):
         if self.test is None:
             self.test, self.test_size = self.train, self.test_size or 0.1
         elif self.test_size and self.test != self.train:
-            raise ValueError("test_size holds rows of data.train out where there is no data.test: set one of them")
+            raise ValueError("test_size: of data.train where there is no data.test; beside one set test_size: null")
         return self
 
     @field_validator("scorer")

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 
+import torch
 import yaml
 
 from allo_fast.config import Config, UserError
 from allo_fast.data.problems import Problem, read_problems
+from allo_fast.data.splitting import read_split
 from allo_fast.model.checkpoint import check_model
 from allo_fast.plan.advice import fitted
 from allo_fast.plan.job import job_of
@@ -33,9 +35,10 @@ _SAID = {
     "method": "sparse-dpo: DPO on some of the weights; allo forgets unaligned tokens before; dpo trains all weights",
     "rivals": "[dpo] trains all weights too, to compare with; of these it needs the memory",
     "pairs.eval_size": "fraction of the problems that is looked at while others train",
-    "warmup.learning_rate": "of DPO on all weights, which locates those that matter",
+    "warmup.learning_rate": "of all weights; the weights that matter are located by what its steps would change",
+    "forget.learning_rate": "tokens of wrong responses that the model is unsure of are forgotten first",
     "warmup.gradient_accumulation_steps": "passes of 4 pairs in a step",
-    "learn.learning_rate": "a few percent bear more than all do; the first thing to try others of",
+    "learn.learning_rate": "a few percent of the weights bear a higher one than all; try others of this key first",
     "learn.ratio": "fraction of all weights that trains",
     "sample.num_return_sequences": "responses to each problem; right ones against wrong ones are the pairs",
 }
@@ -45,6 +48,8 @@ def init(options: argparse.Namespace) -> None:
     """Raises UserError for what is not there, or no row of which can be used."""
     model = options.model or _asked("model (a folder or a hub id)", "--model")
     data = options.data or _asked("data (a file of rows, or a hub data set)", "--data")
+    if options.gpu_memory is not None and not 0 < options.gpu_memory < 1e6:
+        raise UserError(f"--gpu-memory: expected GB of a device, got {options.gpu_memory:g}")
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; name a file that does not")
     check_model(model)
@@ -61,8 +66,9 @@ def init(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(line + "\n" for line in _written(_nested(settings | dtype | smaller), said)))
     print(f"{options.out}: {data} are rows of data.format: {settings['data.format']}; next:")
-    print(f"allo-fast check {options.out}\nallo-fast plan {options.out} --gpu-memory {size / 1e9:.3g}")
-    print(f"allo-fast run {options.out}")
+    plan = f"allo-fast plan {options.out} --gpu-memory {size / 1e9:.3g}"  # which is of GPUs
+    is_gpu = options.gpu_memory or config.model.device != "cpu" and torch.cuda.is_available()
+    print("\n".join([f"allo-fast check {options.out}", *[plan] * bool(is_gpu), f"allo-fast run {options.out}"]))
 
 
 def _asked(what: str, flag: str) -> str:
@@ -76,6 +82,7 @@ def _settings(model: str, data: str, test: str | None, method: str, name: str) -
     format = _format_of(data)
     data_section = {"train": data, "format": format}
     known = Config.model_validate({"name": name, "model": {"name_or_path": model}, "data": data_section})
+    next(read_split(known.data, "test"))  # which says where nothing can be held out
     rows, weights = count_rows(known), shape_of(model_config(known), "float32").parameters
     rate, sparse_rate = next((dense, sparse) for size, dense, sparse in _RATES if weights < size)
     settings = {"name": name, "model.name_or_path": model, "data.train": data}
@@ -84,7 +91,7 @@ def _settings(model: str, data: str, test: str | None, method: str, name: str) -
     settings |= {"method": method} | ({} if method == "dpo" else {"rivals": []})
     if format not in ("preference", "multiple_choice"):
         settings |= {"sample.num_return_sequences": 8, "sample.max_new_tokens": 512}
-    settings |= {"pairs.eval_size": 0.1} if rows.problems >= _MANY else {}
+    settings |= {"pairs.eval_size": 0.1} if rows.train_known and rows.problems >= _MANY else {}
     passes = {"gradient_accumulation_steps": min(8, max(1, rows.pairs // (4 * _STEPS)))}
     sections = {"warmup": {"learning_rate": rate}}
     sections |= {"forget": {"learning_rate": sparse_rate / 4}} if method == "allo" else {}

@@ -1,6 +1,7 @@
 """DPO on a few percent of the weights in TRL's DPOTrainer, whose reference is the policy's own base: no second model.
 
     for stage in sample pairs locate; do allo-fast $stage my.yaml; done  # `allo-fast init` writes my.yaml
+    # in the run's model.dtype, which the first command says: --dtype float32 or bfloat16
     python examples/trl_dpo.py MODEL runs/my/05-locate/seed-0/learn.safetensors pairs.jsonl OUT
 
 pairs.jsonl: rows {prompt, chosen, rejected}, as TRL reads them. OUT/model is a normal folder; OUT/delta.safetensors, a

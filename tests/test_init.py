@@ -52,7 +52,16 @@ def test_what_rows_are_is_found(tmp_path, model, format):
 def test_its_configuration_checks_plans_and_runs(tmp_path, model, capsys, monkeypatch):
     """By the commands that it prints."""
     monkeypatch.chdir(tmp_path)
-    words = ["init", "mine.yaml", "--model", model, "--data", rows_in(tmp_path, "preference", 120)]
+    words = [
+        "init",
+        "mine.yaml",
+        "--model",
+        model,
+        "--data",
+        rows_in(tmp_path, "preference", 120),
+        "--gpu-memory",
+        "80",
+    ]
     assert main(words) == 0
     commands = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("allo-fast ")]
     assert [words[0] for words in commands] == ["check", "plan", "run"]
@@ -122,6 +131,13 @@ def test_mistakes(tmp_path, model, capsys):
         return capsys.readouterr().err
 
     new = str(tmp_path / "new.yaml")
+    (one := tmp_path / "one.jsonl").write_text(json.dumps(ROWS["preference"]) + "\n")
+    assert "one.jsonl: one prompt alone, of which none can be held out" in said(
+        new, "--model", model, "--data", str(one)
+    )
+    for size in ("0", "-5", "nan", "1e9"):
+        words = (new, "--model", model, "--data", rows_in(tmp_path, "preference"), "--gpu-memory", size)
+        assert "--gpu-memory: expected GB of a device, got" in said(*words)
     assert "taken.yaml: exists already; name a file that does not" in said(str(taken), "--model", model, "--data", "x")
     assert taken.read_text() == "mine"
     assert said(new, "--model", model, "--data", "x.jsonl").count("no such file") == 1

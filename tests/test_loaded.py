@@ -141,6 +141,10 @@ def test_what_does_not_belong_together(tmp_path):
     SparsePolicy(policy_model, random_selection(policy_model))
     with pytest.raises(UserError, match="a SparsePolicy trains this model's weights"):
         allo_fast.load_delta(policy_model, tmp_path / "a")
+    with pytest.raises(UserError, match=r"made in float32, the model is in bfloat16; load it with dtype='float32'"):
+        allo_fast.load_delta(base(torch.bfloat16), tmp_path / "a")
+    with pytest.raises(UserError, match="nowhere: no such file; stages that train some of the weights leave a delta"):
+        allo_fast.load_delta(base(), tmp_path / "nowhere")
     (tmp_path / "no").write_bytes(b"no")
     with pytest.raises(UserError, match="no"):
         allo_fast.load_delta(base(), tmp_path / "no")
@@ -178,8 +182,11 @@ def test_what_was_unloaded_does_nothing_any_more(tmp_path):
             use()
     with pytest.raises(UserError, match="not any more, on this model"):
         first.swap(second)
-    with pytest.raises(ValueError, match="could not convert"):
-        first.scale = "x"
+    for scale, error in (("x", TypeError), (float("nan"), UserError), (float("inf"), UserError)):
+        with pytest.raises(error):
+            first.scale = scale
+    with pytest.raises(UserError, match="scale: expected a finite number, got nan"):
+        allo_fast.load_delta(model, tmp_path / "b", float("nan"))
     assert first.applied and first.scale == 1 and not second.applied and same(weights_of(model), wanted)
 
 

@@ -66,7 +66,10 @@ def test_one_prompt_cannot_be_divided(tmp_path):
 def test_a_test_of_ones_own(tmp_path):
     train, test = divided(tmp_path, [pair(number) for number in range(4)], test=str(tmp_path / "rows.jsonl"))
     assert len(train) == len(test) == 4, "the same rows, which is allowed"
-    with pytest.raises(ValidationError, match="test_size holds rows of data.train out where there is no data.test"):
+    with pytest.raises(
+        ValidationError,
+        match="test_size: of data.train where there is no data.test; beside one set",
+    ):
         DataConfig(train="a.jsonl", test="b.jsonl", test_size=0.1)
     settled = DataConfig(train="a.jsonl")
     assert DataConfig(**settled.model_dump()) == settled, "as a run keeps its settings"

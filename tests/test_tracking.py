@@ -56,12 +56,6 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     assert begun["config"] == PLACE["config"] and begun["dir"] == tmp_path
 
 
-def test_nothing_is_written_where_nobody_asked(tmp_path):
-    with tracking("none", tmp_path, **PLACE) as record:
-        record(step(1, 0.5))
-    assert not [*tmp_path.iterdir()]
-
-
 def test_what_is_not_installed_is_said_before_the_run(monkeypatch):
     require("none")
     monkeypatch.setitem(sys.modules, "wandb", None)

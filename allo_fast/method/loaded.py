@@ -1,5 +1,6 @@
 """Deltas on a live model: applied, scaled, stacked, swapped, and undone to the bit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class LoadedDelta:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        scale = float(scale)
+        scale = _checked(scale)
         self._change(lambda: setattr(self, "_scale", scale))
 
     def apply(self) -> None:
@@ -81,6 +82,13 @@ class LoadedDelta:
     def _restore(self) -> None:
         for name, at in self._delta.positions.items():
             set_entries(self._stack.weights[name], at, self._originals[name])
+
+
+def _checked(scale: float) -> float:
+    """Raises UserError for what is not finite."""
+    if not math.isfinite(scale):
+        raise UserError(f"scale: expected a finite number, got {scale}")
+    return float(scale)
 
 
 def _entries(weight: Tensor, at: Positions) -> Tensor:
@@ -130,7 +138,9 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
     weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.
     """
-    delta, weights = Delta.load(path), named_weights(model)
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; stages that train some of the weights leave a delta.safetensors")
+    scale, delta, weights = _checked(scale), Delta.load(path), named_weights(model)
     if VALUES in model._modules:
         raise UserError("load_delta: a SparsePolicy trains this model's weights")
     if any(hasattr(weight, "ds_tensor") for weight in weights.values()):
@@ -138,6 +148,8 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     if not (stack := _stacks.get(model)) or not stack.deltas:
         base, generation = fingerprint(model), model.generation_config
         stack = _Stack(weights, generation, base, generation.eos_token_id, [])
+    if (dtype := str(model.dtype).removeprefix("torch.")) != delta.dtype:
+        raise UserError(f"{path}: made in {delta.dtype}, the model is in {dtype}; load it with dtype={delta.dtype!r}")
     delta.check(stack.base)
     for name, at in delta.positions.items():
         if name not in weights or size_of(weights[name]) != at.sizes[0]:

@@ -1,6 +1,7 @@
 """Driving a training loop as progress, and the facts that every training stage records."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ from allo_fast.stages.pairs import EVAL_PAIRS
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples
 from allo_fast.training.held_out import HeldOut
-from allo_fast.training.metrics import LOG
+from allo_fast.training.metrics import LOG, StepMetrics
 from allo_fast.training.reference import Reference
 from allo_fast.training.tracking import tracking
 
@@ -82,9 +83,7 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
     if trainer.held_out:
         check_lengths(trainer.policy.model, trainer.held_out.examples.corpus)
     yield from responses_done(trainer.prepare())
-    report_to = unit.config.report_to if ranks.is_main() else "none"
-    about = f"{unit.name}-{unit.key}", unit.config.model_dump()
-    with tracking(report_to, unit.owner.home.folder, *about) as record:
+    with _tracked(unit) as record:
         for metrics in trainer.run():
             record(metrics)
             notes = {"loss": metrics.loss, **metrics.metrics}
@@ -100,7 +99,7 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
         facts["ended_before_steps"] = len(trainer.steps)
     if seconds:  # else the log of all steps was lost
         facts["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
-    if trainer.held_out:
+    if trainer.held_out and trainer.held_out.keeps_best:
         facts["best_step"] = trainer.held_out.best_step
     if trainer.examples.set_aside:
         facts["set_aside"] = trainer.examples.set_aside
@@ -114,6 +113,14 @@ def train(unit: Unit, trainer: Trainer) -> Generator[Progress, None, dict]:
         facts["selected"] = trainer.policy.selected
         facts["changed"] = trainer.policy.changed()
     return facts
+
+
+def _tracked(unit: Unit) -> AbstractContextManager[Callable[[StepMetrics], None]]:
+    """By rank 0, as `report_to` says."""
+    if unit.config.report_to == "none" or not ranks.is_main():
+        return nullcontext(lambda metrics: None)
+    name, config = f"{unit.name}-{unit.key}", unit.config.model_dump()
+    return tracking(unit.config.report_to, unit.owner.home.folder, name, config)
 
 
 def hidden_updates(model: ModelConfig, facts: dict) -> str | None:

@@ -30,10 +30,7 @@ def tracking(report_to: str, folder: Path, name: str, config: dict) -> Iterator[
     variables apply (WANDB_PROJECT, WANDB_MODE, ...).
     """
     require(report_to)
-    if report_to == "none":
-        yield lambda metrics: None
-    else:
-        yield from _TRACKERS[report_to](folder, name, config)
+    yield from _TRACKERS[report_to](folder, name, config)
 
 
 def _tensorboard(folder: Path, name: str, config: dict) -> Iterator[Callable[[StepMetrics], None]]:
