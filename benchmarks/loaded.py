@@ -32,6 +32,7 @@ def run(model: str | None, dtype: str, ratio: float, repeats: int) -> dict[str, 
                 lambda number=number: deltas.append(load_delta(live, f"{scratch}/{number}.safetensors")), live, 1
             )
         first, second = deltas
+        entries = sum(map(len, first._delta.positions.values()))
         second.remove()
         took["remove"] = _timed(first.remove, live, repeats, first.apply)
         took["apply"] = _timed(first.apply, live, repeats, first.remove)
@@ -45,7 +46,6 @@ def run(model: str | None, dtype: str, ratio: float, repeats: int) -> dict[str, 
         for delta in deltas:
             delta.unload()
         assert all(torch.equal(before[name], weight) for name, weight in named_weights(live).items()), "not the base"
-    entries = sum(map(len, first._delta.positions.values()))
     print(f"{path}, {dtype}, {entries:,} entries; ms: " + ", ".join(f"{name} {ms:.3g}" for name, ms in took.items()))
     print("after all were unloaded torch.equal of every weight and the base's: True")
     return took

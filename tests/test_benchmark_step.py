@@ -18,7 +18,7 @@ from benchmarks import inputs, step, step_measure, step_ours, step_profile
 from benchmarks.__main__ import SHAPES, main
 
 VOCABULARY = 61
-SETTINGS = step.Settings(None, ["float32"], ["choice"], None, ["sparse"], 0.05, 8, 4, 4, 1, {})
+SETTINGS = step.Settings(None, "11M", ["float32"], ["choice"], None, ["sparse"], 0.05, 8, 4, 4, 1, {})
 
 
 @pytest.fixture(scope="module")
