@@ -192,6 +192,15 @@ def test_a_checkpoint_says_what_made_it(tmp_path):
     assert about["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # which build, or not
 
 
+def test_a_checkpoint_of_an_earlier_version_is_passed_over(tmp_path, caplog):
+    stopped_after(tmp_path, 2)
+    tensors, about = load_tensors(path := tmp_path / "checkpoint-2.safetensors")
+    save_tensors(path, tensors, {key: value for key, value in about.items() if key != "watched"})
+    (tmp_path / "checkpoint-1.safetensors").unlink(missing_ok=True)
+    assert next(trainer(tmp_path, save_steps=1).run()).step == 1
+    assert "checkpoint-2.safetensors: of an earlier version; training goes on from the beginning" in caplog.text
+
+
 def test_a_checkpoint_also_when_minutes_are_over(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(

@@ -77,6 +77,8 @@ class Checkpoints:
             return str(error)
         if about.get("mark") != self.mark:
             return f"{path}: of another stage, run or setting"
+        if path.name.startswith("checkpoint") and "watched" not in about:
+            return f"{path}: of an earlier version"
         return self._objection(self.best(about["best"])) if about.get("best") else None
 
 
