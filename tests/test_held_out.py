@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES
+from allo_fast.stages.driving import train
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples
 from allo_fast.training.held_out import LOSS, HeldOut
@@ -116,7 +118,8 @@ def test_damaged_best_weights_are_not_used(tmp_path, caplog):
             if metrics.step == 12:
                 break
         bests = sorted(folder.glob("best-*"), key=lambda path: path.stat().st_mtime_ns)
-        assert {path.name for path in bests} >= {"best-5.safetensors", "best-10.safetensors"}
+        steps = {int(path.stem.partition("-")[2]) for path in bests}
+        assert {step for step in steps if step <= 10} == {5, 10}, "those of the two checkpoints"
         for path in (folder / "best-10.safetensors", folder / "best-5.safetensors")[:damaged]:
             content = bytearray(path.read_bytes())
             content[-9] ^= 1
@@ -126,6 +129,13 @@ def test_damaged_best_weights_are_not_used(tmp_path, caplog):
         assert steps[0] == first and "best-10.safetensors" in caplog.text
         for name, value in whole.policy.values.items():
             assert torch.equal(resumed.policy.values[name], value)
+
+
+def test_pairs_that_are_looked_at_are_within_the_models_positions(tmp_path):
+    training = trainer(tmp_path)
+    training.held_out.examples.corpus = SimpleNamespace(longest=999)
+    with pytest.raises(UserError, match="has 999 tokens, the model reads 128"):
+        next(train(SimpleNamespace(), training))
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best():

@@ -194,6 +194,11 @@ def _cell(row: dict, name: str) -> object:
         return value
 
 
+def digest_of_prompt(problem: Problem) -> bytes:
+    """32 bytes, the same for problems that ask the same."""
+    return hashlib.sha256(json.dumps([problem.prompt, problem.tools], sort_keys=True).encode()).digest()
+
+
 def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quarantined]:
     """Judged completions of one prompt as one problem, behind the others, in the order of their first ones.
 
@@ -206,8 +211,7 @@ def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quaran
             if isinstance(outcome, Quarantined) or (outcome.right and outcome.wrong):
                 yield outcome
                 continue
-            prompt = json.dumps([outcome.prompt, outcome.tools], sort_keys=True)
-            numbers.append(groups.setdefault(hashlib.sha256(prompt.encode()).digest(), len(groups)))
+            numbers.append(groups.setdefault(digest_of_prompt(outcome), len(groups)))
             places.append(waiting.tell())
             waiting.write(json.dumps(vars(outcome)).encode() + b"\n")
         for _, members in groupby(np.argsort(numbers, kind="stable"), key=numbers.__getitem__):
