@@ -57,9 +57,10 @@ def measure(job: Job) -> Outcome | None:
         state_bytes = memory.live_bytes()
         trainer.backend.close()
         del trainer
-        policy, rows = make_policy(job), job.rows("pairs")
-        if policy.model.device.type == "cuda":  # whose kernels are compiled for what an epoch has
-            deque(make_trainer(policy, job, rows, folder / "warm-up").run(), maxlen=0)
+        rows = job.rows("pairs")
+        if torch.cuda.is_available():  # whose kernels are compiled for what an epoch has
+            deque(make_trainer(make_policy(job), job, rows, folder / "warm-up").run(), maxlen=0)
+        policy = make_policy(job)
         trainer, counted = make_trainer(policy, job, rows, folder / "epoch"), Positions([policy.model])
         if len(trainer.examples) < len(rows):
             raise RuntimeError(f"{len(rows) - len(trainer.examples)} of {len(rows)} pairs are longer than the budget")

@@ -3,6 +3,7 @@ import torch
 
 from allo_kernels import Positions, masked_adamw_
 from allo_kernels.tools.check import Exact, allowed_error, distance
+from tests.conftest import DEVICE
 
 SETTINGS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -36,10 +37,10 @@ def test_equals_torch_adamw():
 
 def steps_of(number, k, settings, impl="triton"):
     """Values and moments after `number` steps from 1.5 and zero, and what they are in fp64."""
-    draw = torch.Generator().manual_seed(0)
-    state, exact = ([torch.full((k,), x, dtype=dtype) for x in (1.5, 0, 0)] for dtype in (torch.float, torch.double))
+    draw, kinds = torch.Generator().manual_seed(0), (torch.float, torch.double)
+    state, exact = ([torch.full((k,), x, dtype=dtype, device=DEVICE) for x in (1.5, 0, 0)] for dtype in kinds)
     for step in range(1, number + 1):
-        grad = torch.randn(k, generator=draw)
+        grad = torch.randn(k, generator=draw).to(DEVICE)
         values, *moments = state
         masked_adamw_(values, grad, *moments, step=step, eps=1e-8, impl=impl, **settings)
         p, m, v = exact

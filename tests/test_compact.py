@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from allo_kernels import Positions, gather, scatter_, swap_
+from tests.conftest import DEVICE
 
 
-def case(dtype=torch.bfloat16):
-    dense = torch.arange(35, dtype=torch.float32).view(5, 7).to(dtype)
-    return dense, Positions.pack(torch.tensor([0, 3, 20, 34]), 35)  # both ends of the tensor
+def case(dtype=torch.bfloat16, device="cpu"):
+    dense = torch.arange(35, dtype=torch.float32).view(5, 7).to(device, dtype)
+    return dense, Positions.pack(torch.tensor([0, 3, 20, 34], device=device), 35)  # both ends of the tensor
 
 
 def test_gather():
@@ -89,10 +90,10 @@ def test_bad_arguments(impl):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_autograd_sees_what_is_written(impl):
-    dense, positions = case(torch.float32)
-    factor = torch.ones(5, 7, requires_grad=True)
+    dense, positions = case(torch.float32, DEVICE)
+    factor = torch.ones(5, 7, requires_grad=True, device=DEVICE)
     product = (dense * factor).sum()
-    scatter_(dense, positions, torch.zeros(4), impl=impl)
+    scatter_(dense, positions, torch.zeros(4, device=DEVICE), impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
-    assert not gather(torch.ones(5, 7, requires_grad=True), positions, impl=impl).requires_grad
+    assert not gather(factor, positions, impl=impl).requires_grad

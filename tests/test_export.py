@@ -11,6 +11,7 @@ from allo_fast.durable import read_json, write_json
 from allo_fast.method.delta import Delta
 from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.home import MANIFEST
+from tests.conftest import SAME_BITS
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
@@ -96,6 +97,7 @@ def test_what_cannot_be_exported_is_one_line(copied, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@SAME_BITS
 @pytest.mark.parametrize("kept, stages", [("all", ["07-forget", "08-learn"]), ("none", [])])
 def test_which_models_are_kept_changes_no_delta(copied, kept, stages):
     config, folder = copied

@@ -15,7 +15,7 @@ from allo_fast.method.optim import ClippedAdamW
 from allo_fast.method.policy import DensePolicy
 from allo_fast.model.weights import fingerprint
 from allo_fast.stages.check import check
-from tests.conftest import MICRO, pair_corpus, tiny_llama
+from tests.conftest import MICRO, SAME_BITS, pair_corpus, tiny_llama
 
 
 def test_adapters_start_as_the_base_and_end_in_its_weights():
@@ -72,6 +72,7 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
     ]
 
 
+@SAME_BITS
 @pytest.mark.xdist_group("runs")
 def test_a_run_with_lora_as_its_dense_rival(tmp_path, capsys):
     (config := tmp_path / "micro.yaml").write_text(

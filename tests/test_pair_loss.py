@@ -5,6 +5,7 @@ import torch
 
 from allo_fast.method.objectives import dpo_loss
 from allo_kernels import key_token_dpo_loss, key_token_weights
+from tests.conftest import DEVICE
 
 
 def pair(seed=0, chosen=5, rejected=8):
@@ -73,8 +74,8 @@ def test_bad_arguments(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
 def test_a_nan_is_never_left_out(impl, nan):
-    zeros, valid = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
-    ratios = torch.tensor([[-1.0, nan, -2.0, -3.0]])
+    zeros, valid = torch.zeros(1, 4, device=DEVICE), torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
+    ratios = torch.tensor([[-1.0, nan, -2.0, -3.0]], device=DEVICE)
     losses, *_, weights = key_token_dpo_loss(
         zeros, ratios, zeros, zeros, valid, valid, fraction=0.5, beta=1.0, impl=impl
     )
@@ -84,11 +85,11 @@ def test_a_nan_is_never_left_out(impl, nan):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_what_does_not_count_cannot_spoil_the_loss(impl):
     """Padding and tokens that are not key may hold anything; infinity that counts comes before padding."""
-    zeros, ratios = torch.zeros(1, 4), torch.tensor([[-torch.inf, torch.inf, -1.0, float("nan")]])
-    chosen_valid, valid = torch.tensor([[False, False, True, False]]), torch.tensor([[False, True, True, False]])
+    ratios = torch.tensor([[-torch.inf, torch.inf, -1.0, float("nan")]], device=DEVICE)
+    chosen_valid = torch.tensor([[False, False, True, False]], device=DEVICE)
+    zeros, valid = torch.zeros_like(ratios), torch.tensor([[False, True, True, False]], device=DEVICE)
     found = key_token_dpo_loss(ratios, ratios, zeros, zeros, chosen_valid, valid, fraction=0.5, beta=1.0, impl=impl)
     assert found[0].item() == pytest.approx(math.log(2)) and found[3].tolist() == [[0, 0, 1, 0]]
-    valid = torch.tensor([[False, True, True, False]])
     found = key_token_dpo_loss(zeros, ratios, zeros, zeros, valid, valid, fraction=1.0, beta=1.0, impl=impl)
     assert found[3].tolist() == [[0, 1, 1, 0]], "the highest that counts comes before what does not"
 
@@ -96,7 +97,7 @@ def test_what_does_not_count_cannot_spoil_the_loss(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_losses_of_settled_pairs_keep_their_digits(impl):
     """log(1 + s) for s from 1 to 1e-17: 1 + s alone would leave a loss of 1e-4 three digits."""
-    margins = torch.arange(0.0, 40.0, 3.7)[:, None]
+    margins = torch.arange(0.0, 40.0, 3.7, device=DEVICE)[:, None]
     zeros, valid = torch.zeros_like(margins), torch.ones_like(margins).bool()
     losses = key_token_dpo_loss(margins, zeros, zeros, zeros, valid, valid, fraction=1.0, beta=1.0, impl=impl)[0]
     exact = torch.nn.functional.softplus(-margins.double(), threshold=100).squeeze(1)
@@ -106,7 +107,8 @@ def test_losses_of_settled_pairs_keep_their_digits(impl):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_small_losses_and_what_gets_a_gradient(impl):
-    given = [tensor.requires_grad_() if index < 4 else tensor for index, tensor in enumerate(pair())]
+    moved = [tensor.to(DEVICE) for tensor in pair()]
+    given = [tensor.requires_grad_() if index < 4 else tensor for index, tensor in enumerate(moved)]
     given[0] = (given[0].detach() + 20).requires_grad_()
     losses = key_token_dpo_loss(*given, fraction=0.5, beta=0.3, impl=impl)[0]
     margin = losses.detach().double().expm1().log().neg()

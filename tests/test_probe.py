@@ -144,7 +144,7 @@ def test_recomputation_switches_no_noise_on(tmp_path, config, settings):
         model = load_model(tmp_path, ModelConfig(dtype="float32", gradient_checkpointing=recompute))
         assert any(module.training for module in model.modules()) == recompute
         compute = ResponseLogps(model)
-        logps.append(compute(collate(corpus, corpus.examples, compute.layout)).detach())
+        logps.append(compute(collate(corpus, corpus.examples, compute.layout).to(model.device)).detach())
     assert torch.equal(*logps)
 
 

@@ -7,8 +7,8 @@ from allo_kernels import Positions, masked_adamw_, rounding, scatter_
 from allo_kernels.positions import SPAN
 from allo_kernels.rounding import LARGEST, rounded, stochastically
 from allo_kernels.tools.check import drawing, selected
+from tests.conftest import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
 SETTINGS = {"step": 2, "lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 BASE = 0x3F9A0000  # 1.203125, which bf16 holds

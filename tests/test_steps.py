@@ -204,11 +204,12 @@ def test_a_step_on_a_gpu_waits_once(tmp_path, monkeypatch):
     read = Trainer._read
 
     def allowed(*given):
+        before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
         try:
             return read(*given)
         finally:
-            torch.cuda.set_sync_debug_mode("error")
+            torch.cuda.set_sync_debug_mode(before)
 
     monkeypatch.setattr(Trainer, "_read", allowed)
     model = tiny_llama().cuda()

@@ -7,20 +7,21 @@ from allo_kernels.launching import blocks_of_device, recording
 from allo_kernels.tools import check_head
 from allo_kernels.tools.check import Exact, allowed_error, distance
 from allo_kernels.tools.workspace import workspace
+from tests.conftest import DEVICE
 
 
 def full_logits(hidden, weight, targets, bias=None, softcap=None, temperature=1.0):
     return check_head.full_logits(hidden, weight, bias, targets, softcap, temperature)[0]
 
 
-def inputs(n, d, v, dtype, bias, seed=0):
+def inputs(n, d, v, dtype, bias, device=DEVICE, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=draw).to(dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=draw) / d**0.5).to(dtype).requires_grad_()
-    bias = torch.randn(v, generator=draw).to(dtype).requires_grad_() if bias else None
-    targets = torch.randint(0, v, (n,), generator=draw)
+    hidden = torch.randn(n, d, generator=draw).to(device, dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=draw) / d**0.5).to(device, dtype).requires_grad_()
+    bias = torch.randn(v, generator=draw).to(device, dtype).requires_grad_() if bias else None
+    targets = torch.randint(0, v, (n,), generator=draw).to(device)
     targets[::4] = -100
-    upstream = torch.randn(n, generator=draw)  # not ones: a wrong weighting must show
+    upstream = torch.randn(n, generator=draw).to(device)  # not ones: a wrong weighting must show
     upstream[1::5] = 0.0
     return hidden, weight, bias, targets, upstream
 
@@ -82,10 +83,10 @@ def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
 @pytest.mark.parametrize("n, d, v", [(5, 64, 2100), (5, 33, 3300), (2, 4096, 50)])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
-    monkeypatch.setattr(head_parts, "CHUNK_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(head_parts, "CHUNK_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(head_parts, "MIN_WORDS", 16)
     hidden, weight, _, targets, upstream = inputs(n, d, v, torch.float32, False)
-    positions = Positions.pack((torch.rand(v * d) < 0.03).nonzero().squeeze(1), v * d)
+    positions = Positions.pack((torch.rand(v * d, device=DEVICE) < 0.03).nonzero().squeeze(1), v * d)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
     d_hidden, d_weight = torch.autograd.grad((full_logits(hidden, weight, targets) * upstream).sum(), [hidden, weight])
     settings = {"values": values, "positions": positions, "impl": impl}
@@ -103,7 +104,7 @@ def test_blocks_of_rows(share, impl, monkeypatch):
     monkeypatch.setattr(head_parts, "BLOCK_BYTES", 128 * 4 * 8)
     hidden, weight, bias, targets, upstream = inputs(260, 8, 30, torch.float32, True)
     upstream[torch.rand(260) >= share] = 0.0
-    positions = Positions.pack(torch.arange(0, 240, 7), 240)
+    positions = Positions.pack(torch.arange(0, 240, 7, device=DEVICE), 240)
     values = weight.detach().view(-1)[positions.unpack()].requires_grad_()
     compact = {"values": values, "positions": positions}
 
@@ -123,7 +124,7 @@ def test_blocks_of_rows(share, impl, monkeypatch):
 
 def test_on_a_cpu_rows_without_a_gradient_have_no_logits_in_backward(monkeypatch):
     """However many the host says may have one."""
-    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False, torch.device("cpu"))
     upstream[::2], rows, plain = 0.0, [], head_torch.d_logits
     monkeypatch.setattr(head_torch, "d_logits", lambda given, *of: rows.append(len(given.targets)) or plain(given, *of))
     logps = token_logps(hidden, weight, targets, gradient_rows=9)
@@ -151,6 +152,15 @@ def test_targets_that_nobody_checked(monkeypatch):
         assert logps.isnan().tolist() == [row == 1 for row in range(9)]
 
 
+def needs_products_on_meta():
+    """Those of PyTorch 2.11 know no addmm with an out_dtype."""
+    left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((2, 3), (3, 2)))
+    try:
+        torch.addmm(torch.empty(2, 2, device="meta"), left, right, out_dtype=torch.float32)
+    except TypeError as error:
+        pytest.skip(f"PyTorch {torch.__version__}: {error}")
+
+
 class Asked(TorchDispatchMode):
     """Inside, lists the operations."""
 
@@ -165,6 +175,7 @@ class Asked(TorchDispatchMode):
 
 def test_nothing_asks_the_device_what_the_host_knows(monkeypatch):
     """Tensors on meta have no numbers to read, and each wait that is left raises."""
+    needs_products_on_meta()
     hidden = torch.empty(64, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight, targets = torch.empty(2100, 16, dtype=torch.bfloat16, device="meta"), torch.empty(64, device="meta").long()
     known = {"target_rows": 60, "gradient_rows": 30}
@@ -201,6 +212,7 @@ def test_the_gradient_of_some_rows():
 @pytest.mark.parametrize("rows, width, words", [(8192, 4096, 128_256), (65_536, 4096, 128_256), (65_536, 8192, 32_001)])
 @pytest.mark.parametrize("head", ["frozen", "5 %"])
 def test_workspace(rows, width, words, head):
+    needs_products_on_meta()
     for gradient_rows in (rows, rows // 2):
         results = 2 * rows * width + (4 * width * words // 20 if head == "5 %" else 0)
         beside = workspace(rows, width, words, head, gradient_rows) - results
@@ -211,8 +223,9 @@ def test_workspace(rows, width, words, head):
 def test_one_row_of_any_stride():
     """It is contiguous whatever lies between it and a next one; a tensor descriptor needs 16 bytes there."""
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.empty_strided((1, 16), (3, 1), dtype=torch.bfloat16).copy_(torch.randn(1, 16, generator=draw))
-    weight, targets = torch.randn(40, 16, generator=draw).bfloat16(), torch.tensor([7])
+    hidden = torch.empty_strided((1, 16), (3, 1), dtype=torch.bfloat16, device=DEVICE)
+    hidden.copy_(torch.randn(1, 16, generator=draw))
+    weight, targets = torch.randn(40, 16, generator=draw).to(DEVICE, torch.bfloat16), torch.tensor([7], device=DEVICE)
     with blocks_of_device((9, 0)):
         logps = token_logps(hidden, weight, targets, impl="triton")
     torch.testing.assert_close(logps, token_logps(hidden.float(), weight.float(), targets), rtol=1e-5, atol=1e-5)
@@ -257,7 +270,7 @@ def test_bad_arguments(change, message):
 def test_words_that_a_bias_rules_out(impl):
     """Padded vocabularies: a whole tile of logits may be -inf; an fp32 bias is not rounded to the weight's dtype."""
     hidden, weight, _, targets, upstream = inputs(6, 8, 70, torch.bfloat16, False)
-    bias = torch.linspace(-1, 1, 70)
+    bias = torch.linspace(-1, 1, 70, device=DEVICE)
     bias[:32], targets = -torch.inf, targets.clamp(min=40)
     logps = token_logps(hidden, weight, targets, bias=bias, impl=impl)
     exact = full_logits(hidden.double(), weight.double(), targets, bias.double())
@@ -269,7 +282,7 @@ def test_words_that_a_bias_rules_out(impl):
 def test_autocast_changes_nothing(impl):
     hidden, weight, _, targets, _ = inputs(9, 8, 40, torch.float32, False)
     plain = token_logps(hidden, weight, targets, impl=impl)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         cast = token_logps(hidden, weight, targets, impl=impl)
         gradient = torch.autograd.grad(cast.sum(), hidden)[0]
     assert torch.equal(cast, plain) and torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])

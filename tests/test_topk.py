@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from allo_kernels import topk_threshold
+from tests.conftest import DEVICE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,7 +53,7 @@ def test_a_program_takes_many_turns(monkeypatch):
     from allo_kernels import topk_triton  # imports Triton
 
     monkeypatch.setattr(topk_triton, "_SCORES", 64)
-    scores = torch.randn(700)  # eleven turns of eight programs
+    scores = torch.randn(700, device=DEVICE)  # eleven turns of eight programs
     assert topk_threshold([scores], 70, impl="triton") == topk_threshold([scores], 70)
 
 
@@ -68,8 +69,9 @@ def test_a_process_without_scores_adds_up_as_often_as_the_others(dtype, passes):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_bad_scores(impl):
+    nan = float("nan")
     for message, chunks in (
-        ("score_chunks: 2 scores are NaN", [torch.tensor([1.0, float("nan")]), torch.tensor([-float("nan")])]),
+        ("score_chunks: 2 scores are NaN", [torch.tensor(each, device=DEVICE) for each in ([1.0, nan], [-nan])]),
         ("score_chunks: expected torch.bfloat16 or", [torch.ones(2, dtype=torch.double)]),
         ("score_chunks: expected something that can be iterated again", (torch.ones(2) for _ in range(2))),
     ):

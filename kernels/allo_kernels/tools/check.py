@@ -23,12 +23,14 @@ _EPS = torch.finfo(FP32).eps
 class Exact:
     """An output in fp64. exponent: magnitudes of the largest logit and log-probability on the way, 0 without exp;
 
-    logarithm: its error is the relative one of what it is the logarithm of.
+    logarithm: its error is the relative one of what it is the logarithm of; factors: what the factors of its products
+    are rounded to, where that is less than the output's dtype.
     """
 
     value: Tensor
     exponent: float = 0.0
     logarithm: bool = False
+    factors: torch.dtype = FP32
 
 
 def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
@@ -43,10 +45,11 @@ def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
         lse         6 eps M of the logits, eps (R + 2) of exp, eps / 2 (M + R) of its sum with the maximum
         exp(z - lse)  all of these and eps (R + 2) of its own: eps (12.5 M + 2.5 R + 4), relative
     which 16 eps (M + R) and four of the roundings cover. The same goes for the sigmoid of a pair's margin, with the
-    two rewards whose difference it is as logits.
+    two rewards whose difference it is as logits. Where factors are rounded to fewer digits than a sum of their products
+    keeps, both round by chance, each otherwise: one eps of theirs.
     """
     scale = float(exact.value.detach().abs().max())
-    rounding = 4 * torch.finfo(pytorchs.dtype).eps * scale
+    rounding = 4 * torch.finfo(pytorchs.dtype).eps * scale + torch.finfo(exact.factors).eps * scale
     return distance(pytorchs, exact.value) + rounding + 16 * _EPS * exact.exponent * (1 if exact.logarithm else scale)
 
 

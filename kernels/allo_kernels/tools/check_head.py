@@ -92,7 +92,7 @@ def _token_logps_case(device: torch.device, case: HeadCase):
     logps, exponent = full_logits(*leaves, targets, case.softcap, case.temperature)
     found = torch.autograd.grad((logps * upstream).sum(), [leaf for leaf in leaves if leaf is not None])
     truth = {name: Exact(d, exponent) for name, d in zip(("d_hidden", "d_weight", "d_bias"), found, strict=False)}
-    d_values = Exact(found[1].view(-1)[positions.unpack()], exponent)
+    d_values = Exact(found[1].view(-1)[positions.unpack()], exponent, factors=case.dtype)
     return outputs, {"logps": Exact(logps, exponent, logarithm=True), **truth, "d_values": d_values}
 
 
