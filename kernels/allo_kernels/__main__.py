@@ -66,7 +66,7 @@ def _measured() -> Iterator[dict]:
     device, rows = this_device(), []
     for ceilings, row in bench.run(device, GPU if device.type == "cuda" else CPU):
         rows.append(row)
-        text = f"{row.op}, {row.contender}: {row.absent or 'measured'}"
+        text = f"{row.op}, {row.contender}: {row.absent or f'{row.median_ms:.4g} ms'}"
         yield {"text": text, **asdict(row), "ceilings": asdict(ceilings), "passed": not row.failed}
     print(bench.as_markdown(rows))
     print(f"ceilings: copy {ceilings.gbytes_per_s:.3g} GB/s, matrix product {ceilings.tflops:.3g} TFLOP/s")
@@ -112,20 +112,22 @@ def device_state() -> dict[str, str]:
 
 
 def _finish(found: Iterator[dict], path: Path | None) -> int:
+    """Prints each row, and writes all there are: minutes of work that end early have shown what they found."""
     started, rows, failed = time.perf_counter(), [], 0
-    if path:  # now, not after minutes of work
+    if path:
         path.parent.mkdir(parents=True, exist_ok=True)
+        about = machine()
     for row in found:
         text = row.pop("text")
         rows.append(row)
+        if path:
+            path.write_text(json.dumps({**about, "rows": rows}, indent=1))
         if "passed" in row:
             failed += not row["passed"]
             text = f"{'pass' if row['passed'] else 'FAIL'}  {text}"
         if text:
             print(text, flush=True)
     print(f"{len(rows)} rows, {failed} failed, {time.perf_counter() - started:.0f} s")
-    if path:
-        path.write_text(json.dumps({**machine(), "rows": rows}, indent=1))
     return int(failed > 0)
 
 

@@ -77,9 +77,7 @@ def head_benchmarks(device: torch.device, shape: HeadShape, dtype: torch.dtype) 
     for ways, head, leaves in ((frozen, weight, [hidden]), (dense, trained, [hidden, trained])):
         ways |= {name: _way(make, hidden, head, targets, shape, leaves) for name, make in _RIVALS.items()}
         if device.type == "cuda":
-            torch._functorch.config.donated_buffer = (
-                False  # a backward timed alone keeps its graph
-            )
+            torch._functorch.config.donated_buffer = False  # a backward timed alone keeps its graph
             ways["PyTorch definition"] = _Way(ours(head, impl="torch"), leaves)
             ways["torch.compile, full logits"] = _Way(torch.compile(_full(hidden, head, targets, shape)), leaves)
         ways["full logits"] = _Way(_full(hidden, head, targets, shape), leaves)
