@@ -28,7 +28,7 @@ setup(
         "allo_kernels.tools",
     ],
     package_dir={"allo_fast": "allo_fast", "allo_kernels": "kernels/allo_kernels"},
-    package_data={"allo_fast.report": ["report.css"]},
+    package_data={"allo_fast.report": ["report.css", "report.js"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

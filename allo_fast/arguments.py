@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about.get(name, f"the stage {name} alone, for every seed"))
         command.add_argument("config", type=Path)
         command.add_argument("overrides", nargs="*", metavar="key.subkey=value")
-        if name != "report":
+        if name == "report":
+            command.add_argument("--png", action="store_true", help="also a picture of the page, by Chromium or Chrome")
+        else:
             command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
     command = commands.add_parser("compare", help="many methods on one job, and which differences are clear of chance")
     command.add_argument("config", type=Path, help="of the comparison, as configs/compare/evidence.yaml")

@@ -35,6 +35,7 @@ from allo_fast.plan.phase import DEVICES
 from allo_fast.plan.rows import count_rows
 from allo_fast.plan.table import table as plan_table
 from allo_fast.report.page import write_report
+from allo_fast.report.picture import picture
 from allo_fast.report.summary import evaluation_line, summarize, table
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.run import Run
@@ -126,16 +127,18 @@ def _rewrite(options: argparse.Namespace) -> None:
         for unit in run.units(stages_of(config)):
             unit.check(outside=False)
         run.home.take_config(config, rerun=False)
-        _report(run)
+        _report(run, options.png)
         if later := complete_rounds(run):
             say("\n".join(said_of_rounds(run, later)))
 
 
-def _report(run: Run) -> None:
+def _report(run: Run, png: bool = False) -> None:
     summary = summarize(run)
     write_report(run, summary)
     print(table(summary))
     print(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
+    if png:
+        print(picture(run.folder / "report.html"))
 
 
 def _stage(options: argparse.Namespace) -> None:

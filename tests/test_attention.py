@@ -187,3 +187,25 @@ def test_the_model_works_as_before_for_others():
     model = tiny_llama()
     ResponseLogps(model)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("head", [16, 32, 64])
+def test_on_a_gpu_log_probabilities_and_gradients_are_those_of_a_cpu(head):
+    """Of FlexAttention's kernels, over rows of several blocks, in which one problem ends and another begins."""
+    corpus, draw = Corpus(), random.Random(0)
+    for prompt, lengths in ((90, (60, 30, 100)), (1, (4,)), (200, (128, 1, 70)), (5, (3, 3)), (128, (128,))):
+        prompt, *responses = ([draw.randrange(3, 61) for _ in range(length)] for length in (prompt, *lengths))
+        corpus.examples += [(number, number) for number in corpus.add(prompt, responses)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_llama(head_dim=head, max_position_embeddings=512).to(device)
+        logps = ResponseLogps(model)
+        batch = collate(corpus, corpus.examples, logps.layout).to(torch.device(device))
+        assert batch.packed
+        values = logps(batch)
+        weights = torch.linspace(-1, 1, values.numel(), device=device).view_as(values)
+        found.append((values, torch.autograd.grad((values * weights).sum(), [*model.parameters()])))
+    torch.testing.assert_close(found[1][0].cpu(), found[0][0], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))

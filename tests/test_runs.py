@@ -124,16 +124,6 @@ def test_the_summary_is_complete(finished):
         assert facts["state_bytes"]["moments"] == 8 * facts["selected"]
 
 
-def test_the_report_is_self_contained(finished):
-    page = (finished[1] / "report.html").read_text()
-    for title in ("Accuracy", "First row", "Cost", "Training", "Selected weights", "Wrong responses, by token"):
-        assert f"<h2>{title}</h2>" in page
-    assert page.count("<svg") == 6 and "allo - dpo" in page and 'title="reward' in page
-    assert re.search(r", locating 4\.\d\d<", page), "of the rewriter, which locates for itself in float32"
-    loaded = re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|@import|<script|<link', page)
-    assert not loaded, "nothing is fetched from elsewhere"
-
-
 def test_forgetting_trains_only_the_selected_weights(finished):
     _, folder = finished
     base, trained = (AutoModelForCausalLM.from_pretrained(folder / "00-pretrain/base/model") for _ in range(2))
@@ -499,15 +489,6 @@ def test_a_report_needs_what_lies_in_the_run_alone(copied, tmp_path, capsys):
     assert re.search(
         "04-warmup.*: MANIFEST.json: damaged.*run `allo-fast warmup CONFIG --rerun`", refused(capsys, "report", *words)
     )
-
-
-def test_a_report_says_what_it_cannot_show(copied, monkeypatch):
-    config, folder = copied
-    title = "<h2>Wrong responses, by token</h2>"
-    assert title + "<p>Shade" in (folder / "report.html").read_text()
-    monkeypatch.setattr("allo_fast.stages.models.base_path", lambda unit: folder / "gone")
-    assert main(["report", str(config)]) == 0
-    assert f"{title}<p>Not shown: {folder}/gone: no such file or folder</p>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("damage", ["is gone", "is not what was written"])

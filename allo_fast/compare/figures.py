@@ -55,4 +55,4 @@ def _finished(figure, axis, metric: str) -> str:
     axis.set_ylabel(metric)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    return as_svg(figure, metric)
+    return as_svg(figure, metric, alone=True)

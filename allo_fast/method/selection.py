@@ -101,6 +101,12 @@ class Selection:
         """Flat positions in tensor `name`; empty where nothing is selected."""
         return self._positions[name] if name in self._positions else Positions.pack(torch.empty(0).long(), 0)
 
+    def overlap(self, other: "Selection") -> float:
+        """Of the smaller one's entries, the share that both have."""
+        both = ((self.positions(name).unpack(), other.positions(name).unpack()) for name in self.names)
+        common = sum(int(torch.isin(ours, theirs, assume_unique=True).sum()) for ours, theirs in both)
+        return common / min(self.selected, other.selected)
+
     def sha256(self) -> str:
         """Identifies the selected set."""
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG text."""
+"""The report's figures, as SVG text; letters and axes take the page's colour, in light and dark."""
 
 import io
 import re
@@ -7,24 +7,31 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from allo_fast.report.summary import percent  # noqa: E402
 
-_COLORS = {"given": "#c3cad6", "base": "#8d99ae", "dpo": "#e0a03a", "sparse-dpo": "#7a5aa6", "allo": "#2a7f62"}
+_COLORS = {"given": "#c3cad6", "base": "#8d99ae", "dpo": "#e0a03a", "sparse-dpo": "#8a6bb8", "allo": "#2a9d78"}
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
+_INK = "#010203"  # stands for the page's colour of text
+_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+plt.rcParams.update({"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"})
+plt.rcParams.update({f"{part}.color": _INK for part in ("text", "xtick", "ytick")})
+plt.rcParams.update({"axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.titlecolor": _INK})
 
 
 def accuracy_bars(models: dict[str, dict], title: str = "") -> str:
     """One bar a model, its 95 % interval, a dot per seed; models: name -> {mean, ci95, seeds}."""
-    figure, axis = plt.subplots(figsize=(6, 0.6 + 0.5 * len(models)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.45 * len(models)), layout="constrained")
     for row, (name, metric) in enumerate(models.items()):
         mean, (low, high) = metric["mean"], metric["ci95"]
         axis.barh(row, mean, color=_COLORS.get(name, "#5b7db1"), height=0.6)
-        axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color="#222", capsize=4)
-        axis.scatter(metric["seeds"], [row] * len(metric["seeds"]), s=10, color="white", edgecolors="#222", zorder=3)
-        axis.text(high, row, f"  {percent(mean)}", va="center")
+        axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=_INK, capsize=4)
+        axis.scatter(metric["seeds"], [row] * len(metric["seeds"]), s=12, color="white", edgecolors="#222", zorder=3)
+        end = (max(high, *metric["seeds"]), row)
+        axis.annotate(percent(mean), end, xytext=(8, 0), textcoords="offset points", va="center")
     axis.set_title(title, fontsize=9)
     axis.set_yticks(range(len(models)), list(models))
     axis.invert_yaxis()
@@ -33,20 +40,56 @@ def accuracy_bars(models: dict[str, dict], title: str = "") -> str:
     return as_svg(figure, f"{title or 'accuracy'} of each model")
 
 
-def training_curves(stage: str, seeds: dict[str, list[dict]]) -> str:
-    """Loss, and rewards where the stage has them; dashed, of the pairs that do not train."""
-    names = [name for name in ("loss", "rewards/margins", "rewards/accuracies", "grad_norm") if name in _first(seeds)]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.1), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        held_out = ""
-        for label, rows in seeds.items():
-            (line,) = axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1.2, label=label)
-            if looks := [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]:
-                axis.plot(*zip(*looks, strict=True), linewidth=1.2, color=line.get_color(), linestyle="--")
-                held_out = "; dashed: held out"
-        axis.set_title(f"{stage}: {name}{held_out}", fontsize=9)
-        axis.set_xlabel("step")
-    return as_svg(figure, f"training curves of {stage}")
+def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """One figure a metric, its stages side by side, as wide as they are long; dashed, of the pairs that do not train.
+
+    stages: name -> seed -> a row a step.
+    """
+    found = []
+    for metric in _METRICS:
+        having = {name: seeds for name, seeds in stages.items() if metric in _first(seeds)}
+        if not having:
+            continue
+        lengths = [max(rows[-1]["step"] for rows in seeds.values()) for seeds in having.values()]
+        ratios = [max(length, max(lengths) / 3) for length in lengths]
+        figure, axes = plt.subplots(
+            1, len(having), figsize=(9, 1.9), layout="constrained", squeeze=False, width_ratios=ratios
+        )
+        for axis, (name, seeds) in zip(axes[0], having.items(), strict=True):
+            _curve(axis, metric, seeds)
+            axis.set_title(name, fontsize=9)
+            axis.set_xlabel("step")
+            axis.margins(x=0.02)
+            axis.grid(alpha=0.2)
+        axes[0][0].set_ylabel(metric)
+        found.append(as_svg(figure, f"{metric} by training step"))
+    return found
+
+
+def _curve(axis: Axes, metric: str, seeds: dict[str, list[dict]]) -> None:
+    for rows in seeds.values():
+        (line,) = axis.plot([row["step"] for row in rows], [row[metric] for row in rows], linewidth=1.3)
+        if looks := [(row["step"], row[f"eval_{metric}"]) for row in rows if f"eval_{metric}" in row]:
+            axis.plot(*zip(*looks, strict=True), linewidth=1.3, color=line.get_color(), linestyle="--")
+
+
+def stage_times(stages: dict[str, dict]) -> str:
+    """A bar a stage, all its seeds' parts behind one another; stages: "02-sample/seed-0" -> {seconds}."""
+    parts: dict[str, list[float]] = {}
+    for unit, stage in stages.items():
+        parts.setdefault(unit.partition("/")[0], []).append(stage["seconds"])
+    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.26 * len(parts)), layout="constrained")
+    for row, seconds in enumerate(parts.values()):
+        begin = 0.0
+        for number, spent in enumerate(seconds):
+            axis.barh(row, spent, left=begin, color=("#2a9d78", "#8fc7b3")[number % 2], height=0.65)
+            begin += spent
+        axis.text(begin, row, f"  {begin:,.0f} s", va="center", fontsize=8)
+    axis.set_yticks(range(len(parts)), list(parts))
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel("seconds")
+    return as_svg(figure, "time by stage")
 
 
 def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
@@ -54,9 +97,8 @@ def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
     cells, outside = {}, {}
     for name, (selected, size) in counts.items():
         match = _LAYER.search(name)
-        key = (int(match[1]), _short(match[2])) if match else None
         if match:
-            cells[key] = selected / size
+            cells[int(match[1]), _short(match[2])] = selected / size
         else:
             outside[_short(name)] = selected / size
     layers = sorted({layer for layer, _ in cells})
@@ -73,6 +115,12 @@ def selection_map(stage: str, counts: dict[str, list[int]]) -> str:
     return as_svg(figure, f"share of weights selected for {stage}, per layer and matrix")
 
 
+def kind_of(name: str) -> str:
+    """What a tensor is, whichever layer it is of."""
+    match = _LAYER.search(name)
+    return _short(match[2] if match else name)
+
+
 def _first(seeds: dict[str, list[dict]]) -> dict:
     return next((rows[0] for rows in seeds.values() if rows), {})
 
@@ -82,9 +130,10 @@ def _short(name: str) -> str:
     return ".".join(parts)
 
 
-def as_svg(figure: Figure, label: str) -> str:
+def as_svg(figure: Figure, label: str, alone: bool = False) -> str:
+    """alone: a file of its own, on white."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None}, facecolor="white" if alone else "none")
     plt.close(figure)
-    svg = text.getvalue()
+    svg = text.getvalue() if alone else text.getvalue().replace(_INK, "currentColor")
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,119 @@
+"""Texts of a run: answers before and after, the first row, and wrong responses with what their tokens weigh."""
+
+from html import escape
+
+from allo_fast.config import UserError
+from allo_fast.data.prompts import as_text
+from allo_fast.data.scoring import scorer_name
+from allo_fast.method.objectives import Npo
+from allo_fast.report.markup import example, section
+from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.run import Run
+from allo_fast.runs.unit import Unit
+from allo_fast.stages.evaluate import PREDICTIONS, model_of
+from allo_fast.stages.forget import threshold_of, token_weights
+from allo_fast.stages.models import tokenizer_of
+from allo_fast.stages.problems import PROBLEMS
+from allo_fast.training.guard import CHANGE, REPEATED
+
+_SHOWN = 6  # problems, and wrong responses
+_LONGEST = 1200  # characters of a text that are shown
+
+
+def before_and_after(run: Run) -> str:
+    """What the base answers and what trained models do, of problems of data.test: first where they differ."""
+    first: dict[str, Unit] = {}
+    for unit in run.units(["evaluate"]):
+        first.setdefault(model_of(unit.key), unit)  # of the first seed
+    answers = {model: read_jsonl(unit.folder / PREDICTIONS) for model, unit in first.items()}
+    problems, scorer = read_jsonl(first["base"].folder / PROBLEMS), scorer_name(run.config.data.scorer)
+    kinds: dict[tuple[float, ...], list[int]] = {}
+    for number in range(len(problems)):
+        kinds.setdefault(tuple(rows[number].get(scorer, 0) for rows in answers.values()), []).append(number)
+    order = sorted(kinds, key=lambda scores: (len({*scores}) == 1, -len(kinds[scores])))
+    chosen = [(kinds[kind][turn], kind) for turn in range(_SHOWN) for kind in order if turn < len(kinds[kind])][:_SHOWN]
+    html = "".join(
+        example(
+            _cut(as_text(problems[number]["prompt"])),
+            *(
+                (f"{model}: {_verdict(score)}", escape(_cut(_response(answers[model][number]))))
+                for model, score in zip(answers, kind, strict=True)
+            ),
+        )
+        for number, kind in sorted(chosen)
+    )
+    said = "Of the first seed; problems on which models differ come before the others, each kind of outcome in turn."
+    counts = "; ".join(f"{len(kinds[kind])} {' '.join(map(_verdict, kind))}" for kind in order[:8])
+    return section("Before and after", f"{said} In the order {', '.join(answers)}: {counts}.", html)
+
+
+def _verdict(score: float) -> str:
+    return {0: "wrong", 1: "right"}.get(score, f"{score:.2f}")
+
+
+def _response(row: dict) -> str:
+    return row["response"] if "response" in row else row["responses"][0]  # of several the first
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]"
+
+
+def first_row(stage: str, row: dict[str, str]) -> str:
+    return example(stage, *((name, escape(_cut(text))) for name, text in row.items()))
+
+
+def forgotten_tokens(run: Run) -> str:
+    """Wrong responses, shaded by what their tokens weigh, beside the right one of their pair."""
+    unit: Unit = run.units(["forget"])[0]
+    title = "Wrong responses, by token"
+    try:
+        tokenizer = tokenizer_of(unit)
+    except (UserError, OSError) as error:  # a report needs the run alone
+        return section(title, f"Not shown: {error}", "")
+    rows = read_jsonl(unit.needed("rewards") / "rewards.jsonl")
+    chosen = rows[:: max(1, len(rows) // _SHOWN)][:_SHOWN]
+    (pairs,) = (made for made in run.units(["pairs"]) if made.key == unit.key)
+    right, threshold = _right_ones(pairs, chosen), threshold_of(run.config)
+    examples = []
+    for row in chosen:
+        weights = token_weights(row["rewards"], threshold)
+        tokens = (tokenizer.decode([token]) for token in row["response_ids"])
+        wrong = "".join(map(_token, tokens, row["rewards"], weights))
+        beside = right.get((row["id"], row["response"]))
+        pair = [("right", escape(_cut(beside)))] if beside is not None else []
+        examples.append(example(_cut(as_text(row["prompt"])), ("wrong", wrong), *pair))
+    text = "Shade: the token's weight in forgetting; the small number is the reward of a token that weighs something."
+    return section(title, text + _forgotten(unit), "".join(examples))
+
+
+def _token(token: str, reward: float, weight: float) -> str:
+    number = f"<sub>{reward:.2f}</sub>" if weight else ""
+    return f'<span style="background:rgba(var(--shade),{0.75 * weight:.2f})">{escape(token)}</span>{number}'
+
+
+def _right_ones(pairs: Unit, chosen: list[dict]) -> dict[tuple[str, str], str]:
+    """Of each of these wrong responses a right one."""
+    wanted, found = {(row["id"], row["response"]) for row in chosen}, {}
+    for pair in read_jsonl(pairs.folder / "pairs.jsonl"):
+        if (key := (pair["id"], pair["rejected"])) in wanted:
+            found.setdefault(key, pair["chosen"])
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _forgotten(unit: Unit) -> str:
+    """What forgetting did to the tokens that it forgets, and to those that it must not."""
+    facts = unit.manifest()["facts"]
+    gave, cost = facts.get(Npo.CHANGE), facts.get(CHANGE)
+    said = []
+    if gave is not None:
+        said.append(f"Before its last step the log-probability of a forgotten token had changed by {gave:+.3f}")
+    if cost is not None:
+        said.append(f"After it that of a token of right responses had changed by {cost:+.3f}")
+    if (more := facts.get(REPEATED)) is not None:
+        said.append(f"The share of greedy responses that repeats runs of four tokens had changed by {more:+.3f}")
+    if "ended_before_steps" in facts:
+        said.append(f"It ended after {facts['steps']} of {facts['ended_before_steps']} steps")
+    return "".join(f" {sentence}." for sentence in said)
