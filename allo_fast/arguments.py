@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--png", action="store_true", help="also a picture of the page, by Chromium or Chrome")
         else:
             command.add_argument("--rerun", action="store_true", help="anew what does not fit; the old goes to old-N")
+    command = commands.add_parser("status", help="what of a run is done, what is to come, and how long that may take")
+    command.add_argument("run", type=Path, help="its config, or its folder")
+    command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="of a config")
     command = commands.add_parser("compare", help="many methods on one job, and which differences are clear of chance")
     command.add_argument("config", type=Path, help="of the comparison, as configs/compare/evidence.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="of the job, for all arms")
@@ -83,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("stage", help=f"one of {', '.join(STAGES_WITH_MODELS)}")
     command.add_argument("out", type=Path)
     command.add_argument("--seed", type=int, help="by default the run's first")
+    command.add_argument(
+        "--push-to-hub", metavar="USER/NAME", help="also uploads the folder there; see `hf auth login`"
+    )
+    command.add_argument("--private", action="store_true", help="a new repository on the hub is")
     command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
     command.add_argument("gguf", type=Path)
     command.add_argument("out", type=Path)

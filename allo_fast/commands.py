@@ -34,6 +34,7 @@ from allo_fast.plan.job import job_of, zeros_of
 from allo_fast.plan.phase import DEVICES
 from allo_fast.plan.rows import count_rows
 from allo_fast.plan.table import table as plan_table
+from allo_fast.publishing import publish
 from allo_fast.report.page import write_report
 from allo_fast.report.picture import picture
 from allo_fast.report.summary import evaluation_line, summarize, table
@@ -44,8 +45,8 @@ from allo_fast.stages import STAGES, inputs_of, stages_of
 from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.driving import hidden_updates
 from allo_fast.stages.evaluate import compares_with_base, evaluate_alone
-from allo_fast.stages.export import export
 from allo_fast.stages.models import base_path
+from allo_fast.stages.overview import print_status
 from allo_fast.starting import init
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, training_sections
@@ -187,11 +188,8 @@ def _check_ranks(config: Config, world: int) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     findings = check(load_config(options.config, options.overrides))
-    print(
-        "\n".join(
-            [*findings.notes, *_shown(findings.first_row), *(f"problem: {problem}" for problem in findings.problems)]
-        )
-    )
+    problems = [f"problem: {problem}" for problem in findings.problems]
+    print("\n".join([*findings.notes, *_shown(findings.first_row), *problems]))
     print(f"problems: {len(findings.problems)}" if findings.problems else "nothing stands against this run")
     return 2 if findings.problems else 0
 
@@ -249,11 +247,6 @@ def _eval(options: argparse.Namespace) -> None:
     print(f"{options.model}: {evaluation_line(config, facts, rows)}")
 
 
-def _export(options: argparse.Namespace) -> None:
-    export(Run.read(options.run, STAGES), options.stage, options.out, options.seed)
-    print(options.out)
-
-
 def _merge(options: argparse.Namespace) -> None:
     check_new(options.out)
     delta = Delta.load(options.delta)
@@ -286,6 +279,7 @@ _COMMANDS = {
     "run": _run,
     "compare": _compare,
     "report": _rewrite,
+    "status": print_status,
     "init": init,
     "check": _check,
     "plan": _plan,
@@ -293,7 +287,7 @@ _COMMANDS = {
     "keys": print_keys,
     "judge": _judge,
     "merge": _merge,
-    "export": _export,
+    "export": publish,
     "convert": lambda options: convert_gguf(options.gguf, options.out),
     "kernels": _kernels,
     "env": _env,

@@ -21,8 +21,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from allo_fast.config import TrainConfig
 from allo_fast.data.corpus import Corpus
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.plan.costs import dense_dpo_states, states

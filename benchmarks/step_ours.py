@@ -18,8 +18,9 @@ import transformers
 from allo_fast import ranks
 from allo_fast.config import ModelConfig, TrainConfig
 from allo_fast.data.encoding import corpus_of_pairs
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.rows import row_lengths
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model

@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from allo_fast import ranks
 from allo_fast.config import LearnConfig, ModelConfig
 from allo_fast.durable import versions
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.plan import costs

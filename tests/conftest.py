@@ -52,7 +52,7 @@ pretrain:
    per_device_train_batch_size: 8, save_steps: 1}}
 sample: {{max_new_tokens: 12, num_return_sequences: 3, batch_size: 1}}
 pairs: {{gold: missing}}
-locate: {{score: delta}}
+locate: {{score: delta, windows: 32}}
 warmup: {{learning_rate: 1e-4, gradient_accumulation_steps: 1, save_steps: 1}}
 rewards: {{template: "{{}}#{{}}#{{}}>", train: {{num_train_epochs: 1, gradient_accumulation_steps: 1, save_steps: 1}}}}
 forget: {{learning_rate: 1e-3, threshold: 0.03, gradient_accumulation_steps: 1, save_steps: 1}}

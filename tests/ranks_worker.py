@@ -48,8 +48,9 @@ from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.batch import collate
 from allo_fast.locating.sweep import Sweep
 from allo_fast.method.delta import Delta
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.scores import Random
 from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model

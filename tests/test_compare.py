@@ -37,7 +37,9 @@ arms:
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    (tmp_path / "micro.yaml").write_text(MICRO.format(folder=tmp_path).replace("locate: {score: delta}\n", ""))
+    (tmp_path / "micro.yaml").write_text(
+        MICRO.format(folder=tmp_path).replace("locate: {score: delta, windows: 32}\n", "")
+    )
     (path := tmp_path / "compare.yaml").write_text(FILE)
     return path
 

@@ -14,8 +14,9 @@ from allo_fast import signals
 from allo_fast.config import TrainConfig, UserError
 from allo_fast.data.batch import collate
 from allo_fast.durable import load_tensors, save_tensors
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Npo, Preference, Sft
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights
 from allo_fast.runs.rows import read_jsonl

@@ -10,9 +10,9 @@ from allo_fast.config import UserError
 from allo_fast.config_file import load_config
 from allo_fast.config_train import LoraSettings
 from allo_fast.data.batch import collate
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.lora import LoraPolicy
 from allo_fast.method.optim import ClippedAdamW
-from allo_fast.method.policy import DensePolicy
 from allo_fast.model.weights import fingerprint
 from allo_fast.stages.check import check
 from tests.conftest import MICRO, SAME_BITS, pair_corpus, tiny_llama
@@ -76,7 +76,7 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
 @pytest.mark.xdist_group("runs")
 def test_a_run_with_lora_as_its_dense_rival(tmp_path, capsys):
     (config := tmp_path / "micro.yaml").write_text(
-        MICRO.format(folder=tmp_path).replace("locate: {score: delta}\n", "")
+        MICRO.format(folder=tmp_path).replace("locate: {score: delta, windows: 32}\n", "")
     )
     words = [str(config), "method=dpo", "rivals=[]", "warmup.lora.r=2", "seeds=[0]"]
     assert main(["run", *words]) == 0

@@ -127,6 +127,10 @@ def test_squares_take_as_much_as_scores(shares, passes):
     assert len(square_windows(scored, 3, shares)) == passes
 
 
+def _unknown(*_):
+    raise UserError("no config.json")
+
+
 def test_a_run_has_the_windows_of_its_plan(tmp_path, monkeypatch):
     """On a device with memory of its own: the plan's count, of the rows that there are; never more."""
     model, tokenizer = tiny(), character_tokenizer()
@@ -142,12 +146,18 @@ def test_a_run_has_the_windows_of_its_plan(tmp_path, monkeypatch):
         examples.tokens(micro) for step in range(len(examples.steps)) for micro in examples.micro_batches(step)
     )
     device = (403e6 + 10 * 4 * shape.parameters) / USABLE  # the head's workspace, and some
-    monkeypatch.setattr(gradients.memory, "device_bytes", lambda: device)
+    monkeypatch.setattr(gradients.memory, "available_bytes", lambda: 2 * device)  # of which a CPU's job takes half
     room = gradients._room(unit, base, examples, 1)
     assert room == room_beside(shape, config.model, tokens, device) > 1
     planned = locate_phase(job_on(config, shape, device), None)
     assert 1 <= windows(config.locate, "linear", pieces_of(model), room) <= planned.windows
-    assert gradients._windows(unit, base, examples, "linear") == 32, "on a CPU as lean as it goes"
+    few = gradients._windows(unit, base, examples, "linear")
+    assert few == windows(config.locate, "linear", pieces_of(model), room)
+    for free, count in ((1 << 40, 1), (0, len(pieces_of(model)))):
+        monkeypatch.setattr(gradients.memory, "available_bytes", lambda free=free: free)
+        assert gradients._windows(unit, base, examples, "linear") == count
+    monkeypatch.setattr(gradients, "model_config", _unknown)
+    assert gradients._windows(unit, base, examples, "linear") == 32, "half a byte a weight where nothing says more"
 
 
 def test_zero_3_divides_all_but_a_step_s_gradient():

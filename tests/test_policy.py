@@ -1,5 +1,6 @@
 import copy
 import logging
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import Layout, collate
+from allo_fast.method.loaded import load_delta
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
@@ -303,3 +305,52 @@ def test_its_fingerprint_is_that_of_its_weights(monkeypatch):
         next(iter(policy.values.values())).add_(1)
     policy.write_back()
     assert policy.fingerprint() == fingerprint(model) != policy.base
+
+
+def test_a_released_model_is_as_any_other():
+    model = tiny_llama()
+    frozen = model.model.norm.weight.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    before = {name: type(module) for name, module in model.named_modules()}
+    policy = SparsePolicy(model, random_selection(model, 0.3))
+    train(policy)
+    trained = {name: weight.clone() for name, weight in named_weights(model).items()}
+    assert policy.release() is model
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(torch.equal(weight, trained[name]) for name, weight in named_weights(model).items())
+    assert {name: (p.requires_grad, p.is_leaf) for name, p in model.named_parameters()} == {
+        name: (p is not plain.model.norm.weight, True) for name, p in plain.named_parameters()
+    }
+    assert not frozen.requires_grad and not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config.to_dict() == plain.config.to_dict() and model.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.arange(3, 20)[None]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(input_ids=ids).logits, model(input_ids=ids).logits)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is not None and frozen.grad is None
+    for use in (policy.write_back, policy.release, policy.reference().__enter__, SparseAdamW(policy, lr=1e-3).step):
+        with pytest.raises(UserError, match="it was released, or its model has another policy since"):
+            use()
+
+
+def test_a_released_model_takes_another_policy_and_a_delta(tmp_path):
+    model = tiny_llama()
+    first = SparsePolicy(model, random_selection(model, 0.3))
+    train(first)
+    first.save_delta(tmp_path / "delta.safetensors")
+    logps = first.response_logps(batch_for(first)).detach()
+    second = SparsePolicy(first.release(), random_selection(model, 0.2))
+    assert torch.equal(second.response_logps(batch_for(second)).detach(), logps)
+    second.release()
+    base = tiny_llama()
+    load_delta(base, tmp_path / "delta.safetensors")
+    assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(base).items())
+
+
+def test_values_that_are_not_in_the_model_are_not_released():
+    policy = SparsePolicy(model := tiny_llama(), random_selection(model))
+    torch.optim.SGD(policy.values.values(), lr=0.0).step()
+    with pytest.raises(UserError, match="were changed or replaced, but not in the model"):
+        policy.release()
+    policy.write_back()
+    policy.release()

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import Layout, collate
 from allo_fast.data.corpus import Corpus
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.dense import DensePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.model import loading
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps

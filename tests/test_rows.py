@@ -5,8 +5,9 @@ import torch
 from conftest import pair_corpus, tiny_llama
 
 from allo_fast.data.batch import collate
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.rows import RowLinear, row_lengths, whole_rows
 from allo_fast.method.selection import Selection
 from allo_fast.model.weights import fingerprint, named_weights

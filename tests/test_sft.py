@@ -126,8 +126,8 @@ def test_what_it_did_is_shown(tuned):
     assert list(summary["differences"]) == ["base - given", "sparse-dpo - given", "sparse-dpo - base"]
     assert re.search(r"^given +\d", said, re.MULTILINE)
     page = (folder / "report.html").read_text()
-    assert "training curves of sft" in page and "pretrained here, fine-tuned here (sft)" in page
-    assert "01-sft: response" in page and "02-sample: response" in page
+    assert ">sft</text>" in page and "pretrained here, fine-tuned here (sft)" in page
+    assert "<figcaption>01-sft</figcaption>" in page and "<figcaption>02-sample</figcaption>" in page
 
 
 def test_all_weights_train_at_ratio_1(tuned, tmp_path, capsys):

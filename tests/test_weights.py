@@ -14,9 +14,9 @@ from allo_fast.data.batch import collate
 from allo_fast.data.encoding import Limits, corpus_of_pairs, encode_problems
 from allo_fast.data.problems import Quarantined, read_problems
 from allo_fast.data.prompts import Prompts
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference
 from allo_fast.method.pair_losses import LOSSES
-from allo_fast.method.policy import DensePolicy
 from allo_fast.stages.pairs import _pair
 from allo_fast.training.engine import Trainer
 from allo_fast.training.examples import Examples

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
 from allo_fast.config_train import LoraSettings
-from allo_fast.method.policy import DensePolicy
+from allo_fast.method.dense import DensePolicy
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import fingerprint
 

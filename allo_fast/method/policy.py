@@ -29,7 +29,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.loading import say_what_is_not_trained
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.weights import VALUES, fingerprint, held_here, named_weights, size_of, whole_weights
+from allo_fast.model.weights import VALUES, fingerprint, named_weights, whole_weights
 from allo_kernels import Positions, gather, scatter_, swap_
 from allo_kernels.rounding import check_rounding_seed
 
@@ -59,6 +59,7 @@ class SparsePolicy:
         rounding_seed: int | None = None,
     ):
         selection.check(model)
+        self._trained_before = [weight for weight in model.parameters() if weight.requires_grad]
         self.model = model.requires_grad_(False)
         weights = named_weights(model)
         self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
@@ -124,6 +125,22 @@ class SparsePolicy:
             scatter_(weight, self.positions[name], value.detach(), rounding_seed=self.rounding_seed)
         self._value_parameters.mark_written()
 
+    def release(self) -> PreTrainedModel:
+        """The model as any other, with what was trained in its weights: nothing of this policy, which ends, is left.
+
+        Its layers are of their own classes again, so that it can be copied and pickled; weights that trained before do.
+        """
+        self.check_current()
+        for name in self.values:
+            self._value_parameters.check_written(name)
+        del self.model._modules[VALUES]
+        for module in self.model.modules():
+            install_reads(module, (), self._read)
+        self.logps.release()
+        for weight in self._trained_before:
+            weight.requires_grad_()
+        return self.model
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""
         gradients = [value.grad for value in self.values.values() if value.grad is not None]
@@ -149,7 +166,7 @@ class SparsePolicy:
         if self._in_reference:
             raise UserError("SparsePolicy: inside reference() the weights are the reference's; leave it first")
         if self.model._modules.get(VALUES) is not self._value_parameters:
-            raise UserError("SparsePolicy: its model has another policy since")
+            raise UserError("SparsePolicy: it was released, or its model has another policy since")
 
     def fingerprint(self) -> str:
         """Of its weights as they are; all are read only where they are not those that it began with."""
@@ -264,35 +281,3 @@ class SparsePolicy:
             return None
         self._value_parameters.check_written(name)
         return weight, self.values[name], self.positions[name]
-
-
-class DensePolicy:
-    """Trains every weight of `model`, which is float32: where a stage trains all of them.
-
-    autocast: the dtype that matrix products run in; None for float32.
-    """
-
-    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
-        self.model = model.requires_grad_(True)
-        self.autocast = autocast
-        self.parameters = sum(map(size_of, model.parameters()))
-        say_what_is_not_trained(model)
-        self.logps = ResponseLogps(model)
-
-    def response_logps(self, batch: Batch) -> Tensor:
-        """[R, L] fp32, differentiable in the model's weights."""
-        enabled = self.autocast is not None
-        with torch.autocast(self.model.device.type, self.autocast, enabled=enabled):
-            return self.logps(batch)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.model)
-
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, one at a time; every rank iterates together."""
-        return whole_weights(self.model)
-
-    def state_bytes(self) -> dict[str, int]:
-        weights = list(self.model.parameters())
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        return {"base": sum(held_here(w).nbytes for w in weights), "gradients": sum(g.nbytes for g in gradients)}

@@ -171,6 +171,12 @@ def install(model: PreTrainedModel) -> Layout | None:
     return Layout(shares, True, multiple) if shares or is_flash_attention_requested(config) else None
 
 
+def uninstall(model: PreTrainedModel) -> None:
+    """Layers call sdpa by themselves again."""
+    if model.config.get_text_config()._attn_implementation == PACKED:
+        model.set_attn_implementation("sdpa")
+
+
 def inputs(batch: Batch, model: PreTrainedModel) -> dict:
     """What it takes beside the tokens of a packed batch."""
     if model.config.get_text_config()._attn_implementation != PACKED:

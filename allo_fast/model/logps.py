@@ -48,6 +48,14 @@ class ResponseLogps(nn.Module):
         assert self.findings, "a sharded model is examined once DeepSpeed runs it"
         return self.findings.layout
 
+    def release(self) -> None:
+        """The model is as it was before this."""
+        for module in self.model.modules():
+            for key, function in list(module._forward_pre_hooks.items()):
+                if function in (_pass_through, _begin_anew):
+                    del module._forward_pre_hooks[key]
+        attention.uninstall(self.model)
+
     def examine(self) -> None:
         """Finds by trial how the model is computed; a sharded one must be run by DeepSpeed, on all ranks together."""
         self.findings = findings = examine(self.model, self._in_one_pass, self.head, self.packs)

@@ -11,7 +11,7 @@ from allo_fast.locating.windows import Piece, cut, filled, largest_of, square_wi
 from allo_fast.plan.costs import HEAD_BYTES, USABLE, activation_bytes, gathered_bytes
 from allo_fast.plan.shapes import BYTES, Shape
 
-LEAN = 0.5  # bytes a weight that the sums of a window may take where no device's memory is the job's own, as on a CPU
+LEAN = 0.5  # bytes a weight that the sums of a window take where nobody knows what there is room for
 
 
 def sums_per_weight(score: str) -> int:

@@ -11,8 +11,9 @@ from allo_fast.config import ModelConfig, TrainConfig, UserError
 from allo_fast.config_train import LossConfig
 from allo_fast.data.corpus import Corpus
 from allo_fast.data.encoding import corpus_of_pairs, max_positions
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Npo, Preference, Sft
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.plan import costs
 from allo_fast.plan.shapes import weights_of
 from allo_fast.runs.rows import read_jsonl

@@ -17,8 +17,8 @@ from allo_fast.stages.models import load_made, made_in, tokenizer_of
 STAGES_WITH_MODELS = ("pretrain", "sft", "warmup", "forget", "learn")
 
 
-def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
-    """seed: None: the run's first.
+def export(run: Run, stage: str, out: Path, seed: int | None = None) -> Unit:
+    """The unit whose model it is. seed: None: the run's first.
 
     Raises UserError for what the run has not, or not whole; an `out` with something, or in the run itself.
     """
@@ -29,6 +29,7 @@ def export(run: Run, stage: str, out: Path, seed: int | None = None) -> None:
     if wrong := unit.changed_settings() or unit.damage(copies=False):
         raise UserError(f"{unit.folder}: {wrong}; run `allo-fast {stage} CONFIG --rerun` first")
     save_made(unit, out)
+    return unit
 
 
 def save_made(unit: Unit, out: Path) -> None:

@@ -18,8 +18,9 @@ from allo_fast.durable import SCRATCH, read_json, write_json
 from allo_fast.locating.files import StoredScore, stored_scores
 from allo_fast.locating.sweep import Sweep
 from allo_fast.locating.windows import pieces_of
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Preference, Sft
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection, competing
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
@@ -35,6 +36,8 @@ from allo_fast.training.reference import Opened, kept, reference_logps
 from allo_kernels import memory
 
 logger = logging.getLogger(__name__)
+
+_SPARE = 0.5  # of a CPU's free memory, which is not the job's own, that locating may take
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,24 @@ def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> in
     model, world = base.logps.model, ranks.world_size()
     whole, shares = (1, world) if is_sharded(model) else (world, 1)
     pieces, room = pieces_of(model), None
-    if model.device.type == "cuda" and unit.config.locate.windows == "auto":
+    if unit.config.locate.windows == "auto":
         room = ranks.on_main(lambda: _room(unit, base, examples, shares))
     return windows(unit.config.locate, score, pieces, room, whole, shares)
 
 
 def _room(unit: Unit, base: FrozenBase, examples: Examples, shares: int) -> float | None:
-    """Bytes that this device has for sums; None where the model's activations cannot be estimated."""
+    """Bytes that a GPU, or a CPU's free memory, has for sums; None where activations cannot be estimated."""
     settings = unit.config.model
     micros = (micro for step in range(len(examples.steps)) for micro in examples.micro_batches(step))
     tokens = max(examples.collate(micro).input_ids.numel() for micro in micros)
     try:
         shape = shape_of(model_config(unit.config, str(base.path)), settings.dtype)
     except UserError as error:
-        logger.warning("locating: as many windows as on a CPU: %s", error)
+        logger.warning("locating: in the most windows that are of use: %s", error)
         return None
-    return room_beside(shape, settings, tokens, memory.device_bytes(), shares)
+    on_gpu = base.logps.model.device.type == "cuda"
+    device = memory.device_bytes() if on_gpu else _SPARE * memory.available_bytes()
+    return room_beside(shape, settings, tokens, device, shares)
 
 
 def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> Corpus:

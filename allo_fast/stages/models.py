@@ -14,8 +14,9 @@ from allo_fast.config_train import LoraSettings
 from allo_fast.data.batch import Layout
 from allo_fast.data.prompts import Prompts
 from allo_fast.method.delta import Delta
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.lora import LoraPolicy
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.loading import load_model, load_tokenizer

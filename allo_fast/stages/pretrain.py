@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
 from allo_fast.data.corpus import Corpus
 from allo_fast.device import pick_device
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Sft
-from allo_fast.method.policy import DensePolicy
 from allo_fast.model.loading import llama_config
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import train, trainer_of

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, get_scheduler
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
 from allo_fast.durable import about_of, open_tensors, save_tensors
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.optim import ClippedAdamW, SparseAdamW, clip_scale, exceeds, total_norm
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

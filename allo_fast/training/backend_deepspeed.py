@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from allo_fast import ranks
 from allo_fast.config import TrainConfig
 from allo_fast.data.batch import Batch
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.optim import ClippedAdamW, SparseAdamW, exceeds
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.weights import size_of
 from allo_fast.training.backend import (

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from allo_fast.config import TrainConfig
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.dense import DensePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.backend import LocalBackend
 from allo_fast.training.zero import Zero
 

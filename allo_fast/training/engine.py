@@ -19,8 +19,9 @@ from allo_fast.data.batch import Batch
 from allo_fast.data.corpus import Corpus
 from allo_fast.durable import SCRATCH
 from allo_fast.journal import Journal
+from allo_fast.method.dense import DensePolicy
 from allo_fast.method.objectives import Npo, Preference, Sft
-from allo_fast.method.policy import DensePolicy, SparsePolicy
+from allo_fast.method.policy import SparsePolicy
 from allo_fast.training.backends import make_backend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
@@ -50,14 +51,14 @@ class _Asks:
 class Trainer:
     """Trains `policy` on `corpus`. What it leaves is in `folder`: metrics.jsonl, two checkpoints.
 
-    mark: of what these are; those of something else are not gone on from.
-    token_weights: per response, one number per token, for objectives that weigh tokens. The loss of a step does not
-    depend on how its examples are cut into micro-batches. zero: on every rank of a process group by DeepSpeed; the
-    ranks divide the micro-batches of each step, the same to rounding for any number of them. Raises UserError
-    where they cannot be divided, and where a rank has another corpus. reference: opens another model than the policy to
-    compare with, while the reference's log-probabilities are computed. cache: where these are kept, by content; None:
-    in `folder`. online: a sparse policy that is its own reference computes them anew in each step instead. guard,
-    held_out: look at the policy every so many steps, and may end training; `made` is how many steps there were.
+    mark: of what these are; those of something else are not gone on from. token_weights: per response, one number per
+    token, for objectives that weigh tokens. The loss of a step does not depend on how its examples are cut into micro-
+    batches. zero: on every rank of a process group by DeepSpeed; the ranks divide the micro-batches of each step, the
+    same to rounding for any number of them. Raises UserError where they cannot be divided, and where a rank has another
+    corpus. reference: opens another model than the policy to compare with, while the reference's log-probabilities are
+    computed. cache: where these are kept, by content; None: in `folder`. online: a sparse policy that is its own
+    reference computes them anew in each step instead. guard, held_out: look at the policy every so many steps, and may
+    end training; `made` is how many steps there were.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class Trainer:
         self.watches = Watches(len(self.steps), self.examples.budget or TOKENS, guard=guard, held_out=held_out)
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.examples.layout, self.traffic = policy.logps.layout, ranks.Traffic() if zero else None
-        self.traffic_by_operation: dict[str, int] = {}  # of the last step
-        self._state_bytes: dict[str, int] = {}  # as an earlier session counted them, until this one makes a step
+        # Of the last step; and states as an earlier session counted them, until this one makes a step.
+        self.traffic_by_operation, self._state_bytes = {}, {}
         self.skipped = 0  # steps whose gradients were not finite
 
     def prepare(self) -> Generator[tuple[int, int], None, None]:
@@ -102,8 +103,7 @@ class Trainer:
         """
         if not self.objective.needs_reference:
             return
-        own = [] if self.online else [self.examples]
-        for examples in own + ([self.held_out.examples] if self.held_out else []):
+        for examples in [self.examples] * (not self.online) + ([self.held_out.examples] if self.held_out else []):
             examples.reference = yield from self._reference_of(examples)
 
     def _reference_of(self, examples: Examples) -> Generator[tuple[int, int], None, Reference]:

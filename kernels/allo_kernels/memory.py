@@ -55,6 +55,17 @@ def device_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def available_bytes() -> int:
+    """Of the machine's memory, or of what its container may have, what is free; this process's share of it."""
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if (path := Path("/proc/meminfo")).exists():
+        free.append(int(path.read_text().split("MemAvailable:")[1].split()[0]) * 1024)
+    most, taken = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if most.exists() and taken.exists() and (limit := most.read_text().strip()) != "max":
+        free.append(int(limit) - int(taken.read_text()))
+    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 class Live(TorchDispatchMode):
     """Inside, counts the bytes of the tensors that operations make, until they are gone. most: at one time.
 
