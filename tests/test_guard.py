@@ -17,7 +17,7 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.method.objectives import Npo
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.model.loading import load_model
-from allo_fast.report.page import _forgotten
+from allo_fast.report.samples import _forgotten
 from allo_fast.runs.home import MANIFEST
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages.forget import guard_of
