@@ -242,7 +242,8 @@ def _eval(options: argparse.Namespace) -> None:
             made.check(outside=False)
     base = base_path(unit)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(config.model_copy(update={"output_dir": scratch}), STAGES)
+        answers = config.evaluate.model_copy(update={"samples": 0})
+        run = Run(config.model_copy(update={"output_dir": scratch, "evaluate": answers}), STAGES)
         facts, rows = show("eval", evaluate_alone(run, options.model, base))
     print(f"{options.model}: {evaluation_line(config, facts, rows)}")
 

@@ -133,3 +133,5 @@ class EvaluateConfig(Section):
     temperature: float = Field(0.7, gt=0)  # of sampling
     top_p: float = Field(0.95, gt=0, le=1)  # probability that sampling draws from
     batch_size: int = Field(16, gt=0)  # problems whose options, or answers, are computed at once
+    # Of preferences: test prompts that are answered too, greedily, for a reader; not by models in ZeRO-3 shares.
+    samples: int = Field(4, ge=0)

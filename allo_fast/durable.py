@@ -160,6 +160,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping | Non
         # One entry: safetensors writes several in an order that differs from file to file.
         save_file(dict(tensors), partial, {"about": json.dumps({"sha256": _UNSEALED, **(about or {})})})
         seal(partial)
+        as_any_file(partial)
+
+
+def as_any_file(path: Path) -> None:
+    """With the permissions that a new file has here; safetensors leaves its files to their owner alone."""
+    os.umask(mask := os.umask(0))
+    path.chmod(0o666 & ~mask)
 
 
 def seal(path: Path) -> None:

@@ -106,15 +106,15 @@ def walk(steps: Sequence[Step], source: str, folder: Path) -> list[Taken]:
 
 
 def shown(stdout: str, stderr: str, folder: Path) -> str:
-    """Output, and then what else was said, without bars of progress and the clone's path."""
-    lines = [line for line in (stdout + stderr).split("\n") if line.strip() and not _is_progress(line)]
+    """Output, then what else was said, without bars of progress, what pip says of a machine, and the clone's path."""
+    lines = [line for line in (stdout + stderr).split("\n") if line.strip() and not _is_noise(line)]
     if len(lines) > 2 * _LINES:
         lines = [*lines[:_LINES], "[...]", *lines[-_LINES:]]
     return "\n".join(line.rstrip() for line in lines).replace(str(folder), "~/allo-fast")
 
 
-def _is_progress(line: str) -> bool:
-    return "\r" in line or bool(re.search(r"\d+%\|", line)) or "it/s]" in line
+def _is_noise(line: str) -> bool:
+    return line.startswith("WARNING: Location") or "\r" in line or bool(re.search(r"\d+%\|", line)) or "it/s]" in line
 
 
 def page(steps: Sequence[Step], taken: Sequence[Taken], machine: str) -> str:
@@ -139,7 +139,9 @@ def page(steps: Sequence[Step], taken: Sequence[Taken], machine: str) -> str:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
 
 
 def pictures(report: Path, out: Path) -> None:

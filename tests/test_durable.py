@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from allo_fast import durable
 from allo_fast.config import UserError
+from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.durable import (
     Damaged,
     appearing,
@@ -25,6 +26,8 @@ from allo_fast.durable import (
     write_json,
 )
 from allo_fast.journal import Journal, lines
+from allo_fast.model.saving import save_model
+from tests.conftest import tiny_llama
 
 
 def flips(path, every: int = 1):
@@ -285,3 +288,17 @@ def test_what_a_result_depends_on_is_said_where_it_is_installed(monkeypatch):
 
     monkeypatch.setattr(durable, "version", look)
     assert durable.versions().keys() == {"python"} | names
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_tensors_are_read_by_whoever_reads_other_files(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        durable.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        model = tiny_llama(vocab_size=len(tokenizer := character_tokenizer()))
+        save_model(model, tokenizer, tmp_path / "model")
+        assert os.umask(mask) == mask, "it stays"
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a.safetensors", tmp_path / "model/model.safetensors", tmp_path / "model/config.json"):
+        assert path.stat().st_mode & 0o777 == mode, path

@@ -5,11 +5,13 @@ import math
 import random
 import re
 from collections import deque
+from html import escape
 from statistics import fmean
 
 import pytest
 import torch
 from conftest import tiny_llama, units_read
+from transformers import AutoModelForCausalLM
 
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
@@ -23,6 +25,8 @@ from allo_fast.data.scoring import (
     pair_margins,
     problem_values,
 )
+from allo_fast.model.generation import generate
+from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.saving import save_model
 from allo_fast.report.summary import percent, preference_metrics, preference_values, shown, table
 from allo_fast.runs.rows import read_jsonl, write_jsonl
@@ -221,6 +225,16 @@ def test_a_whole_run_on_preferences(place, capsys):
     deque(evaluate(judged, folder / "08-learn/seed-1/model", folder / "09-evaluate/base"), maxlen=0)
     rows = read_jsonl(judged.folder / "predictions.jsonl")
     assert rows == read_jsonl(folder / "09-evaluate/allo-seed-1/predictions.jsonl"), "base and delta are that model"
+    problems = read_jsonl(folder / "09-evaluate/base/problems.jsonl")
+    answers = {name: read_jsonl(folder / f"09-evaluate/{name}/samples.jsonl") for name in ("base", "allo-seed-0")}
+    model = AutoModelForCausalLM.from_pretrained(folder / "08-learn/seed-0/model", dtype=torch.float32)
+    (text,), *_ = generate(model, load_tokenizer(place / "base"), [problems[0]["prompt_ids"]], {1}, max_new_tokens=8)
+    assert answers["allo-seed-0"][0] == {"id": problems[0]["id"], "response": text}
+    assert [row["id"] for row in answers["base"]] == [row["id"] for row in problems[:4]]
+    shown = page[page.index("<h2>Before and after") :]
+    shown = shown[: shown.index("</section>")]
+    assert shown.count("<figure>") == 4 and ">base</h3>" in shown and ">the better response of the pair</h3>" in shown
+    assert escape(text) in shown and escape(problems[3]["solution"]) in shown
     steps = read_jsonl(folder / "08-learn/seed-0/metrics.jsonl")
     assert "key_rewards/accuracies" in steps[-1] and "rewards/accuracies" in steps[-1]
 
@@ -230,6 +244,22 @@ def test_every_model_is_judged_on_the_rows_of_the_base(place, format):
     run = Run(load_config(place / "config.yaml", [f"data.format={format}", f"name={format}"]), STAGES)
     upstream = {key: [unit.name for unit in Unit(run, "evaluate", key).upstream()] for key in ("base", "dpo-seed-0")}
     assert upstream == {"base": [], "dpo-seed-0": ["warmup", "evaluate"]}
+
+
+def test_nobody_asks_for_answers_to_preferences(place, capsys, monkeypatch):
+    monkeypatch.setattr("allo_fast.stages.evaluate.generate", lambda *_, **__: pytest.fail("it was asked"))
+    assert main(["eval", str(place / "base"), str(place / "config.yaml")]) == 0, "which is of numbers alone"
+    words = [
+        "run",
+        str(place / "config.yaml"),
+        "name=quiet",
+        "method=dpo",
+        "rivals=[]",
+        "evaluate.samples=0",
+        "seeds=[0]",
+    ]
+    assert main(words) == 0
+    assert "No prompt was answered (evaluate.samples)." in (place / "quiet/report.html").read_text()
 
 
 def test_tied_preferences_are_wrong_and_said(place, capsys):

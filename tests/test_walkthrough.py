@@ -38,7 +38,7 @@ def test_a_step_that_fails_ends_the_walk(repository, tmp_path):
 
 
 def test_what_is_shown_has_no_progress_and_is_not_endless(tmp_path):
-    bars = "learn:  20%|##   | 1/5\nstep\rstep 2\nsaved 5it [00:01, 3it/s]\n"
+    bars = "learn:  20%|##   | 1/5\nstep\rstep 2\nsaved 5it [00:01, 3it/s]\nWARNING: Location 'file:///x' is ignored\n"
     assert shown("made\n\n", bars + "warned  \n", tmp_path) == "made\nwarned"
     lines = shown("\n".join(map(str, range(100))), "", tmp_path).splitlines()
     assert (
@@ -50,10 +50,10 @@ def test_what_is_shown_has_no_progress_and_is_not_endless(tmp_path):
 
 def test_the_page_has_every_step_and_its_time():
     text = page(
-        [Step("First:", "run a", "f.py", "x = 1\n"), Step("Then:", "run b")], [Taken("A", 61), Taken("B", 2)], "x"
+        [Step("First:", "run a", "f.py", "x = 1\n"), Step("Then:", "run b")], [Taken("A", 100), Taken("B", 2)], "x"
     )
-    assert "1 min 3 s in all on x." in text and "`f.py`:\n\n```python\nx = 1\n```" in text
-    assert re.findall(r"\$ (.*)\n(.*)\n```\n\n(.*)", text) == [("run a", "A", "1 min 1 s"), ("run b", "B", "2.0 s")]
+    assert "1 min 42 s in all on x." in text and "`f.py`:\n\n```python\nx = 1\n```" in text
+    assert re.findall(r"\$ (.*)\n(.*)\n```\n\n(.*)", text) == [("run a", "A", "1 min 40 s"), ("run b", "B", "2.0 s")]
 
 
 def test_the_pairs_are_two_hundred(tmp_path):

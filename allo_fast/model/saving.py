@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from allo_fast import ranks
 from allo_fast.config import UserError, first_line
-from allo_fast.durable import appearing, check_room, make_folder
+from allo_fast.durable import appearing, as_any_file, check_room, make_folder
 from allo_fast.model.checkpoint import check_model, read, weight_files
 from allo_fast.model.weights import named_weights, same_bits, whole_weights
 
@@ -81,6 +81,8 @@ def _save(
             tokenizer.save_pretrained(partial_folder)
         finally:
             model.generation_config = generation
+        for path in partial_folder.glob("*.safetensors"):
+            as_any_file(path)
         check_saved(model, state, partial_folder)
 
 

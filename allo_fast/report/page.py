@@ -29,7 +29,7 @@ def write_report(run: Run, summary: dict) -> None:
     """Writes report.html; nothing in it is loaded from elsewhere."""
     stages = stages_of(run.config)
     parts = [_header(run, summary), _preferences(summary) if is_preference(summary) else _accuracies(summary)]
-    parts += [] if is_preference(summary) else [samples.before_and_after(run)]
+    parts += [(samples.answers_to_some if is_preference(summary) else samples.before_and_after)(run)]
     parts += [_curves(run)]
     parts += [selected.section_of(run)] if "locate" in stages else []
     parts += [samples.forgotten_tokens(run)] if "forget" in stages else []

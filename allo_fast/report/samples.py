@@ -10,7 +10,7 @@ from allo_fast.report.markup import example, section
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
-from allo_fast.stages.evaluate import PREDICTIONS, model_of
+from allo_fast.stages.evaluate import PREDICTIONS, SAMPLES, model_of
 from allo_fast.stages.forget import threshold_of, token_weights
 from allo_fast.stages.models import tokenizer_of
 from allo_fast.stages.problems import PROBLEMS
@@ -45,6 +45,27 @@ def before_and_after(run: Run) -> str:
     said = "Of the first seed; problems on which models differ come before the others, each kind of outcome in turn."
     counts = "; ".join(f"{len(kinds[kind])} {' '.join(map(_verdict, kind))}" for kind in order[:8])
     return section("Before and after", f"{said} In the order {', '.join(answers)}: {counts}.", html)
+
+
+def answers_to_some(run: Run) -> str:
+    """Of preferences: what base and trained models answer to a few prompts of data.test, beside the better response."""
+    first: dict[str, Unit] = {}
+    for unit in run.units(["evaluate"]):
+        first.setdefault(model_of(unit.key), unit)
+    answers = {
+        model: read_jsonl(unit.folder / SAMPLES) for model, unit in first.items() if (unit.folder / SAMPLES).exists()
+    }
+    if not answers:
+        return section("Before and after", "No prompt was answered (evaluate.samples).", "")
+    html = ""
+    for problem, *rows in zip(read_jsonl(first["base"].folder / PROBLEMS), *answers.values(), strict=False):
+        texts = [(model, escape(_cut(row["response"]))) for model, row in zip(answers, rows, strict=True)]
+        html += example(
+            _cut(as_text(problem["prompt"])),
+            *texts,
+            ("the better response of the pair", escape(_cut(problem["solution"]))),
+        )
+    return section("Before and after", "Greedy answers to the first prompts of data.test, of the first seed.", html)
 
 
 def _verdict(score: float) -> str:

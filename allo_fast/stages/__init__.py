@@ -205,7 +205,7 @@ STAGES = {
     "evaluate": Stage(
         number=9,
         execute=evaluate.execute,
-        outputs=("predictions.jsonl", "texts.jsonl", *_RENDERED),
+        outputs=("predictions.jsonl", "samples.jsonl", "texts.jsonl", *_RENDERED),
         settings=("evaluate", "data.test", "data.test_size", "data.text", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,

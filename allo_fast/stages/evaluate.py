@@ -16,7 +16,8 @@ A tie is wrong, and counted; a score that is not finite is an error. Writes pred
 (right by either scorer), response} of sampled problems, or {..., pass, majority, responses} of several; of multiple
 choice {..., per_token, tie, responses}; of preferences {id, responses}. Where a reward model judges, {id, reward_model,
 reward, response}, of several responses the mean reward, and `rewards`. Responses of choices and preferences are {logp,
-tokens, correct, ref_logp (by the base model)} in the row's order.
+tokens, correct, ref_logp (by the base model)} in the row's order. samples.jsonl: {id, response}, of preferences, the
+greedy answers to the first `evaluate.samples` prompts, for a reader.
 """
 
 import logging
@@ -53,7 +54,8 @@ from allo_fast.stages.scores import response_logps
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS, SAMPLES = "predictions.jsonl", "samples.jsonl"
+_SAMPLE_TOKENS = 256  # of a sample's answer, at most
 # The stage that makes each model; none the base, nor the given one where `sft` made the base of it.
 PRODUCERS = {"given": None, "base": None, "dpo": "warmup", "allo": "learn", "sparse-dpo": "learn"}
 
@@ -128,8 +130,21 @@ def evaluate(
         size = unit.config.evaluate.batch_size
         size = size if scoring else frozen.at_once(size)
         rows = yield from by_chunks(unit, PREDICTIONS, problems, size, "problem", work, frozen.sharded)
+        if unit.config.data.format == "preference" and unit.config.evaluate.samples and not frozen.sharded:
+            yield from _samples(unit, frozen, prompts, problems[: unit.config.evaluate.samples])
     lost = (yield from perplexity(unit, path, delta, reader or path)) if unit.config.data.text else {}
     return {"problems": len(rows), "quarantined": quarantined, **_counts(rows, unit.config.data), **lost}
+
+
+def _samples(unit: Unit, frozen: Inference, prompts: Prompts, problems: Rows) -> Generator[Progress, None, Rows]:
+    tokens = min(unit.config.evaluate.max_new_tokens, _SAMPLE_TOKENS)
+
+    def work(chunk: list[dict], start: int) -> list[dict]:
+        asked = [problem["prompt_ids"] for problem in chunk]
+        texts = generate(frozen.model, prompts.tokenizer, asked, prompts.end_tokens, max_new_tokens=tokens, first=start)
+        return [{"id": row["id"], "response": text} for row, (text,) in zip(chunk, texts, strict=True)]
+
+    return by_chunks(unit, SAMPLES, problems, len(problems), "sample", work, sharded=False)
 
 
 def _problems(unit: Unit, prompts: Prompts, against: Path | None, *paths: str | Path) -> tuple[Rows, int]:
