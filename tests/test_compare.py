@@ -59,6 +59,7 @@ def test_each_makes_arms_and_best_candidates(file):
     dpo, first, second, allo = comparison.arms
     assert [arm.name for arm in comparison.arms] == ["dpo", "sparse, 0.1", "sparse, 0.2", "allo"]
     tried = comparison.development(dpo)
+    assert not any(trial.config.evaluate.samples for trial in tried)
     numbers = [(trial.config.warmup.learning_rate, trial.config.warmup.beta) for trial in tried]
     assert numbers == [(1e-4, 0.1), (1e-4, 0.5), (1e-2, 0.1), (1e-2, 0.5)]
     assert {(*t.config.seeds, t.config.data.test) for t in tried} == {(4, "arithmetic:train[2000:2003]")}

@@ -169,6 +169,7 @@ class Comparison:
     def _trial(self, arm: Arm, values: Values, more: Values, seeds: int | None = None) -> Trial:
         name = "-".join([*([] if more else ["final"]), *(f"{key}={value}" for key, value in values.items())])
         place = {"output_dir": str(self.folder / _slug(arm.name)), "name": _slug(name), "rivals": []}
+        place |= {"evaluate.samples": 0}  # which nobody would read
         try:
             config = load_config(self.job, [*self.words, *_words(arm.settings | values | more | place)], self.dtype)
         except UserError as error:
