@@ -29,6 +29,7 @@ from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
 from allo_fast.model.saving import check_new, save_model
+from allo_fast.overview import print_status
 from allo_fast.plan.advice import advised
 from allo_fast.plan.job import job_of, zeros_of
 from allo_fast.plan.phase import DEVICES
@@ -46,7 +47,6 @@ from allo_fast.stages.check import check, require, was_checked
 from allo_fast.stages.driving import hidden_updates
 from allo_fast.stages.evaluate import compares_with_base, evaluate_alone
 from allo_fast.stages.models import base_path
-from allo_fast.stages.overview import print_status
 from allo_fast.starting import init
 from allo_fast.training.engine import TrainingError
 from allo_fast.training.zero import Zero, check_divides, training_sections

@@ -2,14 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
+from huggingface_hub import HfApi, try_to_load_from_cache
 
+from allo_fast import signals
 from allo_fast.config import UserError
 from allo_fast.durable import write_bytes
-from allo_fast.report.summary import percent, shown, shown_interval
+from allo_fast.method.delta import Delta
+from allo_fast.report.summary import more_lines, percent, score_name, shown, shown_interval
 from allo_fast.runs.home import CONFIG, SUMMARY
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
@@ -26,70 +30,84 @@ _CITATION = """@article{chen2024low,
 
 def publish(options: argparse.Namespace) -> None:
     """options: run, stage, out, seed, push_to_hub (a repository's name or None), private."""
-    run = Run.read(options.run, STAGES)
+    if options.private and not options.push_to_hub:
+        raise UserError("--private: of what is pushed; add --push-to-hub USER/NAME")
+    run, place = Run.read(options.run, STAGES), options.push_to_hub
+    address = (
+        _on_hub(place, lambda hub: hub.create_repo(place, private=options.private, exist_ok=True)) if place else ""
+    )
     unit = export(run, options.stage, options.out, options.seed)
     write_bytes(options.out / "README.md", model_card(run, unit).encode())
     print(options.out)
-    if options.push_to_hub:
-        print(push(options.out, options.push_to_hub, options.private))
+    if place:
+        said = f"{place}: the folder is whole: {options.out}"
+        _on_hub(said, lambda hub: hub.upload_folder(repo_id=place, folder_path=options.out))
+        print(address)
 
 
 def model_card(run: Run, unit: Unit) -> str:
     """Of the model of a stage: what it is, how it was made, on what, and how good it is; Markdown."""
-    base, facts = run.config.model.name_or_path, unit.manifest()["facts"]
-    on_hub = base is not None and not Path(base).exists()
-    about = {
+    base = run.config.model.name_or_path
+    about = {"base_model": base} if base and _is_of_hub(base) else {}
+    about |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["allo-fast", run.config.method],
     }
     parts = [
-        f"---\n{yaml.safe_dump(({'base_model': base} if on_hub else {}) | about, sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {run.config.name}: {unit.name}, {unit.key}",
-        _trained(Path(base).name if base else "a model pretrained in the run", facts),
+        _trained(run, unit),
         f"## How it was made\n\n```\nallo-fast run {CONFIG}\n```\n\n<details><summary>{CONFIG}</summary>\n\n"
         f"```yaml\n{(run.folder / CONFIG).read_text()}```\n\n</details>",
     ]
     if (path := run.folder / SUMMARY).is_file():
-        parts.append("\n".join(_results(json.loads(path.read_text()))))
+        parts.append("\n".join(_results(json.loads(path.read_text()), unit)))
     versions = ", ".join(f"{name} {number}" for name, number in unit.manifest()["versions"].items())
     parts += [f"Made with {versions}.", f"## Citation\n\n```bibtex\n{_CITATION}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def _trained(base: str, facts: dict) -> str:
-    if "selected" not in facts:
-        return f"Trained from {base}."
-    share = f"{facts['selected'] / facts['parameters']:.2%}"
-    return (
-        f"Trained from {base}: {facts['selected']:,} of its {facts['parameters']:,} weights ({share}), and no others."
-    )
+def _is_of_hub(base: str) -> bool:
+    """Whether it was loaded from there, not from a folder that is called alike."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    return bool(named) and isinstance(try_to_load_from_cache(base, "config.json"), str)
 
 
-def _results(summary: dict) -> Iterator[str]:
+def _trained(run: Run, unit: Unit) -> str:
+    """From what, and how many of its weights: those of earlier stages whose delta this one goes on from, too."""
+    base = run.config.model.name_or_path
+    if unit.name == "pretrain":
+        return "Pretrained in the run."
+    name = Path(base).name if base else "a model that the run pretrained"
+    before = f"{name}, after fine-tuning in the run (sft)" if run.config.sft and unit.name != "sft" else name
+    if not (path := unit.folder / "delta.safetensors").exists():
+        return f"Trained from {before}."
+    selected, every = sum(map(len, Delta.load(path).positions.values())), unit.manifest()["facts"]["parameters"]
+    return f"Trained from {before}: {selected:,} of its {every:,} weights ({selected / every:.2%}), and no others."
+
+
+def _results(summary: dict, unit: Unit) -> Iterator[str]:
     yield "## Data and results\n"
     for key, counts in summary["data"].items():
         yield f"- data.{key}: {counts['rows']:,} rows, {counts['set_aside']:,} set aside"
-    yield f"\nMeans over seeds {' '.join(map(str, summary['seeds']))}, with 95 % intervals:\n"
+    seeds = " ".join(map(str, summary["seeds"]))
+    yield f"\nMeans over seeds {seeds}, of which this is one ({unit.key}), with 95 % intervals:\n"
     yield "| model | metric | mean | interval |\n|---|---|---|---|"
     for name, model in summary["models"].items():
-        metrics = model["metrics"] if "metrics" in model else {"accuracy": model | {"mean": model["accuracy"]}}
+        metrics = model["metrics"] if "metrics" in model else {score_name(model): model | {"mean": model["accuracy"]}}
         for metric, each in metrics.items():
             yield f"| {name} | {metric} | {shown(metric, each['mean'])} | {shown_interval(metric, each['ci95'])} |"
-    yield ""
+    yield "".join(f"\n- {line}" for line in more_lines(summary["models"]))
     for name, difference in summary["differences"].items():
         low, high = (percent(end, "+") for end in difference["ci95"])
         yield f"- {name}: {percent(difference['points'], '+')} ({low} .. {high}), paired by problem"
 
 
-def push(folder: Path, repository: str, private: bool = False) -> str:
-    """The address of what was uploaded. Raises UserError where the hub refuses, or is not reached."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
+def _on_hub(said: str, ask: Callable[[HfApi], object]) -> str:
+    """What the hub answers. Raises UserError where it refuses, or is not reached, whatever carries the question."""
     try:
-        address = HfApi().create_repo(repository, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"--push-to-hub {repository}: {error}; the folder is whole: {folder}") from error
-    return str(address)
+        return str(ask(HfApi()))
+    except Exception as error:
+        signals.check_cause(error)
+        raise UserError(f"--push-to-hub {said}: {type(error).__name__}: {error}") from error

@@ -7,10 +7,10 @@ import pytest
 
 from allo_fast.__main__ import main
 from allo_fast.durable import read_json, write_json
+from allo_fast.overview import State, clock, lines, overview
 from allo_fast.runs.home import MANIFEST, STARTED
 from allo_fast.runs.run import Run
 from allo_fast.stages import STAGES
-from allo_fast.stages.overview import State, clock, lines, overview
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
@@ -37,11 +37,14 @@ def test_what_was_begun_and_what_is_to_come(copied):
         write_json(place / STARTED, {})
     rows = [{"step": n, "total_steps": 9, "seconds": s} for n, s in ((1, 50.0), (2, 2.0), (3, 3.0))]
     (begun / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "tot')
+    (waits / "metrics.jsonl").write_bytes(b"\x00\xff\n")
+    (folder / "06-rewards/seed-1" / MANIFEST).write_text("{}")
     states = {state.name: state for state in overview(Run.read(folder, STAGES))}
     assert states["07-forget seed-0"] == State("07-forget seed-0", "begun", 55.0, 18.0, "step 3 of 9"), (
         "the median of 3 s"
     )
     assert states["07-forget seed-1"] == State("07-forget seed-1", "begun"), "no other seed's is done either"
+    assert states["06-rewards seed-1"].state == "damaged"
     other = read_json(folder / "08-learn/seed-0" / MANIFEST)["seconds"]
     assert states["08-learn seed-1"] == State("08-learn seed-1", "to come", left=other)
     assert states["08-learn seed-0"].left == 0.0 and states["09-evaluate allo-seed-1"].state == "to come"
@@ -53,6 +56,12 @@ def test_nothing_is_left_of_asking(tmp_path, capsys):
     assert said[-1] == f"0 of {len(said) - 1} done; of {len(said) - 1} nothing is known yet" and not any(
         tmp_path.iterdir()
     )
+    assert main(["status", "configs/quickstart.yaml", f"output_dir={tmp_path}", "rounds=2", "seeds=[0]"]) == 0
+    later = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("quickstart-round-2-seed-0 08-learn")
+    ]
+    assert len(later) == 1 and "to come" in later[0]
+    assert main(["status", str(tmp_path), "seeds=[0]"]) == 2 and "is a folder, which has its" in capsys.readouterr().err
     (tmp_path / "a").mkdir()
     assert main(["status", str(tmp_path / "a")]) == 2
     assert "not the folder of a run" in capsys.readouterr().err

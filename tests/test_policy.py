@@ -2,6 +2,7 @@ import copy
 import logging
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -328,7 +329,14 @@ def test_a_released_model_is_as_any_other():
         assert torch.equal(copied(input_ids=ids).logits, model(input_ids=ids).logits)
     model(input_ids=ids, labels=ids).loss.backward()
     assert model.lm_head.weight.grad is not None and frozen.grad is None
-    for use in (policy.write_back, policy.release, policy.reference().__enter__, SparseAdamW(policy, lr=1e-3).step):
+    logps = partial(policy.response_logps, None)
+    for use in (
+        logps,
+        policy.write_back,
+        policy.release,
+        policy.reference().__enter__,
+        SparseAdamW(policy, lr=1e-3).step,
+    ):
         with pytest.raises(UserError, match="it was released, or its model has another policy since"):
             use()
 
@@ -341,7 +349,8 @@ def test_a_released_model_takes_another_policy_and_a_delta(tmp_path):
     logps = first.response_logps(batch_for(first)).detach()
     second = SparsePolicy(first.release(), random_selection(model, 0.2))
     assert torch.equal(second.response_logps(batch_for(second)).detach(), logps)
-    second.release()
+    third = SparsePolicy(model, random_selection(model, 0.1))  # over one that was not released
+    assert all(weight.requires_grad for weight in third.release().parameters()), "as before the first of them"
     base = tiny_llama()
     load_delta(base, tmp_path / "delta.safetensors")
     assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(base).items())

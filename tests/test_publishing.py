@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 
-import huggingface_hub
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from allo_fast import publishing
 from allo_fast.__main__ import main
+from allo_fast.method.delta import Delta
 from allo_fast.publishing import model_card
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
@@ -43,7 +45,9 @@ def test_the_card_of_an_exported_folder(finished, tmp_path, capsys):
     }
     facts = json.loads((folder / "summary.json").read_text())
     learnt = facts["stages"]["08-learn/seed-0"]
-    assert f"{learnt['selected']:,} of its {learnt['parameters']:,} weights (9.99%)" in text
+    entries = sum(map(len, Delta.load(folder / "08-learn/seed-0/delta.safetensors").positions.values()))
+    assert entries >= learnt["selected"], "forgetting's are in it"
+    assert f"a model that the run pretrained: {entries:,} of its {learnt['parameters']:,} weights (" in text
     assert text.startswith("\n# micro: learn, seed-0\n") and "allo-fast run config.yaml" in text
     accuracy = facts["models"]["allo"]["accuracy"]
     assert (
@@ -54,14 +58,21 @@ def test_the_card_of_an_exported_folder(finished, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("base, named", [("org/model", True), (".", False)], ids=["of the hub", "a folder here"])
-def test_only_a_base_on_the_hub_is_linked(copied, base, named):
+@pytest.mark.parametrize(
+    "base, named", [("org/model", True), (".", False), ("models/gone", False), ("/data/x/llama", False)]
+)
+def test_only_a_base_of_the_hub_is_linked(copied, monkeypatch, base, named):
     _, folder = copied
+    monkeypatch.setattr(publishing, "try_to_load_from_cache", lambda name, _: "/cache" if name == "org/model" else None)
     run = Run.read(folder, STAGES)
     run.config.model.name_or_path = base
     card = model_card(run, Unit(run, "warmup", "seed-0"))
     assert ("base_model: org/model\n" in card) == named and ("base_model" in card) == named
     assert "weights (" not in card, "dense DPO trained all"
+    run.config.sft = run.config.warmup
+    name = base.rpartition("/")[2] if base != "." else ""
+    assert f"Trained from {name}, after fine-tuning in the run (sft)." in model_card(run, Unit(run, "warmup", "seed-0"))
+    assert "Pretrained in the run." in model_card(run, Unit(run, "pretrain", "base"))
 
 
 def test_preferences_and_a_run_without_a_summary(copied):
@@ -72,12 +83,16 @@ def test_preferences_and_a_run_without_a_summary(copied):
     path.write_text(json.dumps(summary))
     unit = Unit(run, "learn", "seed-1")
     assert "| allo | rewards/accuracies | 75.0% | 70.0% .. 80.0% |" in model_card(run, unit)
+    judged = {"accuracy": 0.6, "ci95": [0.5, 0.7], "reward": [1.25]}
+    path.write_text(json.dumps(summary | {"models": {"allo": judged}}))
+    card = model_card(run, unit)
+    assert "| allo | wins | 60.0% | 50.0% .. 70.0% |" in card and "\n- allo: mean reward 1.25" in card
     path.unlink()
     assert "## Data and results" not in model_card(run, unit) and "## Citation" in model_card(run, unit)
 
 
 def test_to_the_hub_when_asked(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(publishing, "HfApi", Hub)
     words = ["export", str(finished[1]), "learn", str(tmp_path / "out"), "--push-to-hub", "me/mine", "--private"]
     assert main(words) == 0
     created, (repository, files) = Hub.said
@@ -87,8 +102,18 @@ def test_to_the_hub_when_asked(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["export", str(finished[1]), "learn", str(tmp_path / "out"), "--push-to-hub", "me/mine"]) == 2
+    words = ["export", str(finished[1]), "learn", str(tmp_path / "out"), "--push-to-hub", "me/mine"]
+
+    class Refusing(Hub):
+        def upload_folder(self, repo_id, folder_path):
+            raise LookupError("no route")
+
+    monkeypatch.setattr(publishing, "HfApi", Refusing)
+    assert main(words) == 2
     said = capsys.readouterr().err
-    assert re.search(r"--push-to-hub me/mine: .*; the folder is whole: ", said)
+    assert re.search(r"--push-to-hub me/mine: the folder is whole: .*/out: LookupError: no route", said)
     assert (tmp_path / "out/model.safetensors").exists()
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.undo()
+    assert main(words) == 2 and not (tmp_path / "out").exists(), "offline, as tests are: nothing is exported first"
+    assert main([*words[:-2], "--private"]) == 2 and "add --push-to-hub" in capsys.readouterr().err

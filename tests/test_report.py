@@ -13,7 +13,10 @@ from allo_fast.__main__ import main
 from allo_fast.config import UserError
 from allo_fast.method.selection import Selection
 from allo_fast.report import figures, picture, samples, selected
+from allo_fast.report.page import _rows
 from allo_fast.runs.rows import read_jsonl
+from allo_fast.runs.run import Run
+from allo_fast.stages import STAGES
 from tests.conftest import random_selection, tiny_llama
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
@@ -70,12 +73,37 @@ def test_problems_on_which_models_differ_come_first(finished, monkeypatch):
     problems = [{"prompt": f"problem {n}"} for n in range(10)]
     read = lambda path: problems if path.name == "problems.jsonl" else rows[samples.model_of(path.parent.name)]  # noqa: E731
     monkeypatch.setattr(samples, "read_jsonl", read)
-    from allo_fast.runs.run import Run
-    from allo_fast.stages import STAGES
-
     html = samples.before_and_after(Run.read(finished[1], STAGES))
-    assert re.findall("problem (.)", html) == ["0", "1", "2", "7", "8", "9"]
+    assert re.findall("problem (.)", html) == ["7", "9", "0", "8", "1", "2"]
     assert "2 wrong right wrong; 1 wrong right right; 7 wrong wrong wrong" in html
+
+
+def test_shares_and_rewards_are_compared_with_the_base(finished, monkeypatch):
+    """Several responses to a problem, or a reward model's chances: no kinds to count, but better or not."""
+    scores = {"base": (0.5, 0.25, 0.5), "dpo": (0.5, 0.5, 0.25), "allo": (0.5, 0.75, 1.0)}
+    rows = {
+        m: [{"strict": x, "responses": [f"<{m} {n}>", "b"]} for n, x in enumerate(row)] for m, row in scores.items()
+    }
+    problems = [{"prompt": f"problem {n}"} for n in range(3)]
+    read = lambda path: problems if path.name == "problems.jsonl" else rows[samples.model_of(path.parent.name)]  # noqa: E731
+    monkeypatch.setattr(samples, "read_jsonl", read)
+    html = samples.before_and_after(Run.read(finished[1], STAGES))
+    assert re.findall("problem (.)", html) == ["1", "2", "0"] and "In the order" not in html
+    assert "allo: 0.75 of 2, of which this is the first</h3><p class=tokens>&lt;allo 1&gt;</p>" in html
+
+
+def test_long_wrong_responses_are_cut(copied, monkeypatch):
+    _, folder = copied
+    monkeypatch.setattr(samples, "_TOKENS", 3)
+    html = samples.forgotten_tokens(Run.read(folder, STAGES))
+    first = html[html.index("<figure>") : html.index("</figure>")]
+    assert first.count("<span") == 3 and " [...]" in first
+
+
+def test_ids_of_figures_are_unique(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) > 100 and len(ids) == len({*ids})
+    assert {*re.findall(r'(?:href="|url\()#([^")]+)', page)} <= {*ids}, "and what they draw is there"
 
 
 def test_selected_weights_by_kind_and_in_common(finished, page):
@@ -104,9 +132,6 @@ def test_overlap_is_of_the_smaller_one():
 
 
 def test_too_many_weights_are_not_compared(finished, monkeypatch):
-    from allo_fast.runs.run import Run
-    from allo_fast.stages import STAGES
-
     monkeypatch.setattr(selected, "_ENTRIES", 10)
     monkeypatch.setattr(Selection, "load", lambda path: pytest.fail("it was read"))
     assert "With more than 10 selected weights" in selected.section_of(Run.read(finished[1], STAGES))
@@ -137,10 +162,6 @@ def test_rows_that_were_set_aside_are_named(copied):
     assert "No row was set aside." in (folder / "report.html").read_text()
     rows = [{"id": f"row {n}", "reason": "no answer" if n < 4 else "<b>"} for n in range(5)]
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from allo_fast.report.page import _rows
-    from allo_fast.runs.run import Run
-    from allo_fast.stages import STAGES
-
     html = _rows(Run.read(folder, STAGES), {"stages": {}})
     assert cells(html) == [
         ["data.train", "no answer", "4", "row 0, row 1, row 2"],
@@ -167,7 +188,8 @@ def test_a_figure_of_its_own_is_on_white():
 # Appended to the page, which lies in a frame: what a reader would see go wrong, and a table sorted both ways.
 PROBE = """<script>
 const found = {width: innerWidth, needs: document.documentElement.scrollWidth, errors};
-const table = document.querySelector("table"), click = () => table.querySelector("th:nth-child(2) button").click();
+const table = [...document.querySelectorAll("table")].find((each) => each.querySelector("th").textContent === "stage");
+const click = () => table.querySelector("th:nth-child(2) button").click();
 const column = () => [...table.tBodies[0].rows].map((row) => parseFloat(row.cells[1].textContent));
 click(); found.down = column(); click(); found.up = column();
 found.background = getComputedStyle(document.body).backgroundColor;
@@ -186,6 +208,7 @@ def test_in_a_browser(page, tmp_path, width, light):
     found = json.loads(unescape(re.search("<title>(.*?)</title>", said)[1]))
     assert found["width"] == width and found["needs"] <= width and found["errors"] == []
     assert found["down"] == sorted(found["down"], reverse=True) and found["up"] == sorted(found["down"])
+    assert found["down"][0] > found["down"][-1], "of times that differ"
     assert found["background"] == ("rgb(244, 245, 242)" if light else "rgb(20, 24, 26)")
 
 
@@ -204,3 +227,25 @@ def test_a_picture_needs_a_browser(finished, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="--png: needs Chromium or Chrome; none of chromium, "):
         picture.picture(finished[1] / "report.html")
+
+
+@in_a_browser
+def test_a_picture_of_an_empty_page_and_of_an_endless_one(tmp_path, caplog, monkeypatch):
+    (tmp_path / "empty.html").write_text("<!doctype html><title>nothing</title>")
+    with Image.open(picture.picture(tmp_path / "empty.html")) as image:
+        assert image.size == (1100, 24)
+    monkeypatch.setattr(picture, "_HIGHEST", 500)
+    (tmp_path / "long.html").write_text("<!doctype html>" + "<p>a line</p>" * 200)
+    with Image.open(picture.picture(tmp_path / "long.html")) as image:
+        assert image.size == (1100, 500) and "long.png: its first 500 pixels" in caplog.text
+
+
+def test_a_browser_that_hangs_is_ended(tmp_path, monkeypatch):
+    (browser := tmp_path / "chromium").write_text("#!/bin/sh\nexec sleep 60\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(picture, "_PATIENCE", 1)
+    (tmp_path / "page.png").write_text("an older one")
+    with pytest.raises(UserError, match="--png: .*/chromium did not end within 1 s"):
+        picture.picture(tmp_path / "page.html")
+    assert (tmp_path / "page.png").exists()

@@ -59,7 +59,8 @@ class SparsePolicy:
         rounding_seed: int | None = None,
     ):
         selection.check(model)
-        self._trained_before = [weight for weight in model.parameters() if weight.requires_grad]
+        earlier = getattr(model._modules.get(VALUES), "trained_before", None)  # that of a policy before this one
+        self._trained_before = earlier or [weight for weight in model.parameters() if weight.requires_grad]
         self.model = model.requires_grad_(False)
         weights = named_weights(model)
         self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
@@ -87,6 +88,7 @@ class SparsePolicy:
         say_what_is_not_trained(model)
         own = (self.values, self.weights, self.positions, self._loaded, self.rounding_seed)
         self._value_parameters = ValueParameters(*own)
+        self._value_parameters.trained_before = self._trained_before
         self._value_parameters.attach(model)
         self.logps = ResponseLogps(model, self._head_entries)
 
@@ -96,6 +98,7 @@ class SparsePolicy:
 
     def response_logps(self, batch: Batch) -> Tensor:
         """[R, L] fp32, differentiable in `values`."""
+        self._check_attached()
         return self.logps(batch)
 
     @contextmanager
@@ -165,6 +168,9 @@ class SparsePolicy:
         """Raises UserError where the weights are not the policy's to change."""
         if self._in_reference:
             raise UserError("SparsePolicy: inside reference() the weights are the reference's; leave it first")
+        self._check_attached()
+
+    def _check_attached(self) -> None:
         if self.model._modules.get(VALUES) is not self._value_parameters:
             raise UserError("SparsePolicy: it was released, or its model has another policy since")
 

@@ -9,13 +9,15 @@ from allo_fast.runs.run import Run
 
 _HEAD = ("stage", "time", "peak MiB", "tokens / s", "weights trained", "they moved", "states", "planned", "dense DPO")
 
+_PREFERENCES = ("warmup", "forget", "learn")  # stages that dense DPO stands beside
+
 
 def section_of(run: Run, summary: dict) -> str:
-    planned, parameters = _planned(run), max(each.get("parameters", 0) for each in summary["stages"].values())
-    rows = []
+    planned, rows = _planned(run), []
     for name, stage in summary["stages"].items():
         phase = planned.get(name.partition("/")[0].partition("-")[2])
         trains = phase and "state_bytes_per_parameter" in stage
+        parameters = stage.get("parameters")
         rows.append(
             (
                 name,
@@ -25,7 +27,7 @@ def section_of(run: Run, summary: dict) -> str:
                 *_shares(stage),
                 _states(stage),
                 f"{phase.state_bytes / parameters:.2f}" if trains else "",
-                f"{phase.dense_dpo_bytes / parameters:.2f}" if trains and phase.dense_dpo_bytes else "",
+                f"{phase.dense_dpo_bytes / parameters:.2f}" if trains and phase.stage in _PREFERENCES else "",
             )
         )
     text = (
@@ -60,5 +62,5 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 def _shares(stage: dict) -> tuple[str, str]:
     if "selected" not in stage:
-        return "", ""
+        return "100 %" if "steps" in stage and "windows" not in stage else "", ""
     return f"{stage['selected'] / stage['parameters']:.2%}", f"{stage['changed'] / stage['selected']:.1%}"

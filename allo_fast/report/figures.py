@@ -1,5 +1,6 @@
 """The report's figures, as SVG text; letters and axes take the page's colour, in light and dark."""
 
+import hashlib
 import io
 import re
 
@@ -62,15 +63,18 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
             axis.margins(x=0.02)
             axis.grid(alpha=0.2)
         axes[0][0].set_ylabel(metric)
+        if len(seeds) > 1:
+            figure.legend(list(seeds), loc="outside right upper", fontsize=7, frameon=False)
         found.append(as_svg(figure, f"{metric} by training step"))
     return found
 
 
 def _curve(axis: Axes, metric: str, seeds: dict[str, list[dict]]) -> None:
-    for rows in seeds.values():
-        (line,) = axis.plot([row["step"] for row in rows], [row[metric] for row in rows], linewidth=1.3)
+    for number, rows in enumerate(seeds.values()):
+        color = f"C{number}"
+        axis.plot([row["step"] for row in rows], [row[metric] for row in rows], linewidth=1.3, color=color)
         if looks := [(row["step"], row[f"eval_{metric}"]) for row in rows if f"eval_{metric}" in row]:
-            axis.plot(*zip(*looks, strict=True), linewidth=1.3, color=line.get_color(), linestyle="--")
+            axis.plot(*zip(*looks, strict=True), linewidth=1.3, color=color, linestyle="--")
 
 
 def stage_times(stages: dict[str, dict]) -> str:
@@ -135,5 +139,9 @@ def as_svg(figure: Figure, label: str, alone: bool = False) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, facecolor="white" if alone else "none")
     plt.close(figure)
-    svg = text.getvalue() if alone else text.getvalue().replace(_INK, "currentColor")
+    svg = text.getvalue()
+    if not alone:
+        svg = svg.replace(_INK, "currentColor")
+        own = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"  # one page has many figures
+        svg = re.sub(r'(\bid="|"url\(#|url\(#|href="#)', rf"\g<1>{own}", svg)
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

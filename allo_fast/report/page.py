@@ -8,6 +8,7 @@ from allo_fast.durable import write_bytes
 from allo_fast.report import costs, figures, samples, selected
 from allo_fast.report.markup import facts, section, table, wide
 from allo_fast.report.summary import (
+    answer_lines,
     is_preference,
     more_lines,
     percent,
@@ -44,14 +45,12 @@ def write_report(run: Run, summary: dict) -> None:
 
 
 def _header(run: Run, summary: dict) -> str:
-    config, said = (
-        run.config,
-        "".join(
-            f"<li><b>{escape(name)}</b> {percent(difference['points'], '+')} <span>95 % interval "
-            f"{percent(difference['ci95'][0], '+')} .. {percent(difference['ci95'][1], '+')}, paired by problem: "
-            f"{_meaning(difference)}</span></li>"
-            for name, difference in summary["differences"].items()
-        ),
+    config = run.config
+    said = "".join(
+        f"<li><b>{escape(name)}</b> {percent(difference['points'], '+')} <span>95 % interval "
+        f"{percent(difference['ci95'][0], '+')} .. {percent(difference['ci95'][1], '+')}, paired by problem: "
+        f"{_meaning(difference)}</span></li>"
+        for name, difference in summary["differences"].items()
     )
     base = str(config.model.name_or_path or "pretrained here") + ", fine-tuned here (sft)" * bool(config.sft)
     counted = {
@@ -62,7 +61,7 @@ def _header(run: Run, summary: dict) -> str:
         ("base", f"{base}; {config.model.dtype}"),
         ("data.train", f"{config.data.train}: {counted['train']}"),
         ("data.test", f"{config.data.test or 'held out of data.train'}: {counted['test']}"),
-        *(("", line) for line in trained_line(summary["data"]["test"])),
+        *(("but", line) for line in trained_line(summary["data"]["test"])),
         ("command", f"allo-fast run {CONFIG}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())),
     ]
@@ -83,16 +82,20 @@ def _accuracies(summary: dict) -> str:
     over = " over the base's responses, as the reward model expects them," * (name == "Wins")
     text = (
         f"{name}{over} on {first['n']} problems of data.test; bars are means over seeds, dots single seeds, whiskers "
-        f"95 % intervals. {'; '.join(more_lines(models))}"
+        f"95 % intervals. {'; '.join(more_lines(models) + answer_lines(models))}"
     )
     bars = figures.accuracy_bars(
         {key: {"mean": model["accuracy"], **model} for key, model in models.items()}, name.lower()
     )
     rows = [
-        (label, percent(model["accuracy"]), shown_interval(name, model["ci95"]), " ".join(map(percent, model["seeds"])))
+        (
+            *(label, percent(model["accuracy"]), shown_interval(name, model["ci95"])),
+            *(" ".join(map(percent, model["seeds"])), *map(percent, model["scorers"].values())),
+        )
         for label, model in models.items()
     ]
-    return section(name, text, wide(bars) + table(("model", name.lower(), "95 % interval", "each seed"), rows))
+    head = ("model", name.lower(), "95 % interval", "each seed", *(f"by {scorer}" for scorer in first["scorers"]))
+    return section(name, text, wide(bars) + table(head, rows))
 
 
 def _preferences(summary: dict) -> str:
@@ -127,7 +130,7 @@ def _curves(run: Run) -> str:
             seeds = {unit.key: read_log(unit) for unit in run.units([stage])}
             if seeds := {key: rows for key, rows in seeds.items() if rows}:  # not those of a log that was lost
                 stages[stage] = seeds
-    text = "One line a seed; a stage begins where the one before it ends."
+    text = "One line a seed, as wide as the stage is long beside the others."
     held_out = any("eval_loss" in row for seeds in stages.values() for rows in seeds.values() for row in rows)
     plots = "".join(wide(svg) for svg in figures.training_curves(stages))
     return section("Training", text + " Dashed: pairs that are held out." * held_out, plots)

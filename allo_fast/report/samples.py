@@ -1,5 +1,6 @@
 """Texts of a run: answers before and after, the first row, and wrong responses with what their tokens weigh."""
 
+from collections import defaultdict
 from html import escape
 
 from allo_fast.config import UserError
@@ -17,7 +18,7 @@ from allo_fast.stages.problems import PROBLEMS
 from allo_fast.training.guard import CHANGE, REPEATED
 
 _SHOWN = 6  # problems, and wrong responses
-_LONGEST = 1200  # characters of a text that are shown
+_LONGEST, _TOKENS = 1200, 400  # characters of a text, and tokens of a wrong response, that are shown
 
 
 def before_and_after(run: Run) -> str:
@@ -27,24 +28,22 @@ def before_and_after(run: Run) -> str:
         first.setdefault(model_of(unit.key), unit)  # of the first seed
     answers = {model: read_jsonl(unit.folder / PREDICTIONS) for model, unit in first.items()}
     problems, scorer = read_jsonl(first["base"].folder / PROBLEMS), scorer_name(run.config.data.scorer)
-    kinds: dict[tuple[float, ...], list[int]] = {}
-    for number in range(len(problems)):
-        kinds.setdefault(tuple(rows[number].get(scorer, 0) for rows in answers.values()), []).append(number)
-    order = sorted(kinds, key=lambda scores: (len({*scores}) == 1, -len(kinds[scores])))
-    chosen = [(kinds[kind][turn], kind) for turn in range(_SHOWN) for kind in order if turn < len(kinds[kind])][:_SHOWN]
-    html = "".join(
-        example(
-            _cut(as_text(problems[number]["prompt"])),
-            *(
-                (f"{model}: {_verdict(score)}", escape(_cut(_response(answers[model][number]))))
-                for model, score in zip(answers, kind, strict=True)
-            ),
-        )
-        for number, kind in sorted(chosen)
-    )
+    scores = [*zip(*([row.get(scorer, 0) for row in rows] for rows in answers.values()), strict=True)]
+    whole, kinds = all(score in (0, 1) for row in scores for score in row), defaultdict(list)
+    for number, row in enumerate(scores):
+        kinds[row if whole else tuple(score > row[0] for score in row)].append(number)
+    order = sorted(kinds, key=lambda kind: (len({*kind}) == 1, -len(kinds[kind])))
+    chosen = [kinds[kind][turn] for turn in range(_SHOWN) for kind in order if turn < len(kinds[kind])][:_SHOWN]
+    html = ""
+    for number in chosen:
+        texts = [_response(rows[number]) for rows in answers.values()]
+        labels = map("{}: {}{}".format, answers, map(_verdict, scores[number]), (of for of, _ in texts))
+        shown = zip(labels, (escape(_cut(text)) for _, text in texts), strict=True)
+        html += example(_cut(as_text(problems[number]["prompt"])), *shown)
     said = "Of the first seed; problems on which models differ come before the others, each kind of outcome in turn."
     counts = "; ".join(f"{len(kinds[kind])} {' '.join(map(_verdict, kind))}" for kind in order[:8])
-    return section("Before and after", f"{said} In the order {', '.join(answers)}: {counts}.", html)
+    said += f" In the order {', '.join(answers)}: {counts}." * whole
+    return section("Before and after", said, html)
 
 
 def answers_to_some(run: Run) -> str:
@@ -72,8 +71,11 @@ def _verdict(score: float) -> str:
     return {0: "wrong", 1: "right"}.get(score, f"{score:.2f}")
 
 
-def _response(row: dict) -> str:
-    return row["response"] if "response" in row else row["responses"][0]  # of several the first
+def _response(row: dict) -> tuple[str, str]:
+    """Of how many it is the first, where there are several; and it."""
+    if "response" in row:
+        return "", row["response"]
+    return f" of {len(row['responses'])}, of which this is the first", row["responses"][0]
 
 
 def _cut(text: str) -> str:
@@ -99,8 +101,9 @@ def forgotten_tokens(run: Run) -> str:
     examples = []
     for row in chosen:
         weights = token_weights(row["rewards"], threshold)
-        tokens = (tokenizer.decode([token]) for token in row["response_ids"])
-        wrong = "".join(map(_token, tokens, row["rewards"], weights))
+        ids = row["response_ids"]
+        tokens = (tokenizer.decode([token]) for token in ids[:_TOKENS])
+        wrong = "".join(map(_token, tokens, row["rewards"], weights)) + " [...]" * (len(ids) > _TOKENS)
         beside = right.get((row["id"], row["response"]))
         pair = [("right", escape(_cut(beside)))] if beside is not None else []
         examples.append(example(_cut(as_text(row["prompt"])), ("wrong", wrong), *pair))

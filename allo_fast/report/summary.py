@@ -219,7 +219,12 @@ def _accuracy_lines(models: dict[str, dict]) -> list[str]:
         seeds = " ".join(map(percent, model["seeds"]))
         interval = shown_interval("accuracy", model["ci95"])
         lines.append(f"{name:<12}{percent(model['accuracy']):>10}{interval:>20}{model['n']:>7}{scorers}  {seeds}")
-    lines += [shares_line(name, model) for name, model in models.items() if any("@" in key for key in model)]
+    return lines + answer_lines(models)
+
+
+def answer_lines(models: dict[str, dict]) -> list[str]:
+    """Of several responses to a problem pass@k and maj@k, and ties."""
+    lines = [shares_line(name, model) for name, model in models.items() if any("@" in key for key in model)]
     return lines + [ties_line(name, model["ties"]) for name, model in models.items() if model.get("ties")]
 
 

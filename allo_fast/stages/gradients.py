@@ -27,7 +27,7 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.probe import is_sharded
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
-from allo_fast.plan.windows import room_beside, windows
+from allo_fast.plan.windows import LEAN, base_bytes, room_beside, windows
 from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages.driving import responses_done
 from allo_fast.stages.models import dense_policy, frozen_reference, selected_policy
@@ -110,7 +110,7 @@ def gradient_scores(
 
 
 def _windows(unit: Unit, base: FrozenBase, examples: Examples, score: str) -> int:
-    """As `allo-fast plan` counts them, of the rows that there are."""
+    """As `allo-fast plan` counts them, of the rows that there are and the memory that is free."""
     model, world = base.logps.model, ranks.world_size()
     whole, shares = (1, world) if is_sharded(model) else (world, 1)
     pieces, room = pieces_of(model), None
@@ -129,9 +129,12 @@ def _room(unit: Unit, base: FrozenBase, examples: Examples, shares: int) -> floa
     except UserError as error:
         logger.warning("locating: in the most windows that are of use: %s", error)
         return None
-    on_gpu = base.logps.model.device.type == "cuda"
-    device = memory.device_bytes() if on_gpu else _SPARE * memory.available_bytes()
-    return room_beside(shape, settings, tokens, device, shares)
+    if base.logps.model.device.type == "cuda":
+        return room_beside(shape, settings, tokens, memory.device_bytes(), shares)
+    # The base is there already; a machine without room computes in windows as lean as those of which nothing is known.
+    device = _SPARE * memory.available_bytes() + base_bytes(shape, settings, shares)
+    lean = LEAN * sum(shape.sizes) / shares
+    return max(lean, room_beside(shape, settings, tokens, device, shares))
 
 
 def drawn(corpus: Corpus, count: int | None, train: TrainConfig, seed: int) -> Corpus:

@@ -62,7 +62,7 @@ class DeepSpeedBackend:
         if policy.logps.findings is None:
             self.engine(None)
         if self.sparse and zero.sharded:
-            policy.release = self.engine.empty_partition_cache
+            policy.free_gathered = self.engine.empty_partition_cache
         self.scheduler = make_scheduler(self.optimizer, config, total_steps)
         self.updated = False
         self.largest = largest(policy.model)

@@ -107,7 +107,7 @@ class ShardedPolicy(SparsePolicy):
         self.values = {name: entries.values for name, entries in self.entries.items()}
         self.dense_gradients = {}
         self._by_weight = {id(entries.weight): entries for entries in self.entries.values()}
-        self.release: Callable[[], None] = lambda: None  # frees what is gathered; DeepSpeedBackend sets it
+        self.free_gathered: Callable[[], None] = lambda: None  # DeepSpeedBackend sets it
         say_what_is_not_trained(model)
         self._in_reference = True  # while a model that is still whole is tried, as it is
         self.logps = ResponseLogps(model, self._head_entries)
@@ -125,13 +125,13 @@ class ShardedPolicy(SparsePolicy):
     def reference(self) -> Iterator[None]:
         """Inside, the model is the reference, bit for bit, and nothing has a gradient."""
         assert not self._in_reference, "reference() inside reference()"
-        self.release()
+        self.free_gathered()
         self._in_reference = True
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.release()
+            self.free_gathered()
             self._in_reference = False
 
     def write_back(self) -> None:

@@ -56,14 +56,37 @@ def device_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Of the machine's memory, or of what its container may have, what is free; this process's share of it."""
+    """Of the machine's memory, and of what its containers may have (Linux's cgroups), what is free; a process's share.
+
+    Where nothing says what is free, all of it.
+    """
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if (path := Path("/proc/meminfo")).exists():
-        free.append(int(path.read_text().split("MemAvailable:")[1].split()[0]) * 1024)
-    most, taken = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if most.exists() and taken.exists() and (limit := most.read_text().strip()) != "max":
-        free.append(int(limit) - int(taken.read_text()))
+    free += [1024 * found for found in _numbers(Path("/proc/meminfo"), "MemAvailable:")]
+    groups, own = [""], Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.exists() else ():
+        number, kinds, place = line.split(":", 2)
+        groups += [place.strip("/")] * (number == "0" or "memory" in kinds.split(","))
+    for group in groups:
+        for folder, limit, taken, cached in _CONTAINERS:
+            most, now = (_numbers(Path(folder, group, f"memory.{name}")) for name in (limit, taken))
+            if most and now:  # files that are only kept for whoever reads them again make room
+                free.append(most[0] - now[0] + sum(_numbers(Path(folder, group, "memory.stat"), cached)))
     return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# Versions 2 and 1: where, and what limit, use and files that are kept are called.
+_CONTAINERS = (
+    ("/sys/fs/cgroup", "max", "current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _numbers(path: Path, name: str = "") -> list[int]:
+    """What a file says, or says of a name; nothing where it lacks that, or has a word there."""
+    if not path.is_file():
+        return []
+    lines = [line.removeprefix(name).split() for line in path.read_text().splitlines() if line.startswith(name)]
+    return [int(words[0]) for words in lines[:1] if words and words[0].isdigit()]
 
 
 class Live(TorchDispatchMode):
