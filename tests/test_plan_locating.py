@@ -154,10 +154,7 @@ def test_a_run_has_the_windows_of_its_plan(tmp_path, monkeypatch):
     assert 1 <= windows(config.locate, "linear", pieces_of(model), room) <= planned.windows
     few = gradients._windows(unit, base, examples, "linear")
     assert few == windows(config.locate, "linear", pieces_of(model), room)
-    for free, fewest, most in (
-        (1 << 40, 1, 1),
-        (0, 32, 40),
-    ):  # where nothing is free, about as lean as where nobody knows
+    for free, fewest, most in ((1 << 40, 1, 1), (0, 32, 40)):  # of nothing about as lean as where nobody knows
         monkeypatch.setattr(gradients.memory, "available_bytes", lambda free=free: free)
         assert fewest <= gradients._windows(unit, base, examples, "linear") <= most
     monkeypatch.setattr(gradients, "model_config", _unknown)

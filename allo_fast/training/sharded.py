@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from allo_fast.config import UserError
 from allo_fast.method.alias import Alias, install_reads
 from allo_fast.method.delta import Delta, begin
 from allo_fast.method.policy import SparsePolicy
@@ -120,6 +121,12 @@ class ShardedPolicy(SparsePolicy):
     @property
     def selected(self) -> int:
         return sum(entries.count for entries in self.entries.values())
+
+    def release(self) -> PreTrainedModel:
+        raise UserError("SparsePolicy.release: the model lies in ZeRO-3 shares; save it, and load what was saved")
+
+    def _check_attached(self) -> None:
+        """DeepSpeed has the model, and no other policy takes it."""
 
     @contextmanager
     def reference(self) -> Iterator[None]:
