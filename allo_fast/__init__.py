@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Delta": "allo_fast.method.delta",
-    "DensePolicy": "allo_fast.method.policy",
+    "DensePolicy": "allo_fast.method.dense",
     "Selection": "allo_fast.method.selection",
     "SparseAdamW": "allo_fast.method.optim",
     "SparsePolicy": "allo_fast.method.policy",

@@ -102,6 +102,8 @@ def test_what_is_allowed():
     assert allowed_error(torch.tensor([2.0, -4.0]), Exact(exact.value, exponent=3.0)) == (16 + 4 * 48) * eps
     assert allowed_error(torch.tensor([2.0, -4.0]), Exact(exact.value, 3.0, logarithm=True)) == (16 + 48) * eps
     assert allowed_error(torch.tensor([2.0, -4.0]).bfloat16(), exact) == 16 * torch.finfo(torch.bfloat16).eps
+    rounded = Exact(exact.value, factors=torch.bfloat16)
+    assert allowed_error(torch.tensor([2.0, -4.0]), rounded) == 16 * eps + 4 * torch.finfo(torch.bfloat16).eps
 
 
 def test_addresses_beyond_32_bits():

@@ -30,7 +30,7 @@ class Exact:
     value: Tensor
     exponent: float = 0.0
     logarithm: bool = False
-    factors: torch.dtype = FP32
+    factors: torch.dtype | None = None
 
 
 def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
@@ -49,7 +49,8 @@ def allowed_error(pytorchs: Tensor, exact: Exact) -> float:
     keeps, both round by chance, each otherwise: one eps of theirs.
     """
     scale = float(exact.value.detach().abs().max())
-    rounding = 4 * torch.finfo(pytorchs.dtype).eps * scale + torch.finfo(exact.factors).eps * scale
+    rounding = 4 * torch.finfo(pytorchs.dtype).eps * scale
+    rounding += torch.finfo(exact.factors).eps * scale if exact.factors else 0.0
     return distance(pytorchs, exact.value) + rounding + 16 * _EPS * exact.exponent * (1 if exact.logarithm else scale)
 
 
