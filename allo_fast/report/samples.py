@@ -23,9 +23,7 @@ _LONGEST, _TOKENS = 1200, 400  # characters of a text, and tokens of a wrong res
 
 def before_and_after(run: Run) -> str:
     """What the base answers and what trained models do, of problems of data.test: first where they differ."""
-    first: dict[str, Unit] = {}
-    for unit in run.units(["evaluate"]):
-        first.setdefault(model_of(unit.key), unit)  # of the first seed
+    first = _judged(run)
     answers = {model: read_jsonl(unit.folder / PREDICTIONS) for model, unit in first.items()}
     problems, scorer = read_jsonl(first["base"].folder / PROBLEMS), scorer_name(run.config.data.scorer)
     scores = [*zip(*([row.get(scorer, 0) for row in rows] for rows in answers.values()), strict=True)]
@@ -48,9 +46,7 @@ def before_and_after(run: Run) -> str:
 
 def answers_to_some(run: Run) -> str:
     """Of preferences: what base and trained models answer to a few prompts of data.test, beside the better response."""
-    first: dict[str, Unit] = {}
-    for unit in run.units(["evaluate"]):
-        first.setdefault(model_of(unit.key), unit)
+    first = _judged(run)
     answers = {
         model: read_jsonl(unit.folder / SAMPLES) for model, unit in first.items() if (unit.folder / SAMPLES).exists()
     }
@@ -65,6 +61,14 @@ def answers_to_some(run: Run) -> str:
             ("the better response of the pair", escape(_cut(problem["solution"]))),
         )
     return section("Before and after", "Greedy answers to the first prompts of data.test, of the first seed.", html)
+
+
+def _judged(run: Run) -> dict[str, Unit]:
+    """By model the unit that judged it, of the first seed."""
+    first: dict[str, Unit] = {}
+    for unit in run.units(["evaluate"]):
+        first.setdefault(model_of(unit.key), unit)
+    return first
 
 
 def _verdict(score: float) -> str:
