@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         model = load_model(tmp_path, ModelConfig(dtype="float32", gradient_checkpointing=checkpointing))
         assert any(module.training for module in model.modules()) == checkpointing
         policy = SparsePolicy(model, random_selection(model))
-        policy.response_logps(batch_for(policy)).sum().backward()
+        policy.response_logps(batch_for(policy).to(model.device)).sum().backward()
         gradients.append(torch.cat([value.grad for value in policy.values.values()]))
     assert torch.equal(*gradients) and gradients[0].any()
 

@@ -52,7 +52,7 @@ def reference_unit(tmp_path):
 def test_a_reference_is_the_model_that_was_named(tmp_path, reference_unit):
     batch = collate(corpus := pair_corpus(), corpus.examples)
     with models.frozen_reference(reference_unit, str(tmp_path / "other"))() as opened:
-        found = opened.compute(batch)
+        found = opened.compute(batch.to(opened.device)).cpu()
     torch.testing.assert_close(found, ResponseLogps(tiny_llama(seed=5))(batch).detach())
     assert models.frozen_reference(reference_unit, None) is None
 

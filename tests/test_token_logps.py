@@ -65,7 +65,7 @@ def test_caps_of_any_size(softcap, impl):
 
 
 def test_a_frozen_weight_costs_nothing_and_zero_rows_are_skipped(monkeypatch):
-    hidden, weight, _, targets, upstream = inputs(16, 4, 11, torch.float32, False)
+    hidden, weight, _, targets, upstream = inputs(16, 4, 11, torch.float32, False, torch.device("cpu"))
     rows = []
 
     for name in ("target_and_lse", "d_logits"):

@@ -63,8 +63,9 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
             axis.margins(x=0.02)
             axis.grid(alpha=0.2)
         axes[0][0].set_ylabel(metric)
-        if len(seeds) > 1:
-            figure.legend(list(seeds), loc="outside right upper", fontsize=7, frameon=False)
+        labels = list(max(having.values(), key=len))
+        if len(labels) > 1:
+            figure.legend(labels, loc="outside right upper", fontsize=7, frameon=False)
         found.append(as_svg(figure, f"{metric} by training step"))
     return found
 
