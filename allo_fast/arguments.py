@@ -10,6 +10,7 @@ STAGES = "pretrain", "sft", "sample", "pairs", "warmup", "locate", "rewards", "f
 STAGES_WITH_MODELS = "pretrain", "sft", "warmup", "forget", "learn"
 STYLES = "alpaca_eval", "arena_hard"
 DEVICES = "h100", "a100"
+ADAPTERS = "supertuning", "shira"
 METHODS = "sparse-dpo", "allo", "dpo"
 
 _ABOUT = "The command line: `allo-fast run CONFIG [key.subkey=value ...]`, one stage, or a tool."
@@ -90,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--push-to-hub", metavar="USER/NAME", help="also uploads the folder there; see `hf auth login`"
     )
     command.add_argument("--private", action="store_true", help="a new repository on the hub is")
-    command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder with dense weights")
-    command.add_argument("gguf", type=Path)
-    command.add_argument("out", type=Path)
+    command = commands.add_parser("convert", help="a GGUF file -> a Hugging Face folder; PEFT's adapter <-> a delta")
+    command.add_argument("source", type=Path, help="GGUF file, folder of an adapter, or delta.safetensors")
+    command.add_argument("out", type=Path, help="folder, of an adapter the delta's file")
+    command.add_argument("--base", help="of an adapter or a delta: the model that it was trained on")
+    command.add_argument("--to", choices=ADAPTERS, help=f"what a delta becomes (default: {ADAPTERS[0]})")
     command = commands.add_parser("keys", help="every key of a config, with its default and what it does")
     command.add_argument("word", nargs="?", default="", help="in a key's name or its explanation")
     command.add_argument("--markdown", action="store_true", help="all of them, as docs/keys.md")

@@ -24,10 +24,11 @@ from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.config_keys import print_keys
 from allo_fast.console import say, show
+from allo_fast.converting import convert
 from allo_fast.durable import reason, versions
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
-from allo_fast.model.loading import convert_gguf, load_model, load_tokenizer
+from allo_fast.model.loading import load_model, load_tokenizer
 from allo_fast.model.saving import check_new, save_model
 from allo_fast.overview import print_status
 from allo_fast.plan.advice import advised
@@ -289,7 +290,7 @@ _COMMANDS = {
     "judge": _judge,
     "merge": _merge,
     "export": publish,
-    "convert": lambda options: convert_gguf(options.gguf, options.out),
+    "convert": convert,
     "kernels": _kernels,
     "env": _env,
 }

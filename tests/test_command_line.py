@@ -12,6 +12,7 @@ from allo_fast.__main__ import main
 from allo_fast.compare.judging import STYLES
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import NAMES_ELSEWHERE, known_keys, load_config
+from allo_fast.method.adapters import KINDS
 from allo_fast.plan.phase import DEVICES
 from allo_fast.stages import STAGES
 from allo_fast.stages.export import STAGES_WITH_MODELS
@@ -29,7 +30,7 @@ def run(code: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess
 
 def test_its_words_are_those_of_the_modules():
     assert tuple(STAGES) == arguments.STAGES and STAGES_WITH_MODELS == arguments.STAGES_WITH_MODELS
-    assert tuple(STYLES) == arguments.STYLES and tuple(DEVICES) == arguments.DEVICES
+    assert KINDS == arguments.ADAPTERS and tuple(STYLES) == arguments.STYLES and tuple(DEVICES) == arguments.DEVICES
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["run"]])

@@ -17,7 +17,7 @@ import allo_kernels
 ROOT = Path(__file__).parents[1]
 FLOORS = "errors section device config_train config_sections config signals durable journal config_file".split()
 FLOORS += "config_keys ranks data model method training locating plan runs stages report compare".split()
-FLOORS += "starting overview publishing arguments console commands".split()
+FLOORS += "starting overview publishing converting arguments console commands".split()
 SOURCES = ("allo_fast", "benchmarks", "examples", "kernels", "tests")
 PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
 
