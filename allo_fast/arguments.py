@@ -21,7 +21,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = "; settings are written key.subkey=value" if hasattr(options, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{settings}")
     if rest:  # overrides after --rerun
         options.overrides += rest
     return options

@@ -70,7 +70,7 @@ NAMES_ELSEWHERE = {
     theirs: ours
     for ours, every in {
         "learning_rate": "lr",
-        "num_train_epochs": "epochs num_epochs",
+        "num_train_epochs": "epochs num_epochs max_steps",
         "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size per_device_batch_size",
         "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation_steps",
         "max_grad_norm": "grad_clip clip_grad gradient_clipping",
@@ -88,7 +88,7 @@ NAMES_ELSEWHERE = {
         "data.test": "eval_dataset eval_file test_file test_datasets",
         "data.test_size": "val_size val_set_size test_split_size validation_split",
         "data.max_prompt_tokens": "max_prompt_length",
-        "data.max_response_tokens": "max_length max_completion_length cutoff_len sequence_len max_seq_length",
+        "data.max_response_tokens": "max_completion_length",
         "report_to": "logger log_with use_wandb use_tensorboard wandb_project",
         "seeds": "seed data_seed",
         "name": "run_name",
@@ -96,12 +96,28 @@ NAMES_ELSEWHERE = {
         "warmup.lora.r": "lora_r lora_rank",
         "warmup.lora.target_modules": "lora_target_modules lora_target",
         "save_steps": "save_strategy",
+        "eval_steps": "eval_strategy evaluation_strategy",
         "learn.reference": "ref_model ref_model_path ref_model_name_or_path",
         "learn.ratio": "sparsity mask_ratio neuron_ratio",
         "sample.num_return_sequences": "num_generations num_samples",
         "save_models": "save_safetensors save_only_model",
     }.items()
     for theirs in every.split()
+}
+
+_LIMITS = "prompts and responses have limits of their own: data.max_prompt_tokens, data.max_response_tokens"
+# What they type that is no key here, and how it is.
+NOT_KEYS = {
+    **dict.fromkeys("max_length cutoff_len sequence_len max_seq_length".split(), _LIMITS),
+    "resume_from_checkpoint": "the same command goes on where it ended",
+    "push_to_hub": "`allo-fast export --push-to-hub USER/NAME` uploads a stage's model",
+    "logging_steps": "every step is written to metrics.jsonl and to what report_to names",
+    "precompute_ref_log_probs": "the reference is computed once and kept",
+    "padding_free": "rows are packed without padding where the model can",
+    "packing": "rows are packed without padding where the model can",
+    "optim": "the optimizer is AdamW, of fp32 states for the weights that train",
+    "sync_ref_model": "the reference stays as it is; `rounds` goes on from what was trained",
+    "f_divergence_type": "it is the reverse KL; loss_type has other losses",
 }
 
 
@@ -203,13 +219,15 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
     where = ".".join(map(str, first["loc"]))
     section, _, last = where.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == section]
+    if last in NOT_KEYS:
+        return f"{where}: unknown key; {NOT_KEYS[last]}"
     if meant := NAMES_ELSEWHERE.get(last):
         places = [name for name in known if f".{name}".endswith(f".{meant}")]
         return (
             f"{where}: unknown key; did you mean {min(places, key=lambda n: (n not in siblings, _is_less_likely(n)))}?"
         )
-    elsewhere = [name for name in known if name.endswith(f".{where}")]
-    near = difflib.get_close_matches(where, siblings, n=1) or sorted(elsewhere, key=_is_less_likely)[:1]
+    elsewhere = [name for name in known if name.endswith(f".{last}")]
+    near = sorted(elsewhere, key=_is_less_likely)[:1] or difflib.get_close_matches(where, siblings, n=1)
     near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
     said = f"did you mean {near[0]}?" if near else "`allo-fast keys WORD` finds those there are"
     return f"{where}: unknown key; {said}"

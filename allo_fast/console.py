@@ -20,14 +20,15 @@ def show(label: str, work: Generator[Progress, None, object]) -> object:
     """Runs a generator of progress behind a bar; returns what it returns."""
     file = sys.stderr if ranks.is_main() else StringIO()
     with logging_redirect_tqdm(), tqdm(desc=label, mininterval=0.5, file=file) as bar:  # what is said has its own lines
+        noun = None  # a bar that TQDM_DISABLE switches off has no unit
         while True:
             try:
                 progress = next(work)
             except StopIteration as end:
                 return end.value
             signals.check()
-            if bar.unit != progress.noun:
-                bar.unit = progress.noun
+            if noun != progress.noun:
+                bar.unit = noun = progress.noun
                 bar.reset(progress.total)
             bar.set_postfix({key: f"{value:.3g}" for key, value in progress.notes.items()}, refresh=False)
             bar.update(progress.done - bar.n)

@@ -5,34 +5,41 @@ import argparse
 from transformers import AutoConfig
 
 from allo_fast.config import ModelConfig, UserError
-from allo_fast.method.adapters import ADAPTER, delta_of, save_adapter
+from allo_fast.method.adapters import ADAPTER, base_of, delta_of, save_adapter
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.loading import convert_gguf, folder_of, load_model
-from allo_fast.model.saving import check_new
 
 
 def convert(options: argparse.Namespace) -> None:
     """options: source, out, base (a model's folder or hub id, or None), to (a kind of adapter, or None)."""
     source, out, base = options.source, options.out, options.base
     adapter, delta = (source / ADAPTER).is_file(), source.suffix == ".safetensors"
+    if (source.parent / ADAPTER).is_file():
+        raise UserError(f"{source}: of an adapter; name its folder, {source.parent}")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    if source.is_dir() and not adapter:
+        raise UserError(f"{source}: no adapter (it has no {ADAPTER}); of a run, name a stage's delta.safetensors")
     if base is None and (adapter or delta):
         raise UserError(f"{source}: add --base MODEL, which it was trained on")
     if options.to and not delta:
-        raise UserError("--to: of a delta, into an adapter of PEFT's")
+        raise UserError(f"--to: what a delta becomes; {source} is {'an adapter' if adapter else 'none'}")
     cpu = ModelConfig(device="cpu")
     if adapter:
-        check_new(out)
+        if out.exists():
+            raise UserError(f"{out}: exists already; name a file that does not")
         check_model(base)
         dtype = str(AutoConfig.from_pretrained(folder_of(base)).dtype or "float32").removeprefix("torch.")
         delta_of(source, load_model(base, cpu, dtype=dtype)).save(out)
+        print(f"whether {base} is the model that it was trained on is not known; its {ADAPTER} names {base_of(source)}")
     elif delta:
         trained = Delta.load(source)
         model = load_model(base, cpu, dtype=trained.dtype)
         stops = stop_tokens(model)
-        if missed := save_adapter(trained, model, base, options.to or "supertuning", out):
-            print(f"{missed} weights are rounded otherwise than they were trained")
+        changed, missed = save_adapter(trained, model, base, options.to or "supertuning", out)
+        print(f"{changed} weights are changed; PEFT makes {missed} of them a neighbour of the number that was trained")
         if trained.stops and {*trained.stops} != stops:
             print(f"the trained model stops at the tokens {[*trained.stops]}, which an adapter does not say")
     elif base is not None:

@@ -1,6 +1,7 @@
 """The command line before and after its work: help at once, names that others use, ends that programs understand."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from allo_fast import __version__, arguments
 from allo_fast.__main__ import main
 from allo_fast.compare.judging import STYLES
 from allo_fast.config import Config, UserError
-from allo_fast.config_file import NAMES_ELSEWHERE, known_keys, load_config
+from allo_fast.config_file import NAMES_ELSEWHERE, NOT_KEYS, known_keys, load_config
 from allo_fast.method.adapters import KINDS
 from allo_fast.plan.phase import DEVICES
 from allo_fast.stages import STAGES
@@ -98,6 +99,41 @@ def test_the_names_of_others_are_for_keys_that_there_are():
     for theirs, ours in NAMES_ELSEWHERE.items():
         assert any(f".{key}".endswith(f".{ours}") for key in known), ours
         assert theirs not in known, "then nobody asks"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("save_steps", "did you mean learn.save_steps?"),
+        ("eval_steps", "did you mean learn.eval_steps?"),
+        ("learn.eval_strategy", "did you mean learn.eval_steps?"),
+        ("learn.gradient_checkpointing", "did you mean model.gradient_checkpointing?"),
+        ("learn.max_steps", "did you mean learn.num_train_epochs?"),
+        ("learn.max_length", "data.max_prompt_tokens, data.max_response_tokens"),
+        ("resume_from_checkpoint", "the same command goes on"),
+        ("push_to_hub", "`allo-fast export --push-to-hub USER/NAME`"),
+    ],
+)
+def test_what_others_names_lead_to(key, said):
+    with pytest.raises(UserError, match=re.escape(f"{key}: unknown key; ") + ".*" + re.escape(said)):
+        load_config(ROOT / "configs/quickstart.yaml", [f"{key}=5"])
+    assert not {*NOT_KEYS} & {*NAMES_ELSEWHERE, *known_keys(Config)}
+
+
+def test_settings_with_dashes(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "my.yaml", "--learn.ratio=0.1"])
+    assert "--learn.ratio=0.1; settings are written key.subkey=value" in capsys.readouterr().err
+
+
+def test_progress_may_be_switched_off():
+    code = """
+from allo_fast.console import show
+from allo_fast.runs.unit import Progress
+print(show("a", (Progress(n, 2, "step") for n in range(3))))
+"""
+    done = run("import os; os.environ['TQDM_DISABLE'] = '1'" + code)
+    assert done.stdout == "None\n" and done.returncode == 0, done.stderr
 
 
 def test_a_mistake_ends_with_2(capsys):

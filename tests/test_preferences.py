@@ -193,6 +193,14 @@ ASIDE = {
         {**BASE, "context": "The oven is on."},
         "context: looks like context, and is not read beside chosen, prompt",
     ),
+    "misspelt": ({**BASE, "sytem": "Be brief."}, "'sytem', not 'system': looks like context"),
+    "one of several": ({**BASE, "instructions": "Be brief."}, "'instructions', not 'instruction': looks like context"),
+    "a list misspelt": ({**BASE, "contexts": ["x"]}, "'contexts', not 'context': looks like context"),
+    "a persona": ({**BASE, "persona": "A cook."}, "persona: looks like context"),
+    "two systems": (
+        {**BASE, "system": "Be brief.", "prompt": [{"role": "system", "content": S}, *said(Q)]},
+        "a system text beside a prompt that has another one",
+    ),
     "documents": ({**BASE, "documents": ["x"]}, "documents: looks like context"),
     "a transcript's last turn is the user's": (
         {"chosen": f"{HH} {A}", "rejected": f"{HH} {B}\n\nHuman: Why?"},
@@ -320,3 +328,9 @@ def test_judged_completions_are_grouped_by_their_prompt(tmp_path):
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="no usable row; .*no wrong completion"):
         read_problems(str(path), "preference")
+
+
+@pytest.mark.parametrize("name", ["instruction_id", "prompt_id", "conversations_id", "source", "language", "weighted"])
+def test_what_is_about_a_row_is_no_context(name):
+    assert read_preference({**BASE, name: "x"}) == read_preference(BASE)
+    assert read_preference({**BASE, "documents_": 5}) == read_preference(BASE), "a number says nothing"

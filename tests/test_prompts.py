@@ -6,6 +6,8 @@ from tokenizers import AddedToken
 
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.data.conversations import THOUGHTS
+from allo_fast.data.preferences import read_preference
 from allo_fast.data.prompts import INSTRUCTION, Prompts, as_text, turn_text
 from allo_fast.data.sources import UnusableRow
 
@@ -136,6 +138,59 @@ def test_a_text_in_the_chat_format_is_not_wrapped_again(tokenizer, prompt):
     assert prompts.encode(prompt, ["So."]) == prompts.encode("How?", ["So."])
 
 
+# As SmolLM2's: the token that begins every turn is the tokenizer's BOS, the one that ends it its EOS, and who says
+# nothing about the system gets one.
+OPENED_BY_BOS = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML
+)
+
+
+def opened_by_bos():
+    return byte_level("<|endoftext|>", eos="<|im_end|>", bos="<|im_start|>", template=OPENED_BY_BOS)
+
+
+@pytest.mark.parametrize("response", ["So.", "So.<|im_end|>", "So.<|im_end|><|endoftext|>"])
+@pytest.mark.parametrize("system", ["", "<|im_start|>system\nBe brief.<|im_end|>\n"])
+def test_a_bos_that_begins_every_turn(system, response):
+    prompts = Prompts(opened_by_bos())
+    text = f"{system}<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"
+    prompt, (ids,) = prompts.encode(text, [response])
+    assert prompts.tokenizer.decode(prompt) == text and prompts.tokenizer.decode(ids) == "So.<|im_end|>"
+    if system:
+        assert prompts.encode([{**SYSTEM, "content": "Be brief."}, {"role": "user", "content": "How?"}], ["So."]) == (
+            prompt,
+            [ids],
+        )
+    with pytest.raises(UnusableRow, match="already in the chat format, and would be wrapped again"):
+        prompts.encode([{"role": "user", "content": text}], ["So."])
+    assert "<|im_start|>user\nWhat is <|im_start|>?<|im_end|>" in prompts.tokenizer.decode(
+        prompts.encode_prompt("What is <|im_start|>?")
+    )
+
+
+def test_a_conversation_that_was_cut_before_the_space_in_front_of_its_response():
+    """Where two texts begin alike, up to a word's end, is where their prompt ends."""
+    row = {
+        side: f"<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>"
+        for side, said in (("chosen", "So."), ("rejected", "No."))
+    }
+    preference = read_preference(row)
+    prompts = Prompts(opened_by_bos())
+    encoded = prompts.encode(preference.prompt, [*preference.right, *preference.wrong])
+    assert encoded == prompts.encode("<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n", ["So.", "No."])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "zephyr"])
+def test_turns_within_a_message(name):
+    prompts = Prompts(family(name))
+    frame = prompts.frame
+    with pytest.raises(UnusableRow, match="a message holds turns of the chat format"):
+        prompts.encode(f"How?{frame.end_text}\n{frame.opening}So.{frame.end_text}\nAnd now?", ["So."])
+    with pytest.raises(UnusableRow, match="a message holds turns of the chat format"):
+        prompts.encode([{"role": "user", "content": f"How?{frame.end_text}{frame.opening}So."}], ["So."])
+
+
 @pytest.mark.parametrize("words", ["What does %s mean?", "%s is what?", "Is it %s"])
 def test_a_text_about_the_chat_format_is_wrapped(words):
     for name, mark in (("chatml", "<|im_start|>"), ("mistral-v3", "[INST]"), ("vicuna", "USER:")):
@@ -261,8 +316,20 @@ def test_tools_that_the_template_leaves_out_are_said():
     tokenizer = byte_level(*CHAT, eos="<|im_end|>", template="{{ tools | tojson if tools else '' }}" + CHATML)
     tools = [{"type": "function", "function": {"name": "heat", "description": "x", "parameters": {}}}]
     assert "heat" in tokenizer.decode(Prompts(tokenizer).encode("How?", ["So."], tools)[0])
-    with pytest.raises(UnusableRow, match="leaves out a tool: 'heat'"):
-        Prompts(chatml()).encode("How?", ["So."], tools)
+    with pytest.raises(UnusableRow, match="leaves out the tools: "):
+        Prompts(chatml()).encode("How? Heat it, or heat it not.", ["So."], tools)
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_thoughts_beside_a_response_that_the_template_leaves_out_are_said(name):
+    """Also where the response says the same words."""
+    turn = {"role": "assistant", "content": "Summer is warm.", name: "warm"}
+    with pytest.raises(UnusableRow, match=f"leaves out the response's {name}: 'warm'"):
+        Prompts(chatml()).encode("How?", [turn])
+    template = turns("<|im_start|>%s\n{{ m." + name + " }}", "<|im_end|>\n", "<|im_start|>assistant\n")
+    tokenizer = byte_level(*CHAT, eos="<|im_end|>", template=template)
+    (response,) = Prompts(tokenizer).encode("How?", [turn])[1]
+    assert tokenizer.decode(response) == "warmSummer is warm.<|im_end|>"
 
 
 def test_the_papers_instruction_and_rewriting_prompt():

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from allo_fast.data.conversations import MEDIA, Messages, as_messages, functions, parse_transcript, text
 from allo_fast.data.sources import UnusableRow, lacks, parse_json
@@ -17,8 +18,10 @@ PROMPTS = ("prompt", "question", "instruction", "query", "input", "conversations
 SYSTEMS = ("system", "system_prompt", "system_message")
 CONTEXT = (  # is read, or the row is set aside
     *(*PROMPTS, *SYSTEMS, *MEDIA, "tools", "functions", "documents", "document", "passage", "knowledge", "preamble"),
+    *("dialog", "dialogue", "persona", "background", "article", "source_document", "sys", "previous_messages"),
     *("chat_history", "system_instruction", "sys_prompt", "custom_system_prompt", "chat_template_kwargs"),
 )
+_ALIKE = 0.88  # of two names, of which one is the other misspelt
 _BETTER = {"chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output"}
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
@@ -81,8 +84,11 @@ def read_preference(row: dict) -> Preference:
 def _context_of(row: dict, used: set[str], known: Sequence) -> str:
     """A field that looks like context, however it is written, is none of `used` and says nothing that is known."""
     names = {key: key.strip().casefold() for key in row if key not in used and row[key] and row[key] not in known}
-    left = (key if key == name else f"{key!r}, not {name!r}" for key, name in names.items() if name in CONTEXT)
-    return next(left, "")
+    for key, name in names.items():
+        alike = _ALIKE if isinstance(row[key], str | list | dict) and not name.endswith("_id") else 1
+        for meant in get_close_matches(name, CONTEXT, n=1, cutoff=alike):
+            return key if key == meant else f"{key!r}, not {meant!r}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,9 @@ def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict
             plain, messages = value, messages if messages[-1]["content"] else messages[:-1]
     earlier = _system(row, used) + _history(row, used)
     if earlier:
+        own = [m for m in messages or () if m["role"] in ("system", "developer") and m not in earlier]
+        if own and earlier[0]["role"] == "system":
+            raise UnusableRow("a system text beside a prompt that has another one")
         messages, plain = messages or ([{"role": "user", "content": value}] if name else []), None
         messages = [message for message in earlier if message not in messages[:1]] + messages
     return messages or value, _tools(row, used), plain

@@ -12,11 +12,12 @@ from os.path import commonprefix
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
-from allo_fast.data.conversations import Messages
+from allo_fast.data.conversations import THOUGHTS, Messages
 from allo_fast.data.preferences import Turn
 from allo_fast.data.sources import UnusableRow
 from allo_fast.data.templates import Frame, check_complete
 
+_ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")  # that dumps of texts have
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response: Let's think step by step."
@@ -60,7 +61,9 @@ class Prompts:
         self.frame = Frame(tokenizer, self.render) if self.chat else None
         self.end_token = self.frame.end_token if self.chat else tokenizer.eos_token_id
         self.end_tokens = {self.end_token, tokenizer.eos_token_id}
-        ends = "|".join(re.escape(tokenizer.convert_ids_to_tokens(token)) for token in self.end_tokens)
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        named = {*map(tokenizer.convert_ids_to_tokens, self.end_tokens), *special.intersection(_ENDS)}
+        ends = "|".join(map(re.escape, sorted(named)))
         self._ending = re.compile(rf"(\s*({ends}))+\s*\Z")
 
     def encode_prompt(self, prompt: str | Messages, tools: list[dict] | None = None, suffix: str = "") -> list[int]:
@@ -106,13 +109,15 @@ class Prompts:
 
     def render(self, messages: Messages, tools: list[dict] | None = None, opened: bool = False, **settings) -> str:
         """The conversation as the chat template writes it; opened: ready for the assistant. Raises UnusableRow."""
-        settings = {**self.template_kwargs, **settings}
+        settings = {"tokenize": False, "add_generation_prompt": opened, **self.template_kwargs, **settings}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=opened, **settings
-            )
+            text = self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
+            left_out = tools and text == self.tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # a template is code of the model's author: it may raise anything
             raise UnusableRow(f"the chat template refuses it: {error}") from error
+        if left_out:
+            raise UnusableRow(f"the chat template leaves out the tools: {json.dumps(tools, ensure_ascii=False)[:80]}")
+        return text
 
     def _prompt_text(self, prompt: str | Messages, tools: list[dict] | None) -> str:
         if not self.chat:
@@ -137,6 +142,8 @@ class Prompts:
             if not isinstance(turn, str):
                 raise UnusableRow("a response with more than text does not go with a prompt that is a text")
             before = self._prompt_text(prompt, tools)
+            if lacking := before.partition(prompt)[2] if self.chat else "":
+                turn = turn.removeprefix(lacking)  # a conversation that was cut before it
             gap = self.frame.gap if self.chat else " " * before.endswith("\n\nAssistant:")
             end = self.frame.end_text if self.chat and self.frame.closes else ""
             return before + gap * (not turn[:1].isspace()) + turn + end
@@ -147,6 +154,9 @@ class Prompts:
             *messages, begun = messages
             turn = {**begun, **turn, "content": begun["content"] + turn["content"]}
         text = self.render([*messages, turn], tools)
+        for key in {*THOUGHTS} & turn.keys():
+            if self.render([*messages, {k: v for k, v in turn.items() if k != key}], tools) == text:
+                raise UnusableRow(f"the chat template leaves out the response's {key}: {turn[key][:80]!r}")
         before = len(self.render(messages, tools)) if turn.get("tool_calls") else 0
         check_complete(text, text[before:], messages, turn, tools)
         return text
@@ -188,7 +198,9 @@ class Prompts:
             prompt = [_user(self.template.replace("{}", prompt, 1))]
         elif any(self.frame.contains(message["content"]) for message in prompt):
             raise UnusableRow("a message is already in the chat format, and would be wrapped again")
-        bos = self.tokenizer.bos_token or "\0"
+        if within := next(filter(None, map(self.frame.turn_within, prompt)), None):
+            raise UnusableRow(f"a message holds turns of the chat format: ...{within[:80]!r}")
+        bos = self.frame.bos or "\0"
         return [{**message, "content": self._trimmed(message["content"]).removeprefix(bos)} for message in prompt]
 
     def _plain(self, prompt: str | Messages, tools: list[dict] | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
-from allo_fast.data.conversations import THOUGHTS, Messages
+from allo_fast.data.conversations import Messages
 from allo_fast.data.sources import UnusableRow
 
 _QUESTION, _ANSWER = "7kvestion7", "7risponse7"  # words that no template writes
@@ -27,7 +27,9 @@ class Frame:
             raise UserError(f"{tokenizer.name_or_path}: a question and its answer: {error}") from None
         added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         closing = tokenizer(whole.rpartition(_ANSWER)[2], add_special_tokens=False).input_ids
-        self.added, self.bos = added.keys(), tokenizer.bos_token
+        bos = tokenizer.bos_token
+        self.added = added.keys()
+        self.bos = bos if bos and whole.count(bos) <= 1 else None  # else it opens every turn
         special = [token for token in closing if token in added and tokenizer.added_tokens_decoder[token].special]
         ends = special or [token for token in closing if token in added]
         self.closes = bool(ends)
@@ -48,6 +50,11 @@ class Frame:
         begins = inner.startswith((*self.marks, *[self.head] * bool(self.head)))
         ends = inner.endswith((*self.marks, self.end_text, *[self.tail.strip()] * bool(self.tail.strip())))
         return begins and (ends or bool(self.opening.strip()) and self.opening.strip() in inner)
+
+    def turn_within(self, message: dict) -> str:
+        """Of a message that ends a turn and begins the assistant's: from that end on; else nothing."""
+        _, end, behind = message["content"].partition(self.end_text)
+        return end + behind if self.opening.strip() and self.opening.strip() in behind else ""
 
     def completed(self, text: str) -> str:
         """A text in the chat format with what it lacks of BOS and of the assistant's header."""
@@ -82,7 +89,6 @@ def check_complete(text: str, added: str, messages: Messages, turn: dict, tools:
         pieces = [piece for piece in re.split(r"</?think>", turn["content"]) if piece.strip()]
         parts += [("the response's thoughts", piece, text) for piece in pieces[:-1]]
         parts += [("the response", piece, text) for piece in pieces[-1:]]
-    parts += [(f"the response's {key}", turn[key], text) for key in THOUGHTS if isinstance(turn.get(key), str)]
     parts += [("a call", part, text) for message in messages for part in _call_parts(message)]
     parts += [("a call", part, added) for part in _call_parts(turn)]
     described = [tool.get("function", tool) for tool in tools or []]

@@ -59,7 +59,7 @@ class Losses:
                 return
         raise UserError(
             f"locate.score: {score}: expected a loss that depends on the model, got none in {examples} examples; "
-            "do they differ, and does any token weigh?"
+            "do they differ, and does any token, and any loss_weight, weigh?"
         )
 
     def _loss(self, share: float, batch: Batch, logps: Tensor) -> Tensor:

@@ -48,17 +48,19 @@ class _Change:
         return index[order].int(), torch.nn.functional.pad(self.added, (0, length - len(self.index)))[order]
 
 
-def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: str, out: Path) -> int:
+def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: str, out: Path) -> tuple[int, int]:
     """Writes what `delta` changes of `base`, which it was trained on, as a folder for `PeftModel.from_pretrained`.
 
     name: by which PEFT finds the base. kind: one of KINDS. PEFT wants as many entries of every layer as the densest
     needs, of super-tuning by its share of the layer, of SHiRA by r (in + out); zeros fill up the others. Afterwards the
-    base is the trained model. Returns how many weights PEFT makes another than they were trained to. Raises UserError
-    where something else than linear layers changed, or the folder exists.
+    base is the trained model. Returns how many weights it changes, and of how many PEFT makes a neighbour of what was
+    trained. Raises UserError for another base, where something else than linear layers changed, and where the folder
+    exists.
     """
     check_new(out)
+    delta.check(fingerprint(base))
     originals = {n: gather(weight.detach(), delta.positions[n]) for n, weight in _changed(delta, base)}
-    delta.merge_into(base)
+    delta.set_into(base)
     changes, missed = [], 0
     for n, weight in _changed(delta, base):
         before, after = originals[n], gather(weight.detach(), delta.positions[n])
@@ -92,7 +94,7 @@ def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: st
         save_file(tensors, partial / _TENSORS, {"format": "pt"})
         as_any_file(partial / _TENSORS)
         (partial / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")
-    return missed
+    return sum(len(change.index) for change in changes), missed
 
 
 def _changed(delta: Delta, base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -160,6 +162,11 @@ def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
         trained[name] = _sum(before, added[moves], kind).float()
     dtype = str(base.dtype).removeprefix("torch.")
     return Delta(fingerprint(base), dtype, positions, trained, where=str(folder))
+
+
+def base_of(folder: Path) -> str:
+    """The base that the adapter in `folder` says it was trained on; None where it says none."""
+    return str(json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path"))
 
 
 def _read(folder: Path) -> tuple[str, dict[str, Tensor]]:

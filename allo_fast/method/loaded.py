@@ -138,6 +138,8 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
     weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path}: an adapter of PEFT's; `allo-fast convert` makes a delta of it")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; stages that train some of the weights leave a delta.safetensors")
     scale, delta, weights = _checked(scale), Delta.load(path), named_weights(model)

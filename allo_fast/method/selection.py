@@ -133,7 +133,10 @@ class Selection:
     def check(self, model: nn.Module) -> None:
         """Raises UserError when it was made for another model."""
         if (base := fingerprint(model)) != self.base:
-            raise UserError(f"{self.where}: made for the model {self.base[:12]}, got the model {base[:12]}")
+            raise UserError(
+                f"{self.where}: made for the model {self.base[:12]}, got the model {base[:12]}; it goes with its "
+                "base in the dtype that it had, untrained"
+            )
         weights = named_weights(model)
         for name in self.names:
             if name not in weights or size_of(weights[name]) != self._positions[name].sizes[0]:

@@ -45,7 +45,7 @@ class Run:
         Raises UserError where there is none.
         """
         if not (path := folder / CONFIG).is_file():
-            raise UserError(f"{folder}: not the folder of a run (it has no {CONFIG})")
+            raise UserError(f"{folder}: not the folder of a run, as runs/NAME (it has no {CONFIG})")
         return cls(load_config(path), stages, folder=folder)
 
     def _claim(self) -> None:
