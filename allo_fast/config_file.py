@@ -70,7 +70,7 @@ NAMES_ELSEWHERE = {
     theirs: ours
     for ours, every in {
         "learning_rate": "lr",
-        "num_train_epochs": "epochs num_epochs max_steps",
+        "num_train_epochs": "epochs num_epochs",
         "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size per_device_batch_size",
         "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation_steps",
         "max_grad_norm": "grad_clip clip_grad gradient_clipping",
@@ -109,10 +109,11 @@ _LIMITS = "prompts and responses have limits of their own: data.max_prompt_token
 # What they type that is no key here, and how it is.
 NOT_KEYS = {
     **dict.fromkeys("max_length cutoff_len sequence_len max_seq_length".split(), _LIMITS),
+    "max_steps": "training is counted in epochs: num_train_epochs",
     "resume_from_checkpoint": "the same command goes on where it ended",
     "push_to_hub": "`allo-fast export --push-to-hub USER/NAME` uploads a stage's model",
     "logging_steps": "every step is written to metrics.jsonl and to what report_to names",
-    "precompute_ref_log_probs": "the reference is computed once and kept",
+    "precompute_ref_log_probs": "the reference is computed once and kept, or with reference: online in every step",
     "padding_free": "rows are packed without padding where the model can",
     "packing": "rows are packed without padding where the model can",
     "optim": "the optimizer is AdamW, of fp32 states for the weights that train",
@@ -226,7 +227,7 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
         return (
             f"{where}: unknown key; did you mean {min(places, key=lambda n: (n not in siblings, _is_less_likely(n)))}?"
         )
-    elsewhere = [name for name in known if name.endswith(f".{last}")]
+    elsewhere = [name for name in known if f".{name}".endswith(f".{last}")]
     near = sorted(elsewhere, key=_is_less_likely)[:1] or difflib.get_close_matches(where, siblings, n=1)
     near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
     said = f"did you mean {near[0]}?" if near else "`allo-fast keys WORD` finds those there are"

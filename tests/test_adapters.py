@@ -69,10 +69,13 @@ def test_peft_makes_the_trained_model_of_it(tmp_path, capsys, kind, dtype):
     write_delta(model, tmp_path / "delta.safetensors")
     assert convert(tmp_path, "delta.safetensors", kind, "--to", kind) == 0
     said = capsys.readouterr().out
-    changed, missed = map(int, re.findall(r"\d+", said.splitlines()[-2]))
+    found = re.search(r"(\d+) weights are changed; PEFT makes (\d+) of them another number, by at most (\S+)", said)
+    changed, missed, apart = int(found[1]), int(found[2]), float(found[3])
     merged = as_peft_does(tmp_path / kind, again(tmp_path, dtype))
     trained, untrained = weights_of(model), weights_of(again(tmp_path, dtype))
     differ = {name: int((weight != trained[name]).sum()) for name, weight in weights_of(merged).items()}
+    errors = [(weight.float() - trained[name].float()).abs().max() for name, weight in weights_of(merged).items()]
+    assert apart == pytest.approx(max(errors).item(), rel=0.05)
     moved = sum(int((weight != trained[name]).sum()) for name, weight in untrained.items())
     assert said.splitlines()[-1] == str(tmp_path / kind) and "stops at" not in said
     assert sum(differ.values()) == missed < moved / 4 and changed == moved > 300
@@ -91,7 +94,7 @@ def test_what_peft_trained_becomes_a_delta(tmp_path, capsys, kind, dtype):
     adapted = peft.get_peft_model(again(tmp_path, dtype), config)
     adapted.save_pretrained(tmp_path / "adapter")
     assert convert(tmp_path, "adapter", "delta.safetensors") == 0
-    assert f"its adapter_config.json names {tmp_path / 'base'}" in capsys.readouterr().out
+    assert f"says that it was trained on {tmp_path / 'base'}" in capsys.readouterr().out
     delta, model = Delta.load(tmp_path / "delta.safetensors"), again(tmp_path, dtype)
     assert delta.dtype == str(dtype).removeprefix("torch.") and len(delta.positions) == 4
     delta.merge_into(model)
@@ -244,12 +247,12 @@ def test_damaged_adapters(tmp_path, capsys, name):
     path = tmp_path / "adapter" / name
     path.write_bytes(path.read_bytes()[:-9])
     assert (
-        convert(tmp_path, "adapter", "new") == 2
+        convert(tmp_path, "adapter", "new.safetensors") == 2
         and "not an adapter of PEFT's in safetensors" in capsys.readouterr().err
     )
     path.write_bytes(b"[]" if name.endswith("json") else b"")
     assert (
-        convert(tmp_path, "adapter", "new") == 2
+        convert(tmp_path, "adapter", "new.safetensors") == 2
         and "not an adapter of PEFT's in safetensors" in capsys.readouterr().err
     )
 
@@ -259,19 +262,42 @@ def test_settings_that_do_not_belong(tmp_path, capsys):
     adapter(tmp_path, "shira", r=2)
     config = tmp_path / "adapter/adapter_config.json"
     config.write_text(config.read_text().replace('"fan_in_fan_out": false', '"fan_in_fan_out": true'))
-    assert convert(tmp_path, "adapter", "new") == 2 and "fan_in_fan_out" in capsys.readouterr().err
-    assert convert(tmp_path, "adapter", "new", "--to", "shira") == 2
+    assert convert(tmp_path, "adapter", "new.safetensors") == 2 and "fan_in_fan_out" in capsys.readouterr().err
+    assert convert(tmp_path, "adapter", "new.safetensors", "--to", "shira") == 2
     assert "adapter is an adapter" in capsys.readouterr().err
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     for source, said in {
         "a.gguf": "--base: of an adapter or a delta",
         "nothing": "nothing: no such file or folder",
         "base": "base: no adapter (it has no adapter_config.json); of a run, name a stage's delta.safetensors",
+        "adapter/none.safetensors": "no such file",
         "adapter/adapter_model.safetensors": f"name its folder, {tmp_path / 'adapter'}",
     }.items():
         assert convert(tmp_path, source, "new") == 2 and said in capsys.readouterr().err
     with pytest.raises(UserError, match="an adapter of PEFT's; `allo-fast convert` makes a delta of it"):
         load_delta(tiny_llama(), tmp_path / "adapter")
     assert convert(tmp_path, "a.gguf", "new", "--to", "shira") == 2 and "a.gguf is none" in capsys.readouterr().err
-    assert convert(tmp_path, "adapter", "base") == 2
-    assert "exists already" in capsys.readouterr().err
+    for out in ("base", "delta", "a.gguf"):
+        assert convert(tmp_path, "adapter", out) == 2
+        assert "name a file that does not exist, as delta.safetensors" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_another(tmp_path):
+    """As Trainer leaves them: each checkpoint's within the last one's folder."""
+    base_in(tmp_path)
+    adapter(tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "checkpoint-1")
+    adapter(tmp_path)
+    (tmp_path / "checkpoint-1").rename(tmp_path / "adapter/checkpoint-1")
+    assert convert(tmp_path, "adapter/checkpoint-1", "adapter/delta.safetensors") == 0
+    assert convert(tmp_path, "adapter/delta.safetensors", "again") == 0
+
+
+def test_an_adapter_that_changes_nothing(tmp_path, capsys):
+    base_in(tmp_path)
+    tensors = adapter(tmp_path)
+    for found in ({}, {name: tensor * 0 for name, tensor in tensors.items() if name.endswith("values")}):
+        kept = {name: tensor for name, tensor in tensors.items() if name.endswith("indices")} if found else {}
+        save_file(found | kept, tmp_path / "adapter/adapter_model.safetensors")
+        assert convert(tmp_path, "adapter", "new.safetensors") == 2
+        assert "adapter: it changes nothing" in capsys.readouterr().err

@@ -199,7 +199,7 @@ ASIDE = {
     "a persona": ({**BASE, "persona": "A cook."}, "persona: looks like context"),
     "two systems": (
         {**BASE, "system": "Be brief.", "prompt": [{"role": "system", "content": S}, *said(Q)]},
-        "a system text beside a prompt that has another one",
+        "a system text beside another one",
     ),
     "documents": ({**BASE, "documents": ["x"]}, "documents: looks like context"),
     "a transcript's last turn is the user's": (

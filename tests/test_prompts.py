@@ -181,14 +181,15 @@ def test_a_conversation_that_was_cut_before_the_space_in_front_of_its_response()
     assert encoded == prompts.encode("<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n", ["So.", "No."])
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "zephyr"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_turns_within_a_message(name):
     prompts = Prompts(family(name))
-    frame = prompts.frame
-    with pytest.raises(UnusableRow, match="a message holds turns of the chat format"):
-        prompts.encode(f"How?{frame.end_text}\n{frame.opening}So.{frame.end_text}\nAnd now?", ["So."])
-    with pytest.raises(UnusableRow, match="a message holds turns of the chat format"):
-        prompts.encode([{"role": "user", "content": f"How?{frame.end_text}{frame.opening}So."}], ["So."])
+    try:
+        within = prompts.render([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
+    except UnusableRow:
+        pytest.skip("renders no such conversation")
+    with pytest.raises(UnusableRow, match="a message holds turns of the chat format|already in the chat format"):
+        prompts.encode([{"role": "user", "content": f"How? {within} And now?"}], ["So."])
 
 
 @pytest.mark.parametrize("words", ["What does %s mean?", "%s is what?", "Is it %s"])
@@ -330,6 +331,42 @@ def test_thoughts_beside_a_response_that_the_template_leaves_out_are_said(name):
     tokenizer = byte_level(*CHAT, eos="<|im_end|>", template=template)
     (response,) = Prompts(tokenizer).encode("How?", [turn])[1]
     assert tokenizer.decode(response) == "warmSummer is warm.<|im_end|>"
+    other = next(each for each in THOUGHTS if each != name)
+    (again,) = Prompts(tokenizer).encode("How?", [{**turn, other: "warm"}])[1]
+    assert again == response, "the same thought under two keys"
+
+
+@pytest.mark.parametrize("nothing", ["", "\n"])
+def test_no_thoughts_are_not_left_out(nothing):
+    turn = {"role": "assistant", "content": "So.", "reasoning_content": nothing}
+    assert Prompts(chatml()).encode("How?", [turn]) == Prompts(chatml()).encode("How?", ["So."])
+
+
+def test_a_part_of_the_tools_that_the_template_leaves_out():
+    tokenizer = byte_level(*CHAT, eos="<|im_end|>", template="{{ tools[0] | tojson if tools else '' }}" + CHATML)
+    with pytest.raises(UnusableRow, match="leaves out a tool: 'cool'"):
+        Prompts(tokenizer).encode("How?", ["So."], [{"name": "heat"}, {"name": "cool"}])
+
+
+def test_a_bos_that_ends_answers_too():
+    template = "{{ bos_token }}" + turns("<|%s|>\n", "{{ eos_token if m.role == 'assistant' }}\n", "<|assistant|>\n")
+    prompts = Prompts(byte_level(eos="<|endoftext|>", bos="<|endoftext|>", template=template))
+    asked = prompts.encode("How?", ["So."])
+    assert prompts.encode("<|user|>\nHow?\n<|assistant|>\n", ["So."]) == asked
+    assert prompts.encode("<|endoftext|>How?", ["So."]) == asked
+
+
+def test_ends_that_are_not_the_templates():
+    prompts = Prompts(opened_by_bos())
+    with pytest.raises(UnusableRow, match="ends with a token that ends no turn here"):
+        prompts.encode("How?", ["So.<|endoftext|>"])
+    said = "Is it <|im_end|> or <|endoftext|>"
+    assert said in prompts.tokenizer.decode(prompts.encode_prompt(said))
+
+
+def test_the_templates_arguments_do_not_decide_what_is_rendered():
+    given = {"add_generation_prompt": False, "tokenize": True}
+    assert Prompts(chatml(), template_kwargs=given).encode("How?", ["So."]) == Prompts(chatml()).encode("How?", ["So."])
 
 
 def test_the_papers_instruction_and_rewriting_prompt():

@@ -21,7 +21,8 @@ CONTEXT = (  # is read, or the row is set aside
     *("dialog", "dialogue", "persona", "background", "article", "source_document", "sys", "previous_messages"),
     *("chat_history", "system_instruction", "sys_prompt", "custom_system_prompt", "chat_template_kwargs"),
 )
-_ALIKE = 0.88  # of two names, of which one is the other misspelt
+_TEXTUAL = tuple({*CONTEXT} - {*MEDIA, "tools", "functions"})
+_ALIKE = 0.9  # of two names, of which one is the other misspelt
 _BETTER = {"chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output"}
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
@@ -85,9 +86,11 @@ def _context_of(row: dict, used: set[str], known: Sequence) -> str:
     """A field that looks like context, however it is written, is none of `used` and says nothing that is known."""
     names = {key: key.strip().casefold() for key in row if key not in used and row[key] and row[key] not in known}
     for key, name in names.items():
-        alike = _ALIKE if isinstance(row[key], str | list | dict) and not name.endswith("_id") else 1
-        for meant in get_close_matches(name, CONTEXT, n=1, cutoff=alike):
-            return key if key == meant else f"{key!r}, not {meant!r}"
+        is_name = isinstance(row[key], str | list | dict) and re.fullmatch(r"[a-z_]+(?<!_id)", name)
+        near = [name] if name in CONTEXT else get_close_matches(name, _TEXTUAL, n=1, cutoff=_ALIKE) if is_name else []
+        for meant in near:
+            if meant[0] == name[0]:
+                return key if key == meant else f"{key!r}, not {meant!r}"
     return ""
 
 
@@ -186,11 +189,10 @@ def _prompt(row: dict, used: set[str]) -> tuple[str | Messages | None, list[dict
             plain, messages = value, messages if messages[-1]["content"] else messages[:-1]
     earlier = _system(row, used) + _history(row, used)
     if earlier:
-        own = [m for m in messages or () if m["role"] in ("system", "developer") and m not in earlier]
-        if own and earlier[0]["role"] == "system":
-            raise UnusableRow("a system text beside a prompt that has another one")
         messages, plain = messages or ([{"role": "user", "content": value}] if name else []), None
         messages = [message for message in earlier if message not in messages[:1]] + messages
+        if len({m["content"] for m in messages if m["role"] in ("system", "developer")}) > 1:
+            raise UnusableRow("a system text beside another one")
     return messages or value, _tools(row, used), plain
 
 

@@ -61,10 +61,11 @@ class Prompts:
         self.frame = Frame(tokenizer, self.render) if self.chat else None
         self.end_token = self.frame.end_token if self.chat else tokenizer.eos_token_id
         self.end_tokens = {self.end_token, tokenizer.eos_token_id}
+        own = {*map(tokenizer.convert_ids_to_tokens, self.end_tokens)}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        named = {*map(tokenizer.convert_ids_to_tokens, self.end_tokens), *special.intersection(_ENDS)}
-        ends = "|".join(map(re.escape, sorted(named)))
-        self._ending = re.compile(rf"(\s*({ends}))+\s*\Z")
+        self._other_ends = tuple(special.intersection(_ENDS) - own)
+        ends, others = ("|".join(map(re.escape, sorted(names))) for names in (own, self._other_ends))
+        self._ending = re.compile(rf"(\s*({ends}))+(\s*({others}))*\s*\Z" if others else rf"(\s*({ends}))+\s*\Z")
 
     def encode_prompt(self, prompt: str | Messages, tools: list[dict] | None = None, suffix: str = "") -> list[int]:
         """Token ids of a prompt and a suffix, ready for a response to follow. Raises UnusableRow."""
@@ -109,7 +110,7 @@ class Prompts:
 
     def render(self, messages: Messages, tools: list[dict] | None = None, opened: bool = False, **settings) -> str:
         """The conversation as the chat template writes it; opened: ready for the assistant. Raises UnusableRow."""
-        settings = {"tokenize": False, "add_generation_prompt": opened, **self.template_kwargs, **settings}
+        settings = {**self.template_kwargs, "tokenize": False, "add_generation_prompt": opened, **settings}
         try:
             text = self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
             left_out = tools and text == self.tokenizer.apply_chat_template(messages, **settings)
@@ -154,9 +155,12 @@ class Prompts:
             *messages, begun = messages
             turn = {**begun, **turn, "content": begun["content"] + turn["content"]}
         text = self.render([*messages, turn], tools)
-        for key in {*THOUGHTS} & turn.keys():
-            if self.render([*messages, {k: v for k, v in turn.items() if k != key}], tools) == text:
-                raise UnusableRow(f"the chat template leaves out the response's {key}: {turn[key][:80]!r}")
+        for key, thought in ((key, turn[key]) for key in THOUGHTS if turn.get(key, "").strip()):
+            without = {
+                k: v for k, v in turn.items() if k not in THOUGHTS or v != thought
+            }  # one may stand under two keys
+            if self.render([*messages, without], tools) == text:
+                raise UnusableRow(f"the chat template leaves out the response's {key}: {thought[:80]!r}")
         before = len(self.render(messages, tools)) if turn.get("tool_calls") else 0
         check_complete(text, text[before:], messages, turn, tools)
         return text
@@ -216,6 +220,8 @@ class Prompts:
         """Without what the template writes around it. Raises UnusableRow for a text that goes on behind its end."""
         text = self._trimmed(turn).removeprefix(self.frame.opening if self.chat else "")
         end = self.tokenizer.convert_ids_to_tokens(self.end_token)
+        if text.rstrip().endswith(self._other_ends):
+            raise UnusableRow(f"the response ends with a token that ends no turn here: ...{text[-40:]!r}")
         if end in text:
             raise UnusableRow(f"the response goes on behind {end!r}: ...{text.partition(end)[2][:40]!r}")
         return text

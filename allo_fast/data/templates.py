@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from allo_fast.config import UserError
-from allo_fast.data.conversations import Messages
+from allo_fast.data.conversations import THOUGHTS, Messages
 from allo_fast.data.sources import UnusableRow
 
 _QUESTION, _ANSWER = "7kvestion7", "7risponse7"  # words that no template writes
@@ -29,7 +29,9 @@ class Frame:
         closing = tokenizer(whole.rpartition(_ANSWER)[2], add_special_tokens=False).input_ids
         bos = tokenizer.bos_token
         self.added = added.keys()
-        self.bos = bos if bos and whole.count(bos) <= 1 else None  # else it opens every turn
+        asked_whole = whole.partition(_ANSWER)[0]
+        self.bos = bos if bos and asked_whole.count(bos) <= 1 else None  # else it opens every turn
+        self.turn = asked_whole.partition(_QUESTION)[2].partition("<think>")[0].strip()  # where the assistant's begins
         special = [token for token in closing if token in added and tokenizer.added_tokens_decoder[token].special]
         ends = special or [token for token in closing if token in added]
         self.closes = bool(ends)
@@ -38,8 +40,7 @@ class Frame:
         self.opening = opened.removeprefix(asked) if opened.startswith(asked) else ""
         head, _, self.tail = opened.rpartition(_QUESTION)
         self.has_bos = bool(self.bos) and opened.startswith(self.bos)
-        before_answer = whole.partition(_ANSWER)[0]
-        self.gap = before_answer.removeprefix(opened) if before_answer.startswith(opened) else ""
+        self.gap = asked_whole.removeprefix(opened) if asked_whole.startswith(opened) else ""
         self.head = head.removeprefix(self.bos or "\0").strip()
         others = {self.bos, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
         self.marks = [text for text in added.values() if text in opened and text not in others]
@@ -52,9 +53,10 @@ class Frame:
         return begins and (ends or bool(self.opening.strip()) and self.opening.strip() in inner)
 
     def turn_within(self, message: dict) -> str:
-        """Of a message that ends a turn and begins the assistant's: from that end on; else nothing."""
-        _, end, behind = message["content"].partition(self.end_text)
-        return end + behind if self.opening.strip() and self.opening.strip() in behind else ""
+        """Of a message that holds a turn of the assistant's, and more of the format: from there on; else nothing."""
+        before, turn, behind = message["content"].partition(self.turn or "\0")
+        others = (*self.marks, self.end_text, *[self.head] * bool(self.head))
+        return turn + behind if turn and any(mark in message["content"] for mark in others) else ""
 
     def completed(self, text: str) -> str:
         """A text in the chat format with what it lacks of BOS and of the assistant's header."""
@@ -89,6 +91,7 @@ def check_complete(text: str, added: str, messages: Messages, turn: dict, tools:
         pieces = [piece for piece in re.split(r"</?think>", turn["content"]) if piece.strip()]
         parts += [("the response's thoughts", piece, text) for piece in pieces[:-1]]
         parts += [("the response", piece, text) for piece in pieces[-1:]]
+    parts += [(f"the response's {key}", turn[key], text) for key in THOUGHTS if isinstance(turn.get(key), str)]
     parts += [("a call", part, text) for message in messages for part in _call_parts(message)]
     parts += [("a call", part, added) for part in _call_parts(turn)]
     described = [tool.get("function", tool) for tool in tools or []]

@@ -41,34 +41,35 @@ class _Change:
 
     def of_length(self, length: int) -> tuple[Tensor, Tensor]:
         """Its positions and what is added, with as many of the first others, to which nothing is, as PEFT expects."""
-        others = torch.ones(self.size, dtype=torch.bool)
-        others[self.index] = False
+        others = torch.ones(length, dtype=torch.bool)  # as many are enough
+        others[self.index[self.index < length]] = False
         index = torch.cat([self.index, others.nonzero().flatten()[: length - len(self.index)]])
         order = index.argsort()
         return index[order].int(), torch.nn.functional.pad(self.added, (0, length - len(self.index)))[order]
 
 
-def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: str, out: Path) -> tuple[int, int]:
+def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: str, out: Path) -> tuple[int, int, float]:
     """Writes what `delta` changes of `base`, which it was trained on, as a folder for `PeftModel.from_pretrained`.
 
     name: by which PEFT finds the base. kind: one of KINDS. PEFT wants as many entries of every layer as the densest
     needs, of super-tuning by its share of the layer, of SHiRA by r (in + out); zeros fill up the others. Afterwards the
-    base is the trained model. Returns how many weights it changes, and of how many PEFT makes a neighbour of what was
-    trained. Raises UserError for another base, where something else than linear layers changed, and where the folder
-    exists.
+    base is the trained model. Returns how many weights it changes, how many PEFT makes another number than was trained,
+    and by how much at most. Raises UserError for another base, where something else than linear layers changed, and
+    where the folder exists.
     """
     check_new(out)
     delta.check(fingerprint(base))
     originals = {n: gather(weight.detach(), delta.positions[n]) for n, weight in _changed(delta, base)}
     delta.set_into(base)
-    changes, missed = [], 0
+    changes, missed, apart = [], 0, 0.0
     for n, weight in _changed(delta, base):
         before, after = originals[n], gather(weight.detach(), delta.positions[n])
         moved = before != after
         before, after, index = before[moved], after[moved], delta.positions[n].unpack()[moved]
         added = after.float() - before.float()
-        missed += int((_sum(before, added, kind) != after).sum())
         if len(added):
+            error = (_sum(before, added, kind).float() - after.float()).abs()
+            missed, apart = missed + int(error.count_nonzero()), max(apart, error.max().item())
             changes.append(_Change(n.removesuffix(".weight"), tuple(weight.shape), index, added))
     if not changes:
         raise UserError(f"{delta.where}: it changes nothing of this model")
@@ -94,12 +95,12 @@ def save_adapter(delta: Delta, base: PreTrainedModel, name: str | Path, kind: st
         save_file(tensors, partial / _TENSORS, {"format": "pt"})
         as_any_file(partial / _TENSORS)
         (partial / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")
-    return sum(len(change.index) for change in changes), missed
+    return sum(len(change.index) for change in changes), missed, apart
 
 
 def _changed(delta: Delta, base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     weights = named_weights(base)
-    return ((name, weights[name]) for name in delta.positions if name in weights)
+    return ((name, weights[name]) for name in delta.positions)
 
 
 def _sum(before: Tensor, added: Tensor, kind: str) -> Tensor:
@@ -133,7 +134,7 @@ def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
     The base is named by nobody, so whether it is the adapter's is not known. Raises UserError for a folder that is no
     such adapter, or one that holds more: low-rank parts, whole modules, biases, another layout.
     """
-    kind, tensors = _read(folder)
+    kind, tensors = read_adapter(folder)
     weights = named_weights(base)
     values, indices = f".{_VALUES[kind]}", f".{kind}_indices"
     layers = sorted(name.removesuffix(values) for name in tensors if name.endswith(values))
@@ -143,7 +144,7 @@ def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
     for layer in layers:
         name = layer.removeprefix(_PREFIX) + ".weight"
         if (weight := weights.get(name)) is None or weight.ndim != 2:
-            raise UserError(f"{folder}: {layer} is no layer of this base")
+            raise UserError(f"{folder}: {layer} is no layer of this base, or tied to another")
         if layer + indices not in tensors:
             raise UserError(f"{folder}: it has no {layer}{indices}; save it with save_precomputed_indices=True")
         index, added = tensors[layer + indices].long(), tensors[layer + values].float()
@@ -160,17 +161,19 @@ def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
             raise UserError(f"{folder}: {layer}: {error}") from None
         before = gather(weight.detach(), positions[name])
         trained[name] = _sum(before, added[moves], kind).float()
+    if not sum(map(len, positions.values())):
+        raise UserError(f"{folder}: it changes nothing")
     dtype = str(base.dtype).removeprefix("torch.")
     return Delta(fingerprint(base), dtype, positions, trained, where=str(folder))
 
 
-def base_of(folder: Path) -> str:
+def base_of(folder: Path) -> str | None:
     """The base that the adapter in `folder` says it was trained on; None where it says none."""
-    return str(json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path"))
+    return json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path")
 
 
-def _read(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """The kind of an adapter, and its tensors."""
+def read_adapter(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """The kind of an adapter, and its tensors. Raises UserError for a folder that is none of KINDS."""
     try:
         settings = json.loads((folder / ADAPTER).read_bytes())
         kind = str(settings["peft_type"]).lower()
