@@ -154,7 +154,7 @@ class Unit:
     def manifest(self) -> dict:
         """Raises UserError when the unit is not complete, or its manifest damaged."""
         if not (path := self.folder / MANIFEST).is_file():
-            raise UserError(f"{self.folder}: not complete; run `allo-fast run CONFIG` first")
+            raise UserError(f"{self.folder}: not complete; run `allo-fast {self.name} CONFIG` first")
         return read_json(path)
 
     def look(self, outside: bool = True) -> tuple[bool, str | None]:
