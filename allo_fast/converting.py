@@ -5,7 +5,7 @@ import argparse
 from transformers import AutoConfig
 
 from allo_fast.config import ModelConfig, UserError
-from allo_fast.method.adapters import ADAPTER, base_of, delta_of, read_adapter, save_adapter
+from allo_fast.method.adapters import ADAPTER, Adapter, delta_of, save_adapter
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
 from allo_fast.model.generation import stop_tokens
@@ -31,11 +31,11 @@ def convert(options: argparse.Namespace) -> None:
     if adapter:
         if out.exists() or out.suffix != ".safetensors":
             raise UserError(f"{out}: name a file that does not exist, as delta.safetensors")
-        read_adapter(source)
+        found = Adapter.load(source)
         check_model(base)
         dtype = str(AutoConfig.from_pretrained(folder_of(base)).dtype or "float32").removeprefix("torch.")
-        delta_of(source, load_model(base, cpu, dtype=dtype)).save(out)
-        print(f"made for {base} in {dtype}; the adapter says that it was trained on {base_of(source) or 'none'}")
+        delta_of(found, load_model(base, cpu, dtype=dtype)).save(out)
+        print(f"made for {base} in {dtype}; the adapter says that it was trained on {found.base or 'none'}")
     elif delta:
         check_new(out)
         trained = Delta.load(source)

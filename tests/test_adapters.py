@@ -13,6 +13,7 @@ from allo_fast import load_delta
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import character_tokenizer
+from allo_fast.method.adapters import _Change, _share_of
 from allo_fast.method.delta import Delta
 from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection
@@ -127,6 +128,15 @@ def test_trained_on_in_peft_an_entry_is_one(tmp_path):
     assert min(zeros) == 0 < max(zeros)
 
 
+def test_a_share_holds_as_many_as_the_densest_needs():
+    """However 1 - sparsity is rounded."""
+    for count in range(1, 49):
+        changes = [_Change("layer", (7, size // 7), torch.arange(count), torch.ones(count)) for size in (49, 700)]
+        settings, lengths = _share_of(changes)
+        assert lengths == [int(change.size * (1 - settings["sparsity"])) for change in changes]
+        assert lengths[0] == count <= lengths[1] < 14.3 * (count + 1)
+
+
 def test_all_of_a_layer(tmp_path):
     model = base_in(tmp_path)
     write_delta(model, tmp_path / "delta.safetensors", only="layers.0.mlp.up_proj", ratio=1, by=1)
@@ -237,7 +247,9 @@ def test_adapters_that_are_none_of_these(tmp_path, capsys, kind, settings, chang
     if change:
         save_file(change(tensors), tmp_path / "adapter/adapter_model.safetensors")
     assert convert(tmp_path, "adapter", "delta.safetensors") == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "delta.safetensors").exists()
+    found = capsys.readouterr().err
+    assert said in found and found.count(str(tmp_path / "adapter:")) == 1 and "in safetensors" not in found
+    assert not (tmp_path / "delta.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

@@ -330,7 +330,9 @@ def test_judged_completions_are_grouped_by_their_prompt(tmp_path):
         read_problems(str(path), "preference")
 
 
-@pytest.mark.parametrize("name", ["instruction_id", "prompt_id", "conversations_id", "source", "language", "weighted"])
+@pytest.mark.parametrize(
+    "name", ["instruction_id", "prompt_id", "source_document_id", "particle", "source", "language", "weighted"]
+)
 def test_what_is_about_a_row_is_no_context(name):
     assert read_preference({**BASE, name: "x"}) == read_preference(BASE)
     assert read_preference({**BASE, "documents_": 5}) == read_preference(BASE), "a number says nothing"

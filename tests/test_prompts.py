@@ -169,6 +169,12 @@ def test_a_bos_that_begins_every_turn(system, response):
     )
 
 
+def test_a_bos_that_begins_every_turn_is_a_word_of_a_message():
+    prompts = Prompts(opened_by_bos())
+    asked = prompts.tokenizer.decode(prompts.encode_prompt("<|im_start|> is what?"))
+    assert "user\n<|im_start|> is what?<|im_end|>" in asked
+
+
 def test_a_conversation_that_was_cut_before_the_space_in_front_of_its_response():
     """Where two texts begin alike, up to a word's end, is where their prompt ends."""
     row = {

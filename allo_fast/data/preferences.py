@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 
 from allo_fast.data.conversations import MEDIA, Messages, as_messages, functions, parse_transcript, text
 from allo_fast.data.sources import UnusableRow, lacks, parse_json
@@ -22,7 +23,6 @@ CONTEXT = (  # is read, or the row is set aside
     *("chat_history", "system_instruction", "sys_prompt", "custom_system_prompt", "chat_template_kwargs"),
 )
 _TEXTUAL = tuple({*CONTEXT} - {*MEDIA, "tools", "functions"})
-_ALIKE = 0.9  # of two names, of which one is the other misspelt
 _BETTER = {"chosen": "rejected", "chosen_response": "rejected_response", "preferred_output": "non_preferred_output"}
 _LISTS = ("responses", "completions", "answers", "generations")
 _TEXTS = ("response", "completion", "answer", "generation", "text", "content")
@@ -86,12 +86,17 @@ def _context_of(row: dict, used: set[str], known: Sequence) -> str:
     """A field that looks like context, however it is written, is none of `used` and says nothing that is known."""
     names = {key: key.strip().casefold() for key in row if key not in used and row[key] and row[key] not in known}
     for key, name in names.items():
-        is_name = isinstance(row[key], str | list | dict) and re.fullmatch(r"[a-z_]+(?<!_id)", name)
-        near = [name] if name in CONTEXT else get_close_matches(name, _TEXTUAL, n=1, cutoff=_ALIKE) if is_name else []
-        for meant in near:
-            if meant[0] == name[0]:
-                return key if key == meant else f"{key!r}, not {meant!r}"
+        if meant := _meant(name) if isinstance(row[key], str | list | dict) else name if name in CONTEXT else "":
+            return key if key == meant else f"{key!r}, not {meant!r}"
     return ""
+
+
+@lru_cache
+def _meant(name: str) -> str:
+    """Which context's name that is, or misspells; none: nothing. Each row asks for the same few."""
+    is_word = re.fullmatch(r"[a-z_]+(?<!_id)", name)
+    near = [name] if name in CONTEXT else get_close_matches(name, _TEXTUAL, 1, 0.9) if is_word else []
+    return near[0] if near and near[0][0] == name[0] else ""
 
 
 @dataclass(frozen=True)

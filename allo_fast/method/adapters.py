@@ -128,13 +128,39 @@ def _rank_of(changes: list[_Change]) -> tuple[dict, list[int]]:
     return {"r": rank}, lengths
 
 
-def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
-    """The delta that makes `base` what PEFT's adapter in `folder` makes it, to the bit, without entries that add 0.
+@dataclass(frozen=True)
+class Adapter:
+    """One of PEFT's, as `folder` holds it. kind: one of KINDS. base: what it says that it was trained on."""
 
-    The base is named by nobody, so whether it is the adapter's is not known. Raises UserError for a folder that is no
-    such adapter, or one that holds more: low-rank parts, whole modules, biases, another layout.
+    folder: Path
+    kind: str
+    base: str | None
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Adapter":
+        """Raises UserError for a folder that is none of KINDS."""
+        try:
+            settings = json.loads((folder / ADAPTER).read_bytes())
+            kind, base = str(settings["peft_type"]).lower(), settings.get("base_model_name_or_path")
+            with safe_open(folder / _TENSORS, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{folder}: not an adapter of PEFT's in safetensors: {first_line(error)}") from None
+        if kind not in KINDS:
+            raise UserError(f"{folder}: {kind} is none of {', '.join(KINDS)}; merge it with PEFT")
+        if kind == "shira" and settings.get("fan_in_fan_out"):
+            raise UserError(f"{folder}: fan_in_fan_out: of weights that lie [in, out]; not read")
+        return cls(folder, kind, base, tensors)
+
+
+def delta_of(adapter: Adapter, base: PreTrainedModel) -> Delta:
+    """The delta that makes `base` what PEFT makes it with the adapter, to the bit, without entries that add 0.
+
+    Whether it is the adapter's base nobody knows. Raises UserError for an adapter that does not fit, or holds more:
+    low-rank parts, whole modules, biases.
     """
-    kind, tensors = read_adapter(folder)
+    folder, kind, tensors = adapter.folder, adapter.kind, adapter.tensors
     weights = named_weights(base)
     values, indices = f".{_VALUES[kind]}", f".{kind}_indices"
     layers = sorted(name.removesuffix(values) for name in tensors if name.endswith(values))
@@ -165,23 +191,3 @@ def delta_of(folder: Path, base: PreTrainedModel) -> Delta:
         raise UserError(f"{folder}: it changes nothing")
     dtype = str(base.dtype).removeprefix("torch.")
     return Delta(fingerprint(base), dtype, positions, trained, where=str(folder))
-
-
-def base_of(folder: Path) -> str | None:
-    """The base that the adapter in `folder` says it was trained on; None where it says none."""
-    return json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path")
-
-
-def read_adapter(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """The kind of an adapter, and its tensors. Raises UserError for a folder that is none of KINDS."""
-    try:
-        settings = json.loads((folder / ADAPTER).read_bytes())
-        kind = str(settings["peft_type"]).lower()
-        if kind not in KINDS:
-            raise UserError(f"{folder}: {kind} is none of {', '.join(KINDS)}; merge it with PEFT")
-        if kind == "shira" and settings.get("fan_in_fan_out"):
-            raise UserError(f"{folder}: fan_in_fan_out: of weights that lie [in, out]; not read")
-        with safe_open(folder / _TENSORS, "pt") as file:
-            return kind, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: not an adapter of PEFT's in safetensors: {first_line(error)}") from None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from allo_fast.config import UserError
+from allo_fast.method.adapters import ADAPTER
 from allo_fast.method.delta import Delta, set_entries
 from allo_fast.model.weights import VALUES, fingerprint, named_weights, size_of
 from allo_kernels import Positions, gather
@@ -138,7 +139,7 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
     weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.
     """
-    if (Path(path) / "adapter_config.json").is_file():
+    if (Path(path) / ADAPTER).is_file():
         raise UserError(f"{path}: an adapter of PEFT's; `allo-fast convert` makes a delta of it")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; stages that train some of the weights leave a delta.safetensors")
