@@ -108,6 +108,7 @@ def outcome(trainer: Trainer) -> dict:
     return {
         "losses": torch.tensor([m.loss for m in metrics]),
         "norms": torch.tensor([m.grad_norm for m in metrics]),
+        "kl": torch.tensor([m.metrics.get("eval_kl", 0.0) for m in metrics]),
         "weights": {name: weight.detach().clone() for name, weight in trainer.backend.full_weights()},
         "reference": dict(enumerate(map(torch.tensor, trainer.examples.reference))),
     }
@@ -370,7 +371,8 @@ def held_out(folder: Path) -> None:
         settings = {"num_train_epochs": 3, "learning_rate": rate, "lr_scheduler_type": "constant"}
         trainer = build(kind, folder / f"{kind}-{name}-{rank() if zero is None else 0}", zero, **settings)
         examples = Examples(pair_corpus(3, seed=9), trainer.config)
-        trainer.held_out = HeldOut(examples, trainer.objective, every=1, keeps_best=True)
+        sparse = trainer.policy if kind == "sparse" else None
+        trainer.held_out = HeldOut(examples, trainer.objective, every=1, keeps_best=True, sparse=sparse)
         trainer.watches = Watches(len(trainer.steps), 64, held_out=trainer.held_out)
         return trainer
 
@@ -379,12 +381,14 @@ def held_out(folder: Path) -> None:
     ranks.start(60)
     for kind, (wanted, expected) in alone.items():
         assert wanted.held_out.best_step < wanted.made, "or the test shows nothing"
+        assert bool(expected["kl"].min() > 0) == (kind == "sparse")
         for stage in (0, 3):  # as they come: ZeRO-3 keeps small tensors gathered between steps
             ours = watched(kind, f"stage-{stage}", Zero(stage))
             found = outcome(ours)
             assert ours.held_out.best_step == wanted.held_out.best_step
             losses = [torch.tensor([loss for _, loss in t.held_out.state]) for t in (ours, wanted)]
             torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found["kl"], expected["kl"], rtol=1e-3, atol=1e-5)
             for name, weight in expected["weights"].items():
                 torch.testing.assert_close(
                     found["weights"][name], weight, rtol=0, atol=1e-4, msg=f"{kind} {stage} {name}"

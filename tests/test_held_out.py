@@ -40,27 +40,32 @@ def trainer(folder, *, every=2, watched=True, patience=None, keeps_best=False, *
     model = tiny_llama()
     policy = SparsePolicy(model, random_selection(model))
     examples = Examples(pair_corpus(3, seed=9), config)
-    held_out = HeldOut(examples, objective, every, patience, keeps_best) if watched else None
+    held_out = HeldOut(examples, objective, every, patience, keeps_best, policy) if watched else None
     return Trainer(policy, pair_corpus(), objective, config, folder, held_out=held_out)
 
 
-def truth(model, base) -> tuple[float, float]:
-    """The mean DPO loss of the pairs that do not train, and the mean log-probability of what is chosen in them."""
+def truth(model, base) -> tuple[float, float, float]:
+    """Of the pairs that do not train the mean DPO loss, the mean log-probability of what is chosen in them, and
+    KL(model || base) by the token."""
     corpus = pair_corpus(3, seed=9)
 
-    def logp(of, response) -> torch.Tensor:
+    def said(of, response) -> torch.Tensor:  # [its tokens, V]
         ids = corpus.prompts[response.prompt] + response.tokens
-        logps = of(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return sum(logps[len(ids) - len(response.tokens) - 1 + n, token] for n, token in enumerate(response.tokens))
+        return of(torch.tensor([ids])).logits[0].log_softmax(-1)[-len(response.tokens) - 1 : -1]
 
-    losses, chosen = [], []
+    losses, chosen, divergences = [], [], []
     for pair in corpus.examples:
         responses = [corpus.responses[number] for number in pair]
-        own, reference = ([logp(of, response) for response in responses] for of in (model, base))
+        both = [[said(of, response) for response in responses] for of in (model, base)]
+        divergences += [(p.exp() * (p - q)).sum(1) for p, q in zip(*both, strict=True)]
+        own, reference = (
+            [logps[range(len(r.tokens)), r.tokens].sum() for logps, r in zip(every, responses, strict=True)]
+            for every in both
+        )
         margin = (own[0] - reference[0]) - (own[1] - reference[1])
         losses.append(-torch.nn.functional.logsigmoid(0.1 * margin).item())
         chosen.append(own[0].item())
-    return sum(losses) / len(losses), sum(chosen) / len(chosen)
+    return sum(losses) / len(losses), sum(chosen) / len(chosen), torch.cat(divergences).mean().item()
 
 
 @pytest.mark.parametrize("budget", [None, 40])
@@ -69,9 +74,10 @@ def test_it_sees_the_loss_of_all_pairs(tmp_path, budget):
     rows = [metrics.row() for metrics in training.run()]
     assert [row["step"] for row in rows if LOSS in row] == [4, 6], "and after the last step"
     with torch.no_grad():
-        loss, chosen = truth(training.policy.model, tiny_llama())
+        loss, chosen, divergence = truth(training.policy.model, tiny_llama())
     assert rows[-1][LOSS] == pytest.approx(loss, abs=1e-5)
     assert rows[-1]["eval_logps/chosen"] == pytest.approx(chosen, abs=1e-4)
+    assert divergence > 0.01 and rows[-1]["eval_kl"] == pytest.approx(divergence, rel=1e-4)
     assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/rejected"} <= rows[-1].keys()
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1][LOSS] == rows[-1][LOSS]
 
@@ -217,7 +223,7 @@ def test_a_run_of_it(tmp_path, capsys):
     assert looked_at and forgotten and not looked_at & forgotten
     manifest = json.loads((folder / "08-learn/seed-0" / MANIFEST).read_text())
     rows = read_jsonl(folder / "08-learn/seed-0/metrics.jsonl")
-    assert all(LOSS in row and 0 <= row["moved"] <= 1 for row in rows)
+    assert all(LOSS in row and 0 <= row["moved"] <= 1 and row["eval_kl"] > -1e-6 for row in rows)
     assert manifest["facts"]["best_step"] == 1 + min(range(len(rows)), key=lambda step: rows[step][LOSS])
     assert not [*folder.rglob("checkpoint-*"), *folder.rglob("best-*")]
 
@@ -229,3 +235,5 @@ def test_the_report_shows_both():
     both, _ = training_curves({"learn": {"seed 0": rows}})
     assert len(re.findall('id="[^"]*line2d', both)) == len(re.findall('id="[^"]*line2d', alone)) + 1
     assert both.count("stroke-dasharray") == alone.count("stroke-dasharray") + 1
+    rows[1]["eval_kl"] = rows[3]["eval_kl"] = 0.1
+    assert "kl by training step" in training_curves({"learn": {"seed 0": rows}})[1], "seen by looks alone"

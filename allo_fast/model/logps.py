@@ -15,7 +15,7 @@ from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Layout, attention_mask
 from allo_fast.model import attention
 from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings, is_sharded
-from allo_kernels import Positions, head_row_gradient, token_logps
+from allo_kernels import Positions, head_row_gradient, head_torch, token_logps
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,7 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, gradient_rows: int | None = None) -> Tensor:
         (source,) = self._read
-        entries = self.entries(source._parameters.get("weight"))
-        weight, values, positions = entries or (source.weight, None, None)
+        weight, values, positions = self.entries(source._parameters.get("weight")) or (source.weight, None, None)
         bias, device = source.bias, hidden.device.type
         if torch.is_autocast_enabled(device):  # a custom Function's backward would not know
             dtype = torch.get_autocast_dtype(device)
@@ -135,6 +134,18 @@ class _Head(nn.Module):
             return token_logps(hidden, weight, targets, **given)
         logps, lse = token_logps(hidden, weight, targets, with_lse=True, **given)
         return self.on_logps(HeadPass(hidden.detach(), targets, lse), logps)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """fp32 [N, V] of hidden [N, D], by a weight and a bias as `copied` gives them."""
+        return head_torch.logits_of(
+            hidden, weight, bias, head_torch.Head(**self.settings, positions=None, kernels=head_torch)
+        )[0]
+
+    def copied(self) -> tuple[Tensor, Tensor | None]:
+        """Inside `on_logps`, where ZeRO-3 has them: its weight and bias, as they are then."""
+        (source,) = self._read
+        weight, *_ = self.entries(source._parameters.get("weight")) or (source.weight,)
+        return weight.detach().clone(), None if source.bias is None else source.bias.detach().clone()
 
     def row_gradient(self, given: HeadPass, upstream: Tensor, rows: slice) -> Tensor:
         """Of some rows of its weight, [rows, D] in the weight's dtype; upstream: that of its result, fp32 [N]."""

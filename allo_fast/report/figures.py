@@ -16,7 +16,7 @@ from allo_fast.report.summary import percent  # noqa: E402
 _COLORS = {"given": "#c3cad6", "base": "#8d99ae", "dpo": "#e0a03a", "sparse-dpo": "#8a6bb8", "allo": "#2a9d78"}
 _LAYER = re.compile(r"\.(\d+)\.(.+)$")
 _INK = "#010203"  # stands for the page's colour of text
-_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm")
+_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "kl", "grad_norm")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
 plt.rcParams.update({"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"})
 plt.rcParams.update({f"{part}.color": _INK for part in ("text", "xtick", "ytick")})
@@ -48,7 +48,7 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
     """
     found = []
     for metric in _METRICS:
-        having = {name: seeds for name, seeds in stages.items() if metric in _first(seeds)}
+        having = {name: seeds for name, seeds in stages.items() if any(_has(rows, metric) for rows in seeds.values())}
         if not having:
             continue
         lengths = [max(rows[-1]["step"] for rows in seeds.values()) for seeds in having.values()]
@@ -73,9 +73,9 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
 def _curve(axis: Axes, metric: str, seeds: dict[str, list[dict]]) -> None:
     for number, rows in enumerate(seeds.values()):
         color = f"C{number}"
-        axis.plot([row["step"] for row in rows], [row[metric] for row in rows], linewidth=1.3, color=color)
-        if looks := [(row["step"], row[f"eval_{metric}"]) for row in rows if f"eval_{metric}" in row]:
-            axis.plot(*zip(*looks, strict=True), linewidth=1.3, color=color, linestyle="--")
+        for key, style in ((metric, "-"), (f"eval_{metric}", "--")):
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axis.plot(*zip(*points, strict=True), linewidth=1.3, color=color, linestyle=style)
 
 
 def stage_times(stages: dict[str, dict]) -> str:
@@ -126,8 +126,8 @@ def kind_of(name: str) -> str:
     return _short(match[2] if match else name)
 
 
-def _first(seeds: dict[str, list[dict]]) -> dict:
-    return next((rows[0] for rows in seeds.values() if rows), {})
+def _has(rows: list[dict], metric: str) -> bool:
+    return any(metric in row or f"eval_{metric}" in row for row in rows)
 
 
 def _short(name: str) -> str:

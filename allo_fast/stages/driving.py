@@ -61,16 +61,13 @@ def trainer_of(
 def held_out_of(
     unit: Unit, policy: DensePolicy | SparsePolicy, objective: Preference, settings: LossConfig
 ) -> HeldOut | None:
-    """The pairs that `pairs.eval_size` kept from training, if any; of a sparse policy also what share of it moved."""
+    """The pairs that `pairs.eval_size` kept from training, if any."""
     if not unit.config.pairs.eval_size:
         return None
     corpus = corpus_of_pairs(read_jsonl(unit.needed("pairs") / EVAL_PAIRS))
-
-    def moved() -> dict[str, float]:
-        return {"moved": policy.changed() / policy.selected} if isinstance(policy, SparsePolicy) else {}
-
+    sparse = policy if isinstance(policy, SparsePolicy) else None
     watched = settings.eval_steps, settings.early_stopping_patience, settings.load_best_model_at_end
-    return HeldOut(Examples(corpus, settings, unit.seed), objective, *watched, moved)
+    return HeldOut(Examples(corpus, settings, unit.seed), objective, *watched, sparse)
 
 
 def cache_of(unit: Unit) -> Path:

@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from allo_fast.method.objectives import Preference
+from allo_fast.method.policy import SparsePolicy
+from allo_fast.training.divergence import logps_and_kl
 from allo_fast.training.examples import Examples
 from allo_fast.training.reference import Opened
 
@@ -17,14 +18,15 @@ LOSS = "eval_loss"
 @dataclass
 class HeldOut:
     """every: steps between two looks. patience: looks in a row whose loss is not below the lowest before training ends;
-    None: it goes on. keeps_best: training leaves what had the lowest loss. moved: more to say, by name."""
+    None: it goes on. keeps_best: training leaves what had the lowest loss. sparse: the policy that trains, where it is
+    sparse: what share of its weights moved is seen then, and how far it is from where it began."""
 
     examples: Examples
     objective: Preference
     every: int
     patience: int | None = None
     keeps_best: bool = False
-    moved: Callable[[], dict[str, float]] = dict
+    sparse: SparsePolicy | None = None
     state: list[tuple[int, float]] | None = None  # each look's step and loss
 
     @property
@@ -39,17 +41,27 @@ class HeldOut:
         self.state = [(step, loss) for step, loss in self.state or [] if step < made]
         if not made:
             return {}
-        examples, sums = self.examples, Counter()
+        examples, sums, nats, tokens = self.examples, Counter(), 0.0, 0
         examples.layout = opened.layout
         for step in range(len(examples.epochs[0])):
             for micro in examples.micro_batches(step):
                 batch = examples.collate(micro).to(opened.device)
-                loss, metrics = self.objective(opened.compute(batch), batch.reference, batch)
+                if self.sparse:
+                    logps, kl = logps_and_kl(self.sparse, opened.compute, batch)
+                    nats, tokens = (
+                        nats + kl[batch.examples].sum().item(),
+                        tokens + batch.valid[batch.examples].sum().item(),
+                    )
+                else:
+                    logps = opened.compute(batch)
+                loss, metrics = self.objective(logps, batch.reference, batch)
                 for name, value in {"loss": loss, **metrics}.items():
                     sums[f"eval_{name}"] += len(micro) * value.item()
         seen = {name: total / len(examples) for name, total in sums.items()}
         self.state.append((made, seen[LOSS]))
-        return seen | self.moved()
+        if self.sparse:
+            seen |= {"eval_kl": nats / tokens, "moved": self.sparse.changed() / self.sparse.selected}
+        return seen
 
     def ends(self, seen: dict[str, float]) -> bool:
         """Whether the last looks were all no better than an earlier one; `seen` is in `state` already."""

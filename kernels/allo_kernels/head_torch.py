@@ -44,7 +44,7 @@ def target_and_lse(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head) 
     chosen = torch.full((len(rows.targets),), torch.nan, device=weight.device)
     parts = chosen.new_empty(len(chunks), len(rows.targets))
     for part, (first, last) in zip(parts, chunks, strict=True):
-        logits = _logits(rows.hidden, weight[first:last], None if bias is None else bias[first:last], head)[0]
+        logits = logits_of(rows.hidden, weight[first:last], None if bias is None else bias[first:last], head)[0]
         torch.logsumexp(logits, 1, out=part)
         row, column = _targets_in(rows, first, last)
         chosen[row] = logits[row, column]
@@ -54,7 +54,7 @@ def target_and_lse(rows: Rows, weight: Tensor, bias: Tensor | None, head: Head) 
 
 def d_logits(rows: Rows, weight: Tensor, bias: Tensor | None, first: int, head: Head) -> Tensor:
     """d (upstream . logps) / d logits [n, columns] in the weight's dtype, of the columns from `first` on."""
-    logits, slope = _logits(rows.hidden, weight, bias, head)
+    logits, slope = logits_of(rows.hidden, weight, bias, head)
     scale = rows.upstream / head.temperature
     found = logits.sub_(rows.lse[:, None]).exp_().mul_(-scale[:, None])  # d logp / d logit = onehot - softmax
     row, column = _targets_in(rows, first, first + len(weight))
@@ -68,7 +68,7 @@ def _targets_in(rows: Rows, first: int, last: int) -> tuple[Tensor, Tensor]:
     return row, rows.targets[row].long() - first
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> tuple[Tensor, Tensor | None]:
     """fp32 logits [n, columns] and, where they are capped, the derivative of the cap."""
     logits = F.linear(hidden, weight).float()
     if bias is not None:
