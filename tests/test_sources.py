@@ -157,6 +157,10 @@ def test_slices_and_splits_that_are_not(tmp_path):
     for wrong in ("[-2:]", "[:-2]", "[::2]", "[:50%]", f"[:{'9' * 30}]"):
         with pytest.raises(UserError, match="a slice is"):
             read_rows(f"{path}{wrong}")
+    for behind in (len(ROWS), len(ROWS) + 7):
+        with pytest.raises(UserError, match=rf"\]: it begins behind the last row; there are {len(ROWS)}"):
+            list(read_rows(f"{path}[{behind}:]"))
+    assert len(list(read_rows(f"{path}[{len(ROWS) - 1}:99]"))) == 1
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     with pytest.raises(UserError, match="a single data set, without splits like 'test'"):
         list(read_rows(f"{tmp_path / 'one'}:test"))

@@ -21,6 +21,12 @@ from allo_fast.stages import models, pairs, pretrain, sample
 
 def run_pairs(tmp_path, rows, seed=0, **settings):
     """The pairs stage on given responses."""
+    count_pairs(tmp_path, rows, seed, **settings)
+    return [(row["chosen"], row["rejected"]) for row in read_jsonl(tmp_path / "pairs.jsonl")]
+
+
+def count_pairs(tmp_path, rows, seed=0, **settings) -> dict:
+    """What the stage says of them."""
     write_jsonl(tmp_path / "responses.jsonl", rows)
     data = {"train": "arithmetic:train[:1]", "test": "arithmetic:test[:1]"}
     unit = types.SimpleNamespace(
@@ -29,8 +35,11 @@ def run_pairs(tmp_path, rows, seed=0, **settings):
         config=Config(name="x", data=data, pairs=settings),
         needed=lambda stage: tmp_path,
     )
-    list(pairs.execute(unit))
-    return [(row["chosen"], row["rejected"]) for row in read_jsonl(tmp_path / "pairs.jsonl")]
+    stage = pairs.execute(unit)
+    next(stage)
+    with pytest.raises(StopIteration) as end:
+        next(stage)
+    return end.value.value
 
 
 @pytest.fixture
@@ -72,6 +81,21 @@ def problem(correct, wrong, name="p"):
 def test_pairs_are_all_correct_against_all_wrong_without_duplicates(tmp_path):
     found = run_pairs(tmp_path, [problem(["a", "a", "b"], ["x", "y", "x", " "])])
     assert sorted(found) == [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+
+
+def test_pairs_that_say_the_same_again_or_the_opposite_are_counted(tmp_path):
+    rows = [problem("a", "x"), problem("a", "x"), problem("x", "a"), problem("b", "x")]
+    counts = count_pairs(tmp_path, rows)
+    assert (counts["pairs"], counts["repeated"], counts["contradictory"]) == (4, 1, 1)
+    other = {**problem("x", "a"), "prompt_ids": [2]}
+    assert not {"repeated", "contradictory"} & count_pairs(tmp_path, [rows[0], other]).keys()
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path):
+    rows = [{**problem("ab", "x"), "loss_weight": 0.0}, {**problem("a", "xy"), "loss_weight": 0}]
+    with pytest.raises(UserError, match="every pair has a loss_weight of 0"):
+        run_pairs(tmp_path, rows)
+    assert count_pairs(tmp_path, [rows[0], problem("a", "x")])["without_weight"] == 2
 
 
 def test_pairs_are_drawn_by_seed_up_to_the_limit(tmp_path):

@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from allo_fast.config import UserError, first_line
@@ -55,7 +55,16 @@ def read_rows(source: str) -> Iterator[Row]:
             return gym_rows(name, start, stop)
         return ((f"{name}:{i}", lambda i=i: arithmetic_row(name.split(":")[1], i)) for i in range(start, stop))
     rows = _file_rows(_path(name)) if _is_file(name) else _set_rows(name)
-    return islice(rows, start, stop)
+    return _sliced(source, rows, start, stop)
+
+
+def _sliced(source: str, rows: Iterator[Row], start: int, stop: int | None) -> Iterator[Row]:
+    """Raises UserError for a slice that begins behind the last row."""
+    skipped = sum(1 for _ in islice(rows, start))
+    first = next(rows, None)
+    if start and first is None:
+        raise UserError(f"{source}: it begins behind the last row; there are {skipped}")
+    yield from islice(chain([first] if first else [], rows), None if stop is None else max(0, stop - start))
 
 
 def is_generated(name: str) -> bool:

@@ -33,10 +33,13 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
     counts = Counter(pairs=0, problems=0, no_correct=0, no_wrong=0)
     share = unit.config.pairs.eval_size or 0.0
     held_out: list[dict] = []
+    seen: set[int] = set()
 
     def pairs() -> Iterator[dict]:
         for row in problems:
             pairs = _pairs(row, unit, counts)
+            for pair in pairs:
+                _count_again(pair, seen, counts)
             if _is_held_out(row, share):
                 held_out.extend(pairs)
             else:
@@ -50,6 +53,8 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
             )
 
     write_jsonl(unit.folder / PAIRS, pairs())
+    if counts["without_weight"] == counts["pairs"]:
+        raise UserError("every pair has a loss_weight of 0, and nothing would be learned")
     if share:
         if not 0 < len(held_out) < counts["pairs"]:
             raise UserError(
@@ -59,6 +64,15 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
         write_jsonl(unit.folder / EVAL_PAIRS, held_out)
         counts.update(eval_pairs=len(held_out), pairs=-len(held_out))
     return counts
+
+
+def _count_again(pair: dict, seen: set[int], counts: Counter[str]) -> None:
+    """A pair that an earlier one is like, or is with its sides swapped; which trains all the same."""
+    prompt, *sides = (tuple(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+    own, swapped = hash((prompt, *sides)), hash((prompt, *sides[::-1]))
+    found = {"repeated": own in seen, "contradictory": swapped in seen, "without_weight": pair.get("loss_weight") == 0}
+    counts.update(name for name, holds in found.items() if holds)
+    seen.add(own)
 
 
 def _is_held_out(row: dict, share: float) -> bool:
