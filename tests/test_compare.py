@@ -264,7 +264,7 @@ def test_no_arm_waits_for_another_to_choose(file, monkeypatch):
 
 @runs
 def test_a_candidate_that_does_not_train_ends_nothing_else(file):
-    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e-4, 1e30]}"), ("{each: [0.1, 0.2]}", "0.1"))
+    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e30, 1e-4]}"), ("{each: [0.1, 0.2]}", "0.1"))
     changed(
         file, ("  allo: {}", "  lost: {method: dpo, warmup.learning_rate: {best: [1e30, 1e31]}, locate.score: null}")
     )
@@ -273,9 +273,10 @@ def test_a_candidate_that_does_not_train_ends_nothing_else(file):
     assert "lost: left out, as no candidate could be trained" in lines
     rows = json.loads((file.parent / "compared/compare.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["base", "dpo", "sparse"]
-    assert rows[1]["chosen"] == {"warmup.learning_rate": 1e-4} and rows[1]["tried"][1][0] is None
+    assert rows[1]["chosen"] == {"warmup.learning_rate": 1e-4} and rows[1]["tried"][0][0] is None
+    assert [line for line in lines if " on data.test" in line][-1].endswith("% on data.test"), "no time is left then"
     # A candidate more, which may be the best, and other test data.
-    changed(file, ("[1e-4, 1e30]", "[1e-4, 1e-3]"))
+    changed(file, ("[1e30, 1e-4]", "[1e-4, 1e-3]"))
     list(compare(Comparison.load(file, ["seeds=[0]"]), drive([])))
     with pytest.raises(
         UserError, match="holds another run: data.test .*; `allo-fast compare FILE --rerun` makes it anew"
@@ -333,6 +334,9 @@ def test_the_clock_counts_shared_stages_once(file):
     trials = [comparison.final(arm, arm.candidates[0]) for arm in comparison.arms]
     # pretrain, sample, pairs, the base's evaluation; warm-up; locate and learn twice; allo's locate, ...; 4 evaluations
     assert [len(Clock(trials[:count]).waiting) for count in (1, 3, 4)] == [6, 6 + 3 + 3, 6 + 3 + 3 + 5]
+    clock = Clock(trials[:4])
+    clock.drop(trials[3])
+    assert len(clock.waiting) == 6 + 3 + 3, "what others share with it stays"
 
 
 @pytest.mark.parametrize(

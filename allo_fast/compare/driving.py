@@ -37,7 +37,12 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     """Yields lines for whoever waits. Several commands may work on one comparison: each run is made by one of them."""
     arms = comparison.arms
     choosing = {arm.name: comparison.development(arm) for arm in arms}
-    clock = Clock([*(trial for trials in choosing.values() for trial in trials), *_likely_finals(comparison)])
+    clock = Clock(
+        [
+            *(trial for trials in choosing.values() for trial in trials),
+            *(_likely_final(comparison, arm) for arm in arms),
+        ]
+    )
     yield f"{comparison.folder}: {len(arms)} arms, {clock.runs} runs, {len(clock.waiting)} stages to go{clock.left}"
     _check(arms, choosing, comparison)
     worker = Worker(comparison, show, rerun, clock)
@@ -58,9 +63,11 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
         if all(candidate.label in tried for candidate in candidates):
             scores = [(tried[candidate.label], candidate.values) for candidate in candidates]
             best, values = max(scores, key=lambda pair: pair[0])
+            clock.drop(_likely_final(comparison, trial.arm))
             if math.isfinite(best):
                 chosen[name] = comparison.final(trial.arm, values), scores
                 waiting.append(chosen[name][0])
+                clock.add(chosen[name][0])
             else:
                 yield f"{name}: left out, as no candidate could be trained"
     made = [chosen[arm.name] for arm in arms if arm.name in chosen]
@@ -71,9 +78,9 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     yield str(comparison.folder / "compare.md")
 
 
-def _likely_finals(comparison: Comparison) -> list[Trial]:
-    """For the time that they take, whichever candidates are the best."""
-    return [comparison.final(arm, arm.candidates[0]) for arm in comparison.arms]
+def _likely_final(comparison: Comparison, arm: Arm) -> Trial:
+    """For the time that it takes, whichever candidate is the best."""
+    return comparison.final(arm, arm.candidates[0])
 
 
 def _mean(trial: Trial) -> float:
@@ -128,6 +135,7 @@ class Worker:
                 continue
             except TrainingError as error:
                 self.failed[trial.label] = f"not trained: {error}"
+                self.clock.drop(trial)
             busy = 0
             yield trial
 
@@ -166,11 +174,20 @@ class Clock:
         self._seconds: dict[str, list[float]] = defaultdict(list)  # by stage
         self._equal: dict[str, list[Unit]] = defaultdict(list)  # by signature; one of them will be made
         for trial in trials:
-            run = Run(trial.config, STAGES, folder=trial.folder)
-            for unit in run.units(stages_of(trial.config)):
-                self._equal[_signature(unit)].append(unit)
-                if (unit.folder / MANIFEST).exists():
-                    self.made(unit)
+            self.add(trial)
+
+    def add(self, trial: Trial) -> None:
+        for unit in Run(trial.config, STAGES, folder=trial.folder).units(stages_of(trial.config)):
+            self._equal[_signature(unit)].append(unit)
+            if (unit.folder / MANIFEST).exists():
+                self.made(unit)
+
+    def drop(self, trial: Trial) -> None:
+        """It is not waited for any more."""
+        for signature, units in list(self._equal.items()):
+            self._equal[signature] = [unit for unit in units if unit.owner.home.folder != trial.folder]
+            if not self._equal[signature]:
+                del self._equal[signature]
 
     def made(self, unit: Unit) -> None:
         with suppress(UserError):  # damaged, which is said when it is its turn
