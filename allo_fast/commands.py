@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from allo_fast.compare.rounds import complete_rounds, later_rounds, said_of_roun
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.config_keys import print_keys
-from allo_fast.console import say, show
+from allo_fast.console import LOG, logged, say, show
 from allo_fast.converting import convert
 from allo_fast.durable import reason, versions
 from allo_fast.method.delta import Delta
@@ -137,10 +138,10 @@ def _rewrite(options: argparse.Namespace) -> None:
 def _report(run: Run, png: bool = False) -> None:
     summary = summarize(run)
     write_report(run, summary)
-    print(table(summary))
-    print(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
+    say(table(summary))
+    say(f"{run.folder / 'summary.json'}\n{run.folder / 'report.html'}")
     if png:
-        print(picture(run.folder / "report.html"))
+        say(picture(run.folder / "report.html"))
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -173,7 +174,9 @@ def _open_run(options: argparse.Namespace) -> Iterator[Run]:
         for note in ranks.on_main(lambda: require(config)):
             say(note)
     with alone_in(folder):
-        yield Run(config, STAGES, options.rerun, zeros)
+        run = Run(config, STAGES, options.rerun, zeros)
+        with logged(folder / LOG, shlex.join(["allo-fast", options.name, str(options.config), *options.overrides])):
+            yield run
 
 
 def _zeros(config: Config) -> dict[str, Zero | None]:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
+from allo_fast.console import logged, say
 from allo_fast.data.arithmetic import arithmetic_row
 from allo_fast.durable import versions, write_json
 from allo_fast.method.delta import Delta
@@ -94,7 +95,7 @@ def outputs(folder: Path) -> dict:
 def test_the_folder_is_what_the_design_says(finished):
     _, folder = finished
     stages = "00-pretrain 02-sample 03-pairs 04-warmup 05-locate 06-rewards 07-forget 08-learn 09-evaluate".split()
-    files = ["cache", "config.yaml", "report.html", "summary.json"]
+    files = ["cache", "config.yaml", "log.txt", "report.html", "summary.json"]
     assert sorted(path.name for path in folder.iterdir()) == [*stages, *files]
     manifest = json.loads((folder / "08-learn/seed-1" / MANIFEST).read_text())
     assert {name for name in manifest["basis"] if "/" in name} == {
@@ -436,6 +437,24 @@ def test_a_setting_that_is_gone_is_a_change(copied, capsys):
     thinking = {"data.chat_template_kwargs.thinking": False}
     write_json(unit.folder / MANIFEST, manifest | {"basis": manifest["basis"] | thinking})
     assert "data.chat_template_kwargs.thinking was False, now not there" in refused(capsys, "run", config)
+
+
+def test_what_is_said_is_in_one_file(copied, capsys):
+    config, folder = copied
+    before = (folder / "log.txt").read_text()
+    assert re.match(r"\S+ \S+ allo-fast run \S+micro\.yaml\n", before) and before.endswith(" done\n")
+    assert " learn seed-1: parameters " in before and "\nallo - base: " in before
+    assert main(["run", str(config), "learn.save_steps=3"]) == 0
+    added = (folder / "log.txt").read_text().removeprefix(before)
+    assert " learn.save_steps=3\n" in added and "learn.save_steps was 1, now 3" in added and ": complete\n" in added
+    (folder / "08-learn/seed-0" / MANIFEST).write_text("{}")
+    assert main(["learn", str(config)]) == 2
+    *_, ended = (folder / "log.txt").read_text().splitlines()
+    assert re.fullmatch(r"[-0-9]{10} [0-9:,]{12} ended: .*", ended) and "MANIFEST.json" in ended
+    capsys.readouterr()
+    with logged(Path("/dev/full"), "x"):
+        say("on a full disk")
+    assert capsys.readouterr() == ("on a full disk\n", "")
 
 
 def test_what_changes_nothing_that_was_begun_is_taken_and_said(copied, capsys, caplog):

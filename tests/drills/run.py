@@ -27,7 +27,7 @@ UNITS = [SAMPLE, PAIRS, WARMUP, LOCATE, REWARDS, FORGET, LEARN, BASE_EVALUATED, 
 STAGES = "sample pairs warmup locate rewards forget learn evaluate".split()
 # What differs between two runs of the same job: wall times, memory, and what is made of them.
 WALL = {"seconds", "peak_bytes", "tokens_per_second", "sha256 of this file"}
-NOT_COMPARED = {"report.html"}  # it shows them
+NOT_COMPARED = {"report.html", "log.txt"}  # they show them
 RERUN = "--rerun"
 
 # Every stage in a second or two; save_steps is below the steps of each.
