@@ -87,7 +87,7 @@ def _line(error: Exception) -> str | None:
     """What a user is told; None of an error that is the program's own."""
     if isinstance(error, OSError) and error.errno is not None:
         return f"{f'{error.filename}: ' if error.filename else ''}{reason(error)}"
-    return str(error) if isinstance(error, UserError | TrainingError) else None
+    return str(error) or "out of memory" if isinstance(error, UserError | TrainingError | MemoryError) else None
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ class Journal:
 
     def _open(self, keeps: Callable[[dict], bool] | None) -> None:
         if self.path.exists() and self.path.stat().st_size and not self.sums.exists():
-            logger.warning("%s: its %s is gone; all is made again", self.path, self.sums.name)
+            logger.warning("%s: its %s is gone; nothing of it is taken", self.path, self.sums.name)
         for path in (self.path, self.sums):
             path.touch()
         size, whole = self.path.stat().st_size, 0
@@ -87,7 +87,7 @@ class Journal:
                 if damaged or (keeps and not keeps(json.loads(chunk[:-1].rpartition(b"\n")[2]))):
                     self.count, self._end, self._digest = before
                     if damaged and entry.endswith(b"\n"):
-                        logger.warning("%s: damaged after row %d; what follows is made again", self.path, self.count)
+                        logger.warning("%s: damaged after row %d; what follows is not taken", self.path, self.count)
                     break
                 whole += len(entry)
         os.truncate(self.path, self._end)

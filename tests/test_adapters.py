@@ -231,6 +231,13 @@ def changed(**tensors):
         ("supertuning", {}, changed(supertuning_indices=lambda index: index * 0), "without duplicates"),
         ("supertuning", {}, changed(supertuning_indices=lambda index: index[1:].clone()), "as many finite values"),
         ("supertuning", {}, changed(supertuning_values=lambda value: value * torch.nan), "as many finite values"),
+        (
+            "supertuning",
+            {},
+            changed(supertuning_indices=lambda index: index.bfloat16()),
+            "of torch.bfloat16, values of",
+        ),
+        ("supertuning", {}, changed(supertuning_values=lambda value: value.cfloat()), "values of torch.complex64"),
         ("shira", {"r": 2}, changed(shira_indices=lambda index: index + 16), "as many finite values"),
         ("shira", {"r": 2}, changed(shira_indices=lambda index: index[0].clone()), "without duplicates"),
         (
@@ -262,11 +269,12 @@ def test_damaged_adapters(tmp_path, capsys, name):
         convert(tmp_path, "adapter", "new.safetensors") == 2
         and "not an adapter of PEFT's in safetensors" in capsys.readouterr().err
     )
-    path.write_bytes(b"[]" if name.endswith("json") else b"")
-    assert (
-        convert(tmp_path, "adapter", "new.safetensors") == 2
-        and "not an adapter of PEFT's in safetensors" in capsys.readouterr().err
-    )
+    for content in (b"[]" if name.endswith("json") else b"", b"[" * 200_000 + b"]" * 200_000):
+        path.write_bytes(content)
+        assert (
+            convert(tmp_path, "adapter", "new.safetensors") == 2
+            and "not an adapter of PEFT's in safetensors" in capsys.readouterr().err
+        )
 
 
 def test_settings_that_do_not_belong(tmp_path, capsys):

@@ -52,6 +52,19 @@ def test_test_prompts_that_are_trained_on(job, capsys, tmp_path):
     assert "too" not in capsys.readouterr().out
 
 
+def test_pairs_of_which_none_would_train_or_be_looked_at(job, capsys, tmp_path):
+    rows = [{**ROW, "prompt": f"How {number}?", "loss_weight": 0} for number in range(30)]
+    write(tmp_path / "train.jsonl", *rows)
+    assert job("check") == 2
+    assert "problem: loss_weight: those of all pairs that train are 0" in capsys.readouterr().out
+    write(tmp_path / "train.jsonl", *rows, {**ROW, "loss_weight": 0.5})
+    assert job("check") == 0 and job("check", "pairs.eval_size=0.3") == 2
+    said = capsys.readouterr().out
+    assert len({part for part in ("train", "pairs.eval_size holds out") if f"pairs that {part} are 0" in said}) == 1
+    assert job("check", "pairs.eval_size=0.001") == 2
+    assert "pairs.eval_size: 0.001 of 31 problems with pairs leaves 0 to look at" in capsys.readouterr().out
+
+
 def test_a_budget_that_nothing_fits_into(job, capsys):
     assert job("check", "learn.max_tokens_per_batch=14", "warmup.max_tokens_per_batch=14") == 0
     capsys.readouterr()

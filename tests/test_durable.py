@@ -231,7 +231,7 @@ def test_rows_that_are_damaged_are_not_taken_which_is_said(tmp_path, caplog):
             caplog.clear()
             again = journal(tmp_path)
             assert again.count in (0, 2, 4) and data.read_bytes() == lines(ROWS[: again.count])
-            assert f"rows.jsonl: damaged after row {again.count}; what follows is made again" in caplog.text or (
+            assert f"rows.jsonl: damaged after row {again.count}; what follows is not taken" in caplog.text or (
                 path == sums and place == len(entries) - 1  # without its line end the last sum is a torn one
             )
             data.write_bytes(whole)
@@ -244,11 +244,11 @@ def test_rows_that_are_damaged_are_not_taken_which_is_said(tmp_path, caplog):
         assert data.read_bytes() == lines(ROWS[: again.count])
 
 
-def test_rows_without_their_checksums_are_made_again_which_is_said(tmp_path, caplog):
+def test_rows_without_their_checksums_are_not_taken_which_is_said(tmp_path, caplog):
     fill(tmp_path)
     (tmp_path / "rows.jsonl.sums").unlink()
     assert journal(tmp_path).count == 0
-    assert caplog.messages == [f"{tmp_path}/rows.jsonl: its rows.jsonl.sums is gone; all is made again"]
+    assert caplog.messages == [f"{tmp_path}/rows.jsonl: its rows.jsonl.sums is gone; nothing of it is taken"]
 
 
 def test_rows_that_the_disk_changes_meanwhile_are_not_taken(tmp_path):

@@ -137,6 +137,31 @@ def test_damaged_best_weights_are_not_used(tmp_path, caplog):
             assert torch.equal(resumed.policy.values[name], value)
 
 
+def test_as_many_best_weights_as_are_of_use(tmp_path):
+    """Those that the checkpoints know, and of those since the last one the best."""
+    training = trainer(tmp_path, every=1, num_train_epochs=4, keeps_best=True, save_steps=7)
+    bests = [0]
+    for metrics in training.run():
+        if training.held_out.best_step == metrics.step:
+            bests.append(metrics.step)
+        saved = metrics.step // 7 * 7
+        known = {max(best for best in bests if best <= at) for at in (saved, saved - 7) if at >= 0} - {0}
+        lying = {int(path.stem.partition("-")[2]) for path in tmp_path.glob("best-*.safetensors")}
+        assert lying == known | {bests[-1]} - {0}, metrics.step
+    assert len(bests) > 8, "or the test shows nothing"
+
+
+def test_best_weights_that_no_checkpoint_knows_make_room(tmp_path):
+    stopped = trainer(tmp_path, every=1, num_train_epochs=4, keeps_best=True, save_steps=99)
+    for metrics in stopped.run():
+        if metrics.step == 3:
+            break
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-3.safetensors"]
+    again = trainer(tmp_path, every=1, num_train_epochs=4, keeps_best=True, save_steps=99)
+    next(again.run())
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-1.safetensors"]
+
+
 def test_pairs_that_are_looked_at_are_within_the_models_positions(tmp_path):
     training = trainer(tmp_path)
     training.held_out.examples.corpus = SimpleNamespace(longest=999)
@@ -197,9 +222,9 @@ def test_a_problem_trains_or_is_looked_at(tmp_path):
     assert {row["id"] for row in read_jsonl(tmp_path / "eval_pairs.jsonl")} == {*held_out}
 
 
-@pytest.mark.parametrize(("share", "left"), [(0.001, "0 of 80"), (0.999, "80 of 80")])
+@pytest.mark.parametrize(("share", "left"), [(0.001, 0), (0.999, 40)])
 def test_a_share_that_divides_nothing(tmp_path, share, left):
-    with pytest.raises(UserError, match=f"pairs.eval_size: {share} of 40 problems with pairs leaves {left} pairs to"):
+    with pytest.raises(UserError, match=f"pairs.eval_size: {share} of 40 problems with pairs leaves {left} to look at"):
         run_pairs(tmp_path, ROWS, eval_size=share)
 
 

@@ -20,6 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from allo_fast import commands
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
@@ -437,6 +438,12 @@ def test_a_setting_that_is_gone_is_a_change(copied, capsys):
     thinking = {"data.chat_template_kwargs.thinking": False}
     write_json(unit.folder / MANIFEST, manifest | {"basis": manifest["basis"] | thinking})
     assert "data.chat_template_kwargs.thinking was False, now not there" in refused(capsys, "run", config)
+
+
+def test_too_little_memory_is_one_line(copied, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "load_config", lambda *given: bytearray(1 << 60))
+    assert main(["run", str(copied[0])]) == 2
+    assert capsys.readouterr().err == "allo-fast: out of memory\n"
 
 
 def test_what_is_said_is_in_one_file(copied, capsys):

@@ -109,7 +109,7 @@ def test_several_files_are_written_together_and_once(tmp_path, monkeypatch, capl
     assert split_once(unit(tmp_path), ("a", "b"), rendered(KeyboardInterrupt())) == list(whole)
     (tmp_path / "b").write_bytes((tmp_path / "b").read_bytes().replace(b"7", b"9"))
     assert split_once(unit(tmp_path), ("a", "b"), rendered(6, 7, 8)) == list(whole)
-    assert "b: damaged after row 0; what follows is made again" in caplog.text
+    assert "b: damaged after row 0; what follows is not taken" in caplog.text
     said = tmp_path / "a.whole.sums"
     said.write_bytes(said.read_bytes().replace(b"2", b"3"))
     assert split_once(unit(tmp_path), ("a", "b"), rendered(6, 7, 8)) == list(whole)

@@ -17,6 +17,7 @@ from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl, write_jsonl
 from allo_fast.stages import models, pairs, pretrain, sample
+from allo_fast.stages.pairs import part_of
 
 
 def run_pairs(tmp_path, rows, seed=0, **settings):
@@ -86,16 +87,25 @@ def test_pairs_are_all_correct_against_all_wrong_without_duplicates(tmp_path):
 def test_pairs_that_say_the_same_again_or_the_opposite_are_counted(tmp_path):
     rows = [problem("a", "x"), problem("a", "x"), problem("x", "a"), problem("b", "x")]
     counts = count_pairs(tmp_path, rows)
-    assert (counts["pairs"], counts["repeated"], counts["contradictory"]) == (4, 1, 1)
+    assert (counts["pairs"], counts["repeated"], counts["contradictory"]) == (4, 1, 3)
     other = {**problem("x", "a"), "prompt_ids": [2]}
     assert not {"repeated", "contradictory"} & count_pairs(tmp_path, [rows[0], other]).keys()
 
 
 def test_weights_that_are_all_zero_are_refused(tmp_path):
     rows = [{**problem("ab", "x"), "loss_weight": 0.0}, {**problem("a", "xy"), "loss_weight": 0}]
-    with pytest.raises(UserError, match="every pair has a loss_weight of 0"):
+    with pytest.raises(UserError, match="loss_weight: those of all pairs that train are 0"):
         run_pairs(tmp_path, rows)
-    assert count_pairs(tmp_path, [rows[0], problem("a", "x")])["without_weight"] == 2
+    assert count_pairs(tmp_path, [rows[0], problem("a", "x")])["pairs"] == 3
+    rows = [{**problem("a", "x"), "prompt_ids": [number], "loss_weight": 1} for number in range(20)]
+    held_out = [part_of(row, 0.3)[0] for row in rows]
+    assert 0 < sum(held_out) < 20
+    for side, said in ((False, "train"), (True, "pairs.eval_size holds out")):
+        weighed = [{**row, "loss_weight": int(is_out != side)} for row, is_out in zip(rows, held_out, strict=True)]
+        with pytest.raises(UserError, match=f"loss_weight: those of all pairs that {said} are 0"):
+            run_pairs(tmp_path, weighed, eval_size=0.3)
+        weighed[held_out.index(side)]["loss_weight"] = 0.1
+        run_pairs(tmp_path, weighed, eval_size=0.3)
 
 
 def test_pairs_are_drawn_by_seed_up_to_the_limit(tmp_path):

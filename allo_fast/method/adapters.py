@@ -145,7 +145,7 @@ class Adapter:
             kind, base = str(settings["peft_type"]).lower(), settings.get("base_model_name_or_path")
             with safe_open(folder / _TENSORS, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{folder}: not an adapter of PEFT's in safetensors: {first_line(error)}") from None
         if kind not in KINDS:
             raise UserError(f"{folder}: {kind} is none of {', '.join(KINDS)}; merge it with PEFT")
@@ -173,7 +173,10 @@ def delta_of(adapter: Adapter, base: PreTrainedModel) -> Delta:
             raise UserError(f"{folder}: {layer} is no layer of this base, or tied to another")
         if layer + indices not in tensors:
             raise UserError(f"{folder}: it has no {layer}{indices}; save it with save_precomputed_indices=True")
-        index, added = tensors[layer + indices].long(), tensors[layer + values].float()
+        index, added = tensors[layer + indices], tensors[layer + values]
+        if index.dtype not in (torch.int32, torch.int64) or not added.is_floating_point():
+            raise UserError(f"{folder}: {layer}: positions of {index.dtype}, values of {added.dtype}; was it cast?")
+        index, added = index.long(), added.float()
         if kind == "shira" and index.ndim == 2 and len(index) == 2:
             inside = bool((index[1] < weight.shape[1]).all() and (index >= 0).all())
             index = index[0] * weight.shape[1] + index[1] if inside else index[0].new_full((1,), -1)

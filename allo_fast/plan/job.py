@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from allo_fast.config import GRADIENT_SCORES, Config, SparseTrainConfig, UserError
+from allo_fast.config import GRADIENT_SCORES, Config, SparseTrainConfig, TrainConfig, UserError
 from allo_fast.data.verifier import judging_model
 from allo_fast.plan.costs import USABLE
 from allo_fast.plan.inference import evaluate_phase, rewards_phase, sample_phase
@@ -163,6 +163,11 @@ def _notes(job: Job, phases: list[Phase]) -> list[str]:
     return notes
 
 
+def _checkpoints(train: TrainConfig) -> int:
+    """How many lie there at least, with the best weights that one knows, and those that are better since."""
+    return 3 if getattr(train, "load_best_model_at_end", False) else 1
+
+
 def disk_bytes(config: Config, parameters: int) -> int:
     """Of a whole run: models, deltas and selections of every seed and round, and the largest checkpoint or scores
     beside them."""
@@ -176,7 +181,10 @@ def disk_bytes(config: Config, parameters: int) -> int:
     # A position and a float32 value each; a stage's delta has those of the stages before it too.
     per_seed += 6 * sum(min(count, sum(entries[:number])) for number in range(1, len(entries) + 1))
     # Scores that a stage makes for itself stay until it ends.
-    passing = [(12 * (ratio or 1) + 4 * locates_itself(config, name)) * count for name, ratio in ratios.items()]
+    passing = [
+        (12 * (ratio or 1) * _checkpoints(sections[name]) + 4 * locates_itself(config, name)) * count
+        for name, ratio in ratios.items()
+    ]
     scores = 4 * count if config.method != "dpo" and config.located_by in GRADIENT_SCORES else 0
     sft = 0
     if config.sft:  # its model and, of a sparse one, selection and delta, for all seeds

@@ -1,10 +1,8 @@
 """What would end a run later, asked before any stage starts and listed at once. `allo-fast check CONFIG`"""
 
 import os
-import re
 import shutil
-from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,8 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from allo_fast.config import REWRITING, Config, UserError
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.encoding import count_trained, prompt_digest
-from allo_fast.data.problems import Quarantined
+from allo_fast.data.encoding import count_trained
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.sources import UnusableRow
 from allo_fast.data.splitting import Key
@@ -33,9 +30,11 @@ from allo_fast.plan.shapes import empty_model, model_config, weights_of
 from allo_fast.runs.home import MANIFEST
 from allo_fast.stages.judges import check_scorer
 from allo_fast.stages.models import other_models, prompts_of
+from allo_fast.stages.pairs import check_parts
 from allo_fast.stages.perplexity import text_windows
 from allo_fast.stages.problems import first_row, limits, problems_of, right_responses, usable_problems
 from allo_fast.stages.rewards import read_rewards
+from allo_fast.stages.seen import Seen, look
 from allo_fast.stages.unread import unread
 from allo_fast.training import tracking
 from allo_fast.training.zero import locates_by_gradients, read_zero, trained_ratio, training_sections
@@ -141,10 +140,10 @@ def _check_data(
     if prompts is None:
         findings.attempt(lambda: deque(problems_of(config, key), maxlen=0))
         return []
-    seen = findings.attempt(lambda: _look(usable_problems(config, key, prompts, new_tokens), new_tokens))
+    seen = findings.attempt(lambda: _look(config, key, prompts, new_tokens))
     if seen is None:
         return []
-    reasons = "; ".join(_reasons(seen))
+    reasons = "; ".join(seen.reasons)
     if not seen.first:
         findings.problems.append(f"data.{key}: {getattr(config.data, key)}: no usable row; {reasons}")
         return []
@@ -157,48 +156,15 @@ def _check_data(
         findings.longest, findings.highest, findings.trained = seen.longest, seen.highest, seen.prompts
         findings.shortest = seen.shortest
         findings.first = seen.first
+        if config.data.format == "preference":
+            findings.attempt(lambda: check_parts(seen.parts, config.pairs.eval_size or 0.0))
     elif trained := count_trained(seen.prompts, findings.trained):
         findings.notes.append(f"data.test: {trained} of {len(seen.prompts)} prompts are in data.train, too")
     return (row for row in usable_problems(config, key, prompts, new_tokens) if isinstance(row, dict))
 
 
-@dataclass
-class _Seen:
-    """Of the rows of a data source. longest, shortest: tokens of a prompt with a response. highest: token id.
-
-    prompts: their digests. aside: how many for each kind of reason, and in `kinds` the first of them.
-    """
-
-    first: dict | None = None
-    longest: int = 0
-    shortest: int = 1 << 31
-    highest: int = 0
-    prompts: array = field(default_factory=lambda: array("Q"))
-    aside: Counter[str] = field(default_factory=Counter)
-    kinds: dict[str, Quarantined] = field(default_factory=dict)
-
-
-def _look(outcomes: Iterable[dict | Quarantined], new_tokens: int) -> _Seen:
-    seen = _Seen()
-    for row in outcomes:
-        if isinstance(row, Quarantined):
-            kind = re.sub(r"'.*'|\".*\"|\d+", "", row.reason)
-            seen.aside[kind] += 1
-            seen.kinds.setdefault(kind, row)
-            continue
-        responses = [response["ids"] for response in row["responses"]]
-        seen.first = seen.first or row
-        seen.prompts.append(prompt_digest(row))
-        seen.shortest = min(seen.shortest, len(row["prompt_ids"]) + min(map(len, responses), default=1) - 1)
-        seen.longest = max(seen.longest, len(row["prompt_ids"]) + max(map(len, responses), default=new_tokens))
-        seen.highest = max(seen.highest, *row["prompt_ids"], *(token for ids in responses for token in ids))
-    return seen
-
-
-def _reasons(seen: _Seen) -> list[str]:
-    """Each kind of reason once, with the first row that has it and how many have; at most five."""
-    largest = [(seen.kinds[kind], count) for kind, count in seen.aside.most_common(5)]
-    return [f"{row.id}: {row.reason}" + f" ({count} rows)" * (count > 1) for row, count in largest]
+def _look(config: Config, key: Key, prompts: Prompts, new_tokens: int) -> Seen:
+    return look(usable_problems(config, key, prompts, new_tokens), new_tokens, config.pairs.eval_size)
 
 
 def _check_rewards(findings: Findings, config: Config, prompts: Prompts | None, rows: Iterable[dict]) -> None:

@@ -9,9 +9,12 @@ and the token ids of all three; weights, where the data has them}, and eval_pair
 
 import hashlib
 import random
+from array import array
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from itertools import product
+
+import numpy as np
 
 from allo_fast import ranks
 from allo_fast.config import UserError
@@ -33,14 +36,19 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
     counts = Counter(pairs=0, problems=0, no_correct=0, no_wrong=0)
     share = unit.config.pairs.eval_size or 0.0
     held_out: list[dict] = []
-    seen: set[int] = set()
+    digests = array("q"), array("q")  # of the pairs, and of them with their sides swapped
+    parts: Counter[tuple[bool, bool]] = Counter()
 
     def pairs() -> Iterator[dict]:
         for row in problems:
             pairs = _pairs(row, unit, counts)
             for pair in pairs:
-                _count_again(pair, seen, counts)
-            if _is_held_out(row, share):
+                prompt, *sides = (tuple(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+                digests[0].append(hash((prompt, *sides)))
+                digests[1].append(hash((prompt, *sides[::-1])))
+            part = part_of(row, share)
+            parts.update([part] * bool(pairs))
+            if part[0]:
                 held_out.extend(pairs)
             else:
                 yield from pairs
@@ -51,28 +59,38 @@ def _write(unit: Unit, problems: Sequence[dict]) -> Counter[str]:
                 f"no pair left: of {len(problems)} problems {counts['no_correct']} have no correct response and "
                 f"{counts['no_wrong']} no wrong one{alike}; sample more{gold}"
             )
+        check_parts(parts, share)
+        counts.update(_said_again(*digests))
 
     write_jsonl(unit.folder / PAIRS, pairs())
-    if counts["without_weight"] == counts["pairs"]:
-        raise UserError("every pair has a loss_weight of 0, and nothing would be learned")
     if share:
-        if not 0 < len(held_out) < counts["pairs"]:
-            raise UserError(
-                f"pairs.eval_size: {share} of {counts['problems']} problems with pairs leaves {len(held_out)} of "
-                f"{counts['pairs']} pairs to look at; name another share"
-            )
         write_jsonl(unit.folder / EVAL_PAIRS, held_out)
         counts.update(eval_pairs=len(held_out), pairs=-len(held_out))
     return counts
 
 
-def _count_again(pair: dict, seen: set[int], counts: Counter[str]) -> None:
-    """A pair that an earlier one is like, or is with its sides swapped; which trains all the same."""
-    prompt, *sides = (tuple(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-    own, swapped = hash((prompt, *sides)), hash((prompt, *sides[::-1]))
-    found = {"repeated": own in seen, "contradictory": swapped in seen, "without_weight": pair.get("loss_weight") == 0}
-    counts.update(name for name, holds in found.items() if holds)
-    seen.add(own)
+def part_of(row: dict, share: float) -> tuple[bool, bool]:
+    """Of a problem with pairs: whether `pairs.eval_size` keeps them from training, and whether they weigh anything."""
+    return _is_held_out(row, share), row.get("loss_weight", 1.0) > 0
+
+
+def check_parts(parts: Counter[tuple[bool, bool]], share: float) -> None:
+    """Raises UserError where nothing is left to train, or to look at. parts: how many problems each has."""
+    held_out = parts[True, True] + parts[True, False]
+    if share and not 0 < held_out < parts.total():
+        raise UserError(
+            f"pairs.eval_size: {share} of {parts.total()} problems with pairs leaves {held_out} to look at; "
+            "name another share"
+        )
+    for is_held_out, said in ((False, "train"), (True, "pairs.eval_size holds out")):
+        if parts[is_held_out, False] and not parts[is_held_out, True]:
+            raise UserError(f"loss_weight: those of all pairs that {said} are 0")
+
+
+def _said_again(own: array, swapped: array) -> dict[str, int]:
+    """How many pairs repeat another, and how many another contradicts, where there are any; they train all the same."""
+    found = {"repeated": len(own) - len(np.unique(own)), "contradictory": int(np.isin(own, swapped).sum())}
+    return {name: count for name, count in found.items() if count}
 
 
 def _is_held_out(row: dict, share: float) -> bool:

@@ -58,8 +58,12 @@ class Checkpoints:
         kept = [older for older in self._good() if older <= step][-_KEPT:]
         for other in {*self._steps()} - {*kept}:
             self.path(other).unlink()
-        bests = {self.best(best) for step in kept if (best := _about(self.path(step)).get("best"))}
-        for path in {*self.folder.glob(BESTS)} - bests:
+        self.prune_bests()
+
+    def prune_bests(self) -> None:
+        """Keeps those that a checkpoint knows; before a new one is saved, which takes the place of all since."""
+        known = {self.best(best) for step in self._good() if (best := _about(self.path(step)).get("best"))}
+        for path in {*self.folder.glob(BESTS)} - known:
             path.unlink()
 
     def _good(self) -> list[int]:
