@@ -115,9 +115,7 @@ def test_the_disk_of_a_run_is_what_it_keeps():
     assert mib(rewards={"ratio": 1}) == pytest.approx(allo - rewriter + 2 + 12, rel=1e-4), "a dense rewriter"
     assert mib(method="dpo") == pytest.approx(4 + 12)
     best = {"pairs": {"eval_size": 0.1}, "warmup": {"load_best_model_at_end": True}}
-    assert mib(method="dpo", **best) == pytest.approx(4 + 3 * 12), (
-        "the best that a checkpoint knows, a better one since"
-    )
+    assert mib(method="dpo", **best) == pytest.approx(4 + 3 * 12), "the best that one knows, and a better one since"
     assert mib(method="sparse-dpo") == pytest.approx(6 * 0.1 + 2 * 0.1 + 2 + 4, rel=1e-4), "scores, more than 12 * 0.1"
 
 

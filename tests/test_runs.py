@@ -24,7 +24,7 @@ from allo_fast import commands
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
-from allo_fast.console import logged, say
+from allo_fast.console import LOG, logged, say
 from allo_fast.data.arithmetic import arithmetic_row
 from allo_fast.durable import versions, write_json
 from allo_fast.method.delta import Delta
@@ -202,7 +202,11 @@ def refused(capsys, *words) -> str:
 
 
 def every_byte(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != LOG
+    }
 
 
 def cut(path: Path) -> None:

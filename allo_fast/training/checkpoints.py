@@ -58,10 +58,15 @@ class Checkpoints:
         kept = [older for older in self._good() if older <= step][-_KEPT:]
         for other in {*self._steps()} - {*kept}:
             self.path(other).unlink()
-        self.prune_bests()
+        self._prune_bests()
 
-    def prune_bests(self) -> None:
-        """Keeps those that a checkpoint knows; before a new one is saved, which takes the place of all since."""
+    def make_room_for_best(self) -> None:
+        """What was the best since the last checkpoint goes, too."""
+        self._prune_bests()
+        self.make_room()
+
+    def _prune_bests(self) -> None:
+        """Keeps those that a checkpoint knows."""
         known = {self.best(best) for step in self._good() if (best := _about(self.path(step)).get("best"))}
         for path in {*self.folder.glob(BESTS)} - known:
             path.unlink()

@@ -172,8 +172,7 @@ class Trainer:
         """What is seen after so many steps by who looks then, and whether training ends; on all ranks alike."""
         seen, ended = self.watches.look(made, self._opened())
         if LOSS in seen and self.held_out.keeps_best and ranks.on_main(lambda: self.held_out.best_step == made):
-            ranks.on_main(self.checkpoints.prune_bests)
-            ranks.on_main(self.checkpoints.make_room)
+            ranks.on_main(self.checkpoints.make_room_for_best)
             self.backend.save(self.checkpoints.best(made), made, self.checkpoints.about)
         return seen, ended
 
