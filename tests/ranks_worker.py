@@ -56,7 +56,7 @@ from allo_fast.method.selection import Selection
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
 from allo_fast.model.saving import save_model
-from allo_fast.model.weights import divide, fingerprint, whole_weights
+from allo_fast.model.weights import divide, fingerprint, named_weights, whole_weights
 from allo_fast.model.weights import same_bits as same_bits_of
 from allo_fast.plan.locating import locate_phase
 from allo_fast.plan.phase import DEVICES, Job
@@ -68,6 +68,7 @@ from allo_fast.stages import STAGES, evaluate, models
 from allo_fast.training.backend_deepspeed import differentiable, frozen_engine
 from allo_fast.training.engine import Trainer, TrainingError
 from allo_fast.training.examples import Examples
+from allo_fast.training.guard import CHANGE, Guard
 from allo_fast.training.held_out import HeldOut
 from allo_fast.training.reference import Opened
 from allo_fast.training.sharded import ShardedPolicy
@@ -394,6 +395,22 @@ def held_out(folder: Path) -> None:
                     found["weights"][name], weight, rtol=0, atol=1e-4, msg=f"{kind} {stage} {name}"
                 )
             OPEN.close()
+
+
+def guarded(folder: Path) -> None:
+    """What a guard takes back is back on all ranks, to before the first step."""
+    base = named_weights(tiny_llama(**ODD, tie_word_embeddings=False))
+    ranks.start(60)
+    for stage in (0, 3):
+        ours = build("sparse", folder / f"stage-{stage}", Zero(stage), learning_rate=5e-2)
+        guard = Guard(pair_corpus(), 2, 1.0)
+        guard.ends = lambda seen: seen[CHANGE] != 0
+        ours.watches = Watches(len(ours.steps), 64, guard=guard)
+        found = outcome(ours)
+        assert (ours.made, ours.watches.leaves) == (2, 0)
+        assert found["weights"].keys() == base.keys()
+        assert all(torch.equal(weight, base[name]) for name, weight in found["weights"].items())
+        OPEN.close()
 
 
 def other_reference(folder: Path) -> None:

@@ -47,6 +47,10 @@ def trainer(folder, every=2, max_drop=1e9, guarded=True, **changes) -> Trainer:
     return Trainer(policy, corpus, Npo(0.1), config, folder, token_weights=weights, guard=guard)
 
 
+def values_of(training) -> torch.Tensor:
+    return torch.cat([value.detach().clone() for value in training.policy.values.values()])
+
+
 def mean_logp(model) -> float:
     total = count = 0
     for prompt, tokens in ((r.prompt, r.tokens) for r in kept().responses):
@@ -111,6 +115,25 @@ def test_responses_that_begin_to_repeat_themselves_end_training(tmp_path):
     assert [*ended.run()][-1].row()[REPEATED] == pytest.approx(shares[2]) and ended.made == 3 < len(ended.steps)
 
 
+@pytest.mark.parametrize("save_steps", [1, 99])
+def test_what_it_was_at_the_last_good_look_is_left(tmp_path, save_steps):
+    free, weights, drops = trainer(tmp_path / "free", every=1), [], [0.0]
+    for metrics in free.run():
+        weights.append(values_of(free))
+        drops.append(-metrics.row()[CHANGE])
+    end = next(step for step in range(2, len(drops)) if drops[step] > max(drops[:step]))
+    most = (max(drops[:end]) + drops[end]) / 2
+    ended = trainer(tmp_path / "ended", every=1, max_drop=most, save_steps=save_steps)
+    assert len([*ended.run()]) == end and ended.watches.leaves == end - 1
+    assert torch.equal(values_of(ended), weights[end - 2])
+    again = trainer(tmp_path / "ended", every=1, max_drop=most, save_steps=save_steps)
+    assert len([*again.run()]) == (0 if save_steps == 1 else end) and torch.equal(values_of(again), weights[end - 2])
+    late = trainer(tmp_path / "late", every=end, max_drop=drops[end] / 2, save_steps=save_steps)
+    before = values_of(late)
+    assert len([*late.run()]) == end and late.watches.leaves == 0 and torch.equal(values_of(late), before)
+    assert torch.equal(late.policy.model.lm_head.weight, tiny_llama().lm_head.weight)
+
+
 def test_a_training_that_it_ended_stays_ended(tmp_path):
     first = trainer(tmp_path, every=1, max_drop=1e-3, save_steps=1)
     made = len([*first.run()])
@@ -171,7 +194,9 @@ def test_what_the_last_look_sees_is_said_too(copied, caplog):
     assert main(["run", str(copied[0]), *words, "forget.learning_rate=0.1"]) == 0
     facts = json.loads(next((copied[1].parent / "late").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
     assert "ended_before_steps" not in facts
+    assert (facts["left_step"], facts["changed"], facts[CHANGE]) == (0, 0, 0.0)
     assert f"forgetting ended after {facts['steps']} of {facts['steps']} steps: right responses lost" in caplog.text
+    assert "what it was after step 0 is left" in caplog.text and "none of the selected weights" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -180,9 +205,10 @@ def test_what_the_last_look_sees_is_said_too(copied, caplog):
         ({}, ""),
         ({Npo.CHANGE: 0.0}, " Before its last step the log-probability of a forgotten token had changed by +0.000."),
         (
-            {CHANGE: -0.5, REPEATED: 0.123, "steps": 2, "ended_before_steps": 6},
+            {CHANGE: -0.5, REPEATED: 0.123, "steps": 2, "ended_before_steps": 6, "left_step": 1},
             " After it that of a token of right responses had changed by -0.500. The share of greedy responses "
-            "that repeats runs of four tokens had changed by +0.123. It ended after 2 of 6 steps.",
+            "that repeats runs of four tokens had changed by +0.123. It ended after 2 of 6 steps. "
+            "What it was after step 1 is left.",
         ),
     ],
 )
@@ -233,7 +259,8 @@ def test_a_run_says_that_its_responses_repeat_themselves(copied, caplog, monkeyp
     words = [*QUICK, "name=again", "forget.guard.steps=1", "forget.guard.max_repeated=0.3"]
     assert main(["run", str(copied[0]), *words, "forget.learning_rate=1e-3"]) == 0
     facts = json.loads(next((copied[1].parent / "again").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())["facts"]
-    assert facts["steps"] == 2 < facts["ended_before_steps"] and facts[REPEATED] == pytest.approx(0.4)
+    assert facts["steps"] == 2 < facts["ended_before_steps"]
+    assert facts["left_step"] == 1 and facts[REPEATED] == pytest.approx(0.1)
     assert "the repeated share of greedy responses rose by 0.4, forget.guard.max_repeated is 0.3" in caplog.text
 
 
@@ -245,8 +272,9 @@ def test_a_run_says_that_forgetting_ended(copied, capsys):
     said = capsys.readouterr()
     manifest = json.loads(next((folder.parent / "ended").glob(f"*-forget/seed-0/{MANIFEST}")).read_text())
     facts = manifest["facts"]
-    assert facts[CHANGE] < -1e-6 and facts["logps/forgotten_change"] < 0 and -1 <= facts[REPEATED] <= 1
+    assert facts["left_step"] == facts["steps"] - 1 > 0 and facts[CHANGE] >= -1e-6 and -1 <= facts[REPEATED] <= 1
     page = (folder.parent / "ended" / "report.html").read_text()
     assert f"After it that of a token of right responses had changed by {facts[CHANGE]:+.3f}. The share" in page
+    assert f"What it was after step {facts['left_step']} is left." in page
     assert facts["steps"] < facts["ended_before_steps"]
     assert f"forgetting ended after {facts['steps']} of {facts['ended_before_steps']} steps" in said.out + said.err

@@ -128,6 +128,7 @@ def test_every_stage_agrees_with_one_process(work, world, cases):
         "other_reference",
         "rewarded",
         "held_out",
+        "guarded",
         "options",
         "generator",
         "closed",

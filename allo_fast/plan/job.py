@@ -165,7 +165,7 @@ def _notes(job: Job, phases: list[Phase]) -> list[str]:
 
 def _checkpoints(train: TrainConfig) -> int:
     """How many lie there at least, with the best weights that one knows, and those that are better since."""
-    return 3 if getattr(train, "load_best_model_at_end", False) else 1
+    return 3 if getattr(train, "load_best_model_at_end", False) or getattr(train, "guard", None) else 1
 
 
 def disk_bytes(config: Config, parameters: int) -> int:

@@ -144,4 +144,6 @@ def _forgotten(unit: Unit) -> str:
         said.append(f"The share of greedy responses that repeats runs of four tokens had changed by {more:+.3f}")
     if "ended_before_steps" in facts:
         said.append(f"It ended after {facts['steps']} of {facts['ended_before_steps']} steps")
+    if "left_step" in facts:
+        said.append(f"What it was after step {facts['left_step']} is left")
     return "".join(f" {sentence}." for sentence in said)

@@ -126,6 +126,8 @@ def hidden_updates(model: ModelConfig, facts: dict) -> str | None:
 
     By chance few moves are no loss: in the mean they are as large as what was trained (docs/decisions.md has measured).
     """
+    if facts.get("left_step") == 0:
+        return None  # forgetting was taken back, which is said
     if facts.get("changed") == 0:
         return "none of the selected weights moved: their gradients are zero, or far below the weights' rounding"
     if model.dtype != "bfloat16" or model.rounding != "nearest" or "changed" not in facts:

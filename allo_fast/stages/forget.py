@@ -5,8 +5,8 @@
 
 paper: w_t = 1[reward_t < 0.5], as of tokens that a rewriter would change. release: w_t = reward_t, which weighs the
 kept tokens most and contradicts the paper's figure. `forget.guard` watches meanwhile: where right responses lose too
-much, or the model's own begin to repeat themselves, forgetting ends. Writes delta.safetensors, with `save_models: all`
-also model/.
+much, or the model's own begin to repeat themselves, forgetting ends with what it was at the look before. Writes
+delta.safetensors, with `save_models: all` also model/.
 """
 
 import logging
@@ -66,21 +66,32 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()
-    last = ranks.on_main(lambda: dict(next(iter(read_jsonl(unit.folder / LOG)[-1:]), {})))
-    changes = {name: last[name] for name in (Npo.CHANGE, CHANGE, REPEATED) if name in last}
+    rows = ranks.on_main(lambda: [*read_jsonl(unit.folder / LOG)])
+    changes = _changes_at(rows, trainer.made)
     if guard and ranks.is_main() and guard.ends(changes):
         lost = f"right responses lost {-changes[CHANGE]:.3g} nats a token, forget.guard.max_drop is {guard.max_drop}"
         if -changes[CHANGE] <= guard.max_drop:
             lost = f"the repeated share of greedy responses rose by {changes[REPEATED]:.3g}, "
             lost += f"forget.guard.max_repeated is {guard.max_repeated}"
         logger.warning(
-            "forgetting ended after %d of %d steps: %s; a smaller forget.learning_rate or forget.threshold forgets "
-            "less",
+            "forgetting ended after %d of %d steps: %s; what it was after step %d is left; a smaller "
+            "forget.learning_rate or forget.threshold forgets less, with smaller forget.guard.steps more of it is left",
             trainer.made,
             len(trainer.steps),
             lost,
+            guard.leaves,
         )
+    left = ranks.on_main(lambda: trainer.watches.leaves)
+    if left not in (None, trainer.made):
+        facts |= {"left_step": left}
+        changes = _changes_at(rows, left)
     return {**facts, **changes, "forgotten_tokens": forgotten, "tokens": tokens}
+
+
+def _changes_at(rows: Iterable[dict], step: int) -> dict[str, float]:
+    """What was seen after a step, as far as its row is there; nothing changed before the first."""
+    row = next((row for row in rows if row["step"] == step), {} if step else {CHANGE: 0.0})
+    return {name: row[name] for name in (Npo.CHANGE, CHANGE, REPEATED) if name in row}
 
 
 def guard_of(unit: Unit, prompts: Prompts, model: PreTrainedModel) -> Guard | None:

@@ -67,7 +67,7 @@ class Checkpoints:
 
     def _prune_bests(self) -> None:
         """Keeps those that a checkpoint knows."""
-        known = {self.best(best) for step in self._good() if (best := _about(self.path(step)).get("best"))}
+        known = {self.best(at) for step in self._good() if (at := _about(self.path(step)).get("best")) is not None}
         for path in {*self.folder.glob(BESTS)} - known:
             path.unlink()
 
@@ -88,7 +88,7 @@ class Checkpoints:
             return f"{path}: of another stage, run or setting"
         if path.name.startswith("checkpoint") and "watched" not in about:
             return f"{path}: of an earlier version"
-        return self._objection(self.best(about["best"])) if about.get("best") else None
+        return None if about.get("best") is None else self._objection(self.best(about["best"]))
 
 
 def _about(path: Path) -> dict:

@@ -26,7 +26,7 @@ from allo_fast.training.backends import make_backend
 from allo_fast.training.checkpoints import CHECKPOINTS, Checkpoints
 from allo_fast.training.examples import Examples
 from allo_fast.training.guard import Guard
-from allo_fast.training.held_out import LOSS, HeldOut
+from allo_fast.training.held_out import HeldOut
 from allo_fast.training.metrics import LOG, StepMetrics
 from allo_fast.training.reference import TOKENS, Opened, Reference, described, kept, reference_logps
 from allo_fast.training.steps import MicroBatch
@@ -153,8 +153,8 @@ class Trainer:
             if ranks.add_up(torch.tensor(float(bool(received())))):  # since the last step looked
                 self._save(self.made)
                 raise signals.Interrupted(received() or signal.SIGTERM)
-        if self.held_out and self.held_out.keeps_best:
-            self.backend.load(self.checkpoints.best(ranks.on_main(lambda: self.held_out.best_step)))
+        if (step := ranks.on_main(lambda: self.watches.leaves)) not in (None, self.made):
+            self.backend.load(self.checkpoints.best(step))
         self._check_weights(self.made)
         ranks.on_main(lambda: log.flush())
 
@@ -171,7 +171,7 @@ class Trainer:
     def _looks(self, made: int) -> tuple[dict[str, float], bool]:
         """What is seen after so many steps by who looks then, and whether training ends; on all ranks alike."""
         seen, ended = self.watches.look(made, self._opened())
-        if LOSS in seen and self.held_out.keeps_best and ranks.on_main(lambda: self.held_out.best_step == made):
+        if seen and ranks.on_main(lambda: self.watches.leaves == made):
             ranks.on_main(self.checkpoints.make_room_for_best)
             self.backend.save(self.checkpoints.best(made), made, self.checkpoints.about)
         return seen, ended
@@ -197,8 +197,7 @@ class Trainer:
     def _seen(self) -> dict:
         """What a session that makes no step more cannot see."""
         seen = {"state_bytes": self.state_bytes(), "traffic_by_operation": self.traffic_by_operation}
-        seen |= {"best": self.held_out.best_step} if self.held_out and self.held_out.keeps_best else {}
-        return {"skipped": self.skipped, "watched": self.watches.state, **seen}
+        return {"skipped": self.skipped, "watched": self.watches.state, "best": self.watches.leaves, **seen}
 
     def _check_weights(self, step: int) -> None:
         """Raises TrainingError where the last update of a weight was too much."""

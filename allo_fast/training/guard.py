@@ -16,20 +16,25 @@ from allo_fast.training.reference import Opened, micro_batches
 CHANGE = "logps/kept_change"  # nats per token, since the first step
 REPEATED = "repeated_change"  # of the mean `repeated`, since the first step
 _GRAM = 4
+_GOOD = "good"
 
 
 @dataclass
 class Guard:
     """every: steps between two looks. max_drop: nats per token; a mean that fell by more ends training. speak: tokens
     of responses by the model as it is; a mean of `repeated` that rose by more than max_repeated ends training; None: it
-    is not asked."""
+    is not asked. Training leaves the weights of the last look that had seen neither."""
 
     corpus: Corpus
     every: int
     max_drop: float
     speak: Callable[[], list[list[int]]] | None = None
     max_repeated: float = 1.0
-    state: dict[str, float] | None = None  # what the first look saw; a checkpoint keeps it
+    state: dict[str, float] | None = None  # what the first look saw, and the step of the last good one
+
+    @property
+    def leaves(self) -> int | None:
+        return self.state and self.state.get(_GOOD)
 
     @torch.no_grad()
     def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:
@@ -41,8 +46,10 @@ class Guard:
             sums += opened.compute(batch).double().sum(1).tolist()
         seen = {CHANGE: fsum(sums) / len(corpus.responses.tokens.flat)}
         seen |= {REPEATED: fmean(map(repeated, self.speak()))} if self.speak else {}
-        self.state = self.state or seen
-        return {name: value - self.state[name] for name, value in seen.items()}
+        self.state = self.state or {**seen}
+        changes = {name: value - self.state[name] for name, value in seen.items()}
+        self.state |= {} if self.ends(changes) else {_GOOD: made}
+        return changes
 
     def ends(self, seen: dict[str, float]) -> bool:
         return seen.get(CHANGE, 0.0) < -self.max_drop or seen.get(REPEATED, 0.0) > self.max_repeated

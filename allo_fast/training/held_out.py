@@ -35,6 +35,10 @@ class HeldOut:
         losses = {step: loss if math.isfinite(loss) else math.inf for step, loss in self.state or ()}
         return min(losses, key=losses.__getitem__, default=None)
 
+    @property
+    def leaves(self) -> int | None:
+        return self.best_step if self.keeps_best else None
+
     @torch.no_grad()
     def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:
         """TRL's names; means over all pairs, in the micro-batches that training would have. budget: not its own."""

@@ -7,10 +7,12 @@ from allo_fast.training.reference import Opened
 
 
 class Watch(Protocol):
-    """every: steps between two looks. state: what a checkpoint keeps of the looks; None before the first."""
+    """every: steps between two looks. state: what a checkpoint keeps of the looks; None before the first. leaves: the
+    step of a look whose weights are to be what training leaves; None: those of the last step are."""
 
     every: int
     state: Any
+    leaves: int | None
 
     def look(self, made: int, opened: Opened, budget: int) -> dict[str, float]:
         """Metrics of the policy after `made` steps. budget: tokens of a forward pass."""
@@ -35,6 +37,10 @@ class Watches:
     def state(self, state: dict) -> None:
         for name, watch in self._watches.items():
             watch.state = state[name]
+
+    @property
+    def leaves(self) -> int | None:
+        return next((watch.leaves for watch in self._watches.values() if watch.leaves is not None), None)
 
     def look(self, made: int, opened: Opened) -> tuple[dict[str, float], bool]:
         """What those see whose turn it is, and whether training ends; on all ranks alike."""
