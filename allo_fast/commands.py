@@ -24,7 +24,7 @@ from allo_fast.compare.rounds import complete_rounds, later_rounds, said_of_roun
 from allo_fast.config import Config, ModelConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.config_keys import print_keys
-from allo_fast.console import LOG, logged, say, show
+from allo_fast.console import logged, say, show
 from allo_fast.converting import convert
 from allo_fast.durable import reason, versions
 from allo_fast.method.delta import Delta
@@ -41,6 +41,7 @@ from allo_fast.publishing import publish
 from allo_fast.report.page import write_report
 from allo_fast.report.picture import picture
 from allo_fast.report.summary import evaluation_line, summarize, table
+from allo_fast.runs.home import LOG
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit

@@ -14,7 +14,6 @@ from allo_fast import ranks, signals
 from allo_fast.durable import make_folder
 from allo_fast.runs.unit import Progress
 
-LOG = "log.txt"  # of a run's folder
 _said = logging.getLogger("allo_fast.said")
 _said.propagate = False
 

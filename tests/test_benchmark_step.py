@@ -195,7 +195,9 @@ def test_every_range_of_the_profile_is_seen(model, tmp_path, capsys):
     whole = sum(spent.values())
     assert 500 * outcome.seconds < whole < 1001 * outcome.seconds, "nearly all of it; the table itself takes time, too"
     printed = [float(share) for share in re.findall(r"([\d.]+)%", last)]
-    assert printed == pytest.approx([100 * spent[kind] / whole for kind in ("engine", "once")], abs=0.1)
+    assert printed == pytest.approx(
+        [100 * spent[kind] / whole for kind in ("engine", "once")], abs=0.5
+    )  # of rounded rows
     labels = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {f"allo: {name}" for name in step_profile.RANGES} <= labels and "aten::mm" in labels
 

@@ -88,7 +88,7 @@ def test_what_suits_the_machine_is_said_once(file, caplog):
 def test_shipped_comparisons_fit(path):
     comparison = Comparison.load(path, [])
     trials = [trial for arm in comparison.arms for trial in comparison.development(arm)]
-    assert len(trials) > len(comparison.arms)
+    assert len(trials) > len(comparison.arms) or not any("{best:" in line for line in path.read_text().splitlines())
     for arm in comparison.arms:
         assert comparison.final(arm, arm.candidates[-1]).config.data.test == comparison.final(arm, {}).config.data.test
 

@@ -24,7 +24,7 @@ from allo_fast import commands
 from allo_fast.__main__ import main
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
-from allo_fast.console import LOG, logged, say
+from allo_fast.console import logged, say
 from allo_fast.data.arithmetic import arithmetic_row
 from allo_fast.durable import versions, write_json
 from allo_fast.method.delta import Delta
@@ -33,7 +33,7 @@ from allo_fast.model import loading
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.basis import differences
-from allo_fast.runs.home import MANIFEST
+from allo_fast.runs.home import LOG, MANIFEST
 from allo_fast.runs.lock import alone_in
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run

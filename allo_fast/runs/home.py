@@ -17,7 +17,7 @@ from allo_fast.runs.contents import damage
 logger = logging.getLogger(__name__)
 
 MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"  # of a unit
-CONFIG = "config.yaml"
+CONFIG, LOG = "config.yaml", "log.txt"
 _SAID = SUMMARY, REPORT, ROUNDS = "summary.json", "report.html", "rounds.json"
 # Where a run lies, how it is continued and how much of it is kept, not what it is.
 _ELSEWHERE = {key: True for key in ("name", "output_dir", "deepspeed", "ddp_timeout", "save_models", "rounds")}
@@ -48,11 +48,13 @@ class Home:
         return any(any(self.folder.glob(f"[0-9][0-9]-*/*/{name}")) for name in (STARTED, MANIFEST))
 
     def check_free(self) -> None:
-        """Raises UserError where somebody else's files lie in the folder; what a killed write left is nobody's."""
+        """Raises UserError where files of others lie in the folder; what a killed write left is nobody's, and a log is
+        there before a run is."""
         if (self.folder / CONFIG).is_file():
             return
         files = (path.relative_to(self.folder) for path in self.folder.rglob("*") if not path.is_dir())
-        if any(not any(PurePath(part).match(LEFTOVERS) for part in file.parts) for file in files):
+        others = (file for file in files if file != PurePath(LOG))
+        if any(not any(PurePath(part).match(LEFTOVERS) for part in file.parts) for file in others):
             raise UserError(f"{self.folder}: not empty, and not the folder of a run (it has no {CONFIG})")
 
     def take_config(self, config: Config, rerun: bool) -> None:
