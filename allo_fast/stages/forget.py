@@ -66,8 +66,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     facts = yield from train(unit, trainer)
     save_trained(unit, policy, prompts)
     trainer.backend.close()
-    rows = ranks.on_main(lambda: [*read_jsonl(unit.folder / LOG)])
-    changes = _changes_at(rows, trainer.made)
+    changes = ranks.on_main(lambda: _changes_at(read_jsonl(unit.folder / LOG), trainer.made))
     if guard and ranks.is_main() and guard.ends(changes):
         lost = f"right responses lost {-changes[CHANGE]:.3g} nats a token, forget.guard.max_drop is {guard.max_drop}"
         if -changes[CHANGE] <= guard.max_drop:
@@ -84,7 +83,7 @@ def execute(unit: Unit) -> Generator[Progress, None, dict]:
     left = ranks.on_main(lambda: trainer.watches.leaves)
     if left not in (None, trainer.made):
         facts |= {"left_step": left}
-        changes = _changes_at(rows, left)
+        changes = ranks.on_main(lambda: _changes_at(read_jsonl(unit.folder / LOG), left))
     return {**facts, **changes, "forgotten_tokens": forgotten, "tokens": tokens}
 
 
