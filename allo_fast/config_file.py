@@ -11,7 +11,8 @@ from typing import get_args
 import yaml
 from pydantic import ValidationError
 
-from allo_fast.config import Config, UserError, first_line
+from allo_fast.config import Config
+from allo_fast.errors import UserError, first_line, no_such
 from allo_fast.section import Section
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def read_yaml(path: str | Path) -> dict:
     """The keys and values of a YAML file. Raises UserError where it cannot be read, or has none."""
     try:
         raw = _parse(Path(path).read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        raise UserError(no_such(path)) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror.lower()}") from None
     except UnicodeDecodeError as error:

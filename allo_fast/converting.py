@@ -4,7 +4,8 @@ import argparse
 
 from transformers import AutoConfig
 
-from allo_fast.config import ModelConfig, UserError
+from allo_fast.config import ModelConfig
+from allo_fast.errors import UserError, no_such
 from allo_fast.method.adapters import ADAPTER, Adapter, delta_of, save_adapter
 from allo_fast.method.delta import Delta
 from allo_fast.model.checkpoint import check_model
@@ -20,7 +21,7 @@ def convert(options: argparse.Namespace) -> None:
     if source.name.startswith("adapter_model") and (source.parent / ADAPTER).is_file():
         raise UserError(f"{source}: of an adapter; name its folder, {source.parent}")
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(no_such(source, "file or folder"))
     if source.is_dir() and not adapter:
         raise UserError(f"{source}: no adapter (it has no {ADAPTER}); of a run, name a stage's delta.safetensors")
     if base is None and (adapter or delta):

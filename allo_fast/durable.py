@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
@@ -235,6 +236,7 @@ def check_room(path: Path, size: int) -> None:
         )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of the software that a result depends on, as far as it is installed."""
     installed = {"python": platform.python_version()}

@@ -9,6 +9,9 @@ from conftest import tiny_llama
 from tiny import CHATML, byte_level
 
 from allo_fast.__main__ import main
+from allo_fast.config_file import load_config
+from allo_fast.errors import UserError, no_such
+from allo_fast.model.checkpoint import read_config
 from allo_fast.model.saving import save_model
 
 ROW = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
@@ -203,3 +206,16 @@ def test_a_token_outside_the_embedding(job, capsys, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     assert job("check") == 2
     assert "the token 'So' is" in capsys.readouterr().out
+
+
+def test_of_what_is_not_there_the_nearest_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/TinyLlama-Chat", "data/train-00000.parquet", "job.yaml"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="no model configuration that can be read: .*; nearest: models/TinyLlama-Chat$"):
+        read_config("models/TinyLama-chat")
+    with pytest.raises(UserError, match="^jobs.yaml: no such file; nearest: job.yaml$"):
+        load_config("jobs.yaml")
+    assert no_such(tmp_path / "data/train-00001.parquet").endswith(f"; nearest: {tmp_path}/data/train-00000.parquet")
+    for path in ("dat/train-00000.parquet", "elsewhere", "", "/"):
+        assert no_such(path) == f"{path}: no such file", "nothing is called nearly so"

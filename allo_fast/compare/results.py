@@ -183,8 +183,8 @@ def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tupl
     for name, svg in drawn.items():
         write_bytes(comparison.folder / name, svg.encode())
     notes = [
-        f"{seeds} seeds, {problems} held-out problems. Differences are paired by problem and seed; ~ marks those "
-        "inside the noise. Of twenty intervals of 95 % one misses by chance."
+        f"{seeds} seed{'s' * (seeds > 1)}, {problems} held-out problems. Differences are paired by problem and seed; ~ "
+        "marks those inside the noise. Of twenty intervals of 95 % one misses by chance."
     ]
     if any(row.edges for row in rows):
         notes.append("[1] At an end of what was tried: beyond it may be better.")

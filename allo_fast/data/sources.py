@@ -11,10 +11,10 @@ from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 
-from allo_fast.config import UserError, first_line
 from allo_fast.data.arithmetic import arithmetic_row
 from allo_fast.data.gym import PREFIX, gym_rows
 from allo_fast.data.tables import arrow_rows, check_columns, hub_files, parquet_rows, saved_files
+from allo_fast.errors import UserError, first_line, no_such
 
 Row = tuple[str, Callable[[], dict]]  # where it stands, and what gives it or raises UnusableRow
 _DEPTH = 50  # levels of nesting in a row
@@ -113,7 +113,7 @@ def split_slice(source: str) -> tuple[str, int, int | None]:
 
 def _file_rows(path: Path) -> Iterator[Row]:
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {'a folder, where a file was expected' if os.path.isdir(path) else 'no such file'}")
+        raise UserError(f"{path}: a folder, where a file was expected" if os.path.isdir(path) else no_such(path))
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from allo_fast.config import UserError, first_line
+from allo_fast.errors import UserError, first_line, no_such
 
 _ROWS = 1000  # of a parquet file in memory
 
@@ -123,9 +123,7 @@ def hub_files(name: str) -> list[Path]:
     path, _, rest = name.partition(":")
     config, _, split = rest.rpartition(":")
     if not split:
-        raise UserError(
-            f"{name}: no such file; a data set of the hub is org/name:config:split, as openai/gsm8k:main:train"
-        )
+        raise UserError(f"{no_such(name)}; a data set of the hub is org/name:config:split, as openai/gsm8k:main:train")
     return _from_hub(path, config or None, split)
 
 

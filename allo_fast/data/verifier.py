@@ -20,7 +20,7 @@ import numpy as np
 
 from allo_fast.config import Config
 from allo_fast.config_sections import OWN_SCORER, REWARD_MODEL
-from allo_fast.errors import UserError, first_line
+from allo_fast.errors import UserError, first_line, no_such
 
 Judge = Callable[[str, dict], float]  # of a response and the row that it answers: from 0, wrong, to 1, right
 
@@ -49,7 +49,7 @@ def own_judge(scorer: str) -> Judge:
     """Raises UserError where the file cannot be run or has no such function; the judge, for what it does not judge."""
     path, name = file_of(scorer), scorer.rpartition(":")[2]
     if not path.is_file():
-        raise UserError(f"data.scorer: {path}: no such file")
+        raise UserError(f"data.scorer: {no_such(path)}")
     spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from allo_fast.config import UserError
+from allo_fast.errors import UserError, no_such
 from allo_fast.method.adapters import ADAPTER
 from allo_fast.method.delta import Delta, set_entries
 from allo_fast.model.weights import VALUES, fingerprint, named_weights, size_of
@@ -142,7 +142,7 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     if (Path(path) / ADAPTER).is_file():
         raise UserError(f"{path}: an adapter of PEFT's; `allo-fast convert` makes a delta of it")
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; stages that train some of the weights leave a delta.safetensors")
+        raise UserError(f"{no_such(path)}; stages that train some of the weights leave a delta.safetensors")
     scale, delta, weights = _checked(scale), Delta.load(path), named_weights(model)
     if VALUES in model._modules:
         raise UserError("load_delta: a SparsePolicy trains this model's weights")

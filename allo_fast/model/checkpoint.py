@@ -31,7 +31,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from allo_fast.config import UserError, first_line
+from allo_fast.errors import UserError, first_line, nearest, no_such
 from allo_fast.model.weights import same_bits
 
 _SHOWN = 3  # names in a message
@@ -49,7 +49,7 @@ def is_hub_id(path: str | Path) -> bool:
 def check_there(path: str | Path) -> None:
     """Raises UserError for what can only be a file or folder, and is not there; transformers would ask the hub."""
     if not os.path.exists(path) and not is_hub_id(path):
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(no_such(path, "file or folder"))
 
 
 def check_model(path: str | Path, auto: type = AutoModelForCausalLM) -> None:
@@ -126,7 +126,7 @@ def read_config(path: str | Path, auto: type = AutoModelForCausalLM) -> PreTrain
         raise
     except Exception as error:  # whatever it is: transformers computes with the file's values as it reads them
         raise UserError(
-            f"{path}: no model configuration that can be read: {first_line(error.__cause__ or error)}"
+            f"{path}: no model configuration that can be read: {first_line(error.__cause__ or error)}{nearest(path)}"
         ) from None
 
 

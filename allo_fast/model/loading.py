@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.utils import CONFIG_NAME, cached_file
 
 from allo_fast import ranks
-from allo_fast.config import ModelConfig, PretrainConfig, UserError, first_line
+from allo_fast.config import ModelConfig, PretrainConfig
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.device import pick_device
+from allo_fast.errors import UserError, first_line, no_such
 from allo_fast.model.checkpoint import (
     check_model,
     check_names,
@@ -131,13 +132,20 @@ def model_files(path: str | Path, auto: type = AutoModelForCausalLM) -> dict[str
     Raises UserError for a hub id that cannot be had.
     """
     folder = folder_of(path, auto)
+    found = [file for file in folder.iterdir() if file.exists()] if folder.is_dir() else []
+    state = frozenset((file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found)
+    return {name: folder / name for name in _model_files(folder, auto, state)}
+
+
+@cache
+def _model_files(folder: Path, auto: type, state: frozenset) -> list[str]:
+    """state: of what lies in the folder, with which the answer may change."""
     try:
         weights = weight_files(folder, read_config(folder, auto))
     except UserError:  # of what is no model: it will be refused
         weights = folder.glob("*.safetensors")
     small = (file for pattern in _SMALL for file in folder.glob(pattern))
-    names = sorted({os.path.relpath(file, folder) for file in (*weights, *small) if os.path.isfile(file)})
-    return {name: folder / name for name in names}
+    return sorted({os.path.relpath(file, folder) for file in (*weights, *small) if os.path.isfile(file)})
 
 
 def folder_of(path: str | Path, auto: type = AutoModelForCausalLM) -> Path:
@@ -166,7 +174,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
     from transformers import GgufConfig
 
     if not source.is_file():
-        raise UserError(f"{source}: no such file")
+        raise UserError(no_such(source))
     check_new(folder)
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "trust_remote_code": False}
     dense = GgufConfig(dequantize=True)

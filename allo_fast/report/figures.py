@@ -53,8 +53,11 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
             continue
         lengths = [max(rows[-1]["step"] for rows in seeds.values()) for seeds in having.values()]
         ratios = [max(length, max(lengths) / 3) for length in lengths]
+        labels = list(max(having.values(), key=len))
+        # Places that are given once draw in half the time of those that follow from the letters.
+        places = {"left": 0.09, "right": 0.9 if len(labels) > 1 else 0.99, "bottom": 0.25, "top": 0.86, "wspace": 0.36}
         figure, axes = plt.subplots(
-            1, len(having), figsize=(9, 1.9), layout="constrained", squeeze=False, width_ratios=ratios
+            1, len(having), figsize=(9, 1.9), squeeze=False, width_ratios=ratios, gridspec_kw=places
         )
         for axis, (name, seeds) in zip(axes[0], having.items(), strict=True):
             _curve(axis, metric, seeds)
@@ -63,9 +66,8 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
             axis.margins(x=0.02)
             axis.grid(alpha=0.2)
         axes[0][0].set_ylabel(metric)
-        labels = list(max(having.values(), key=len))
         if len(labels) > 1:
-            figure.legend(labels, loc="outside right upper", fontsize=7, frameon=False)
+            figure.legend(labels, loc="upper right", fontsize=7, frameon=False)
         found.append(as_svg(figure, f"{metric} by training step"))
     return found
 

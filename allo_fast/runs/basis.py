@@ -22,7 +22,8 @@ def flat(section: Mapping, prefix: str = "") -> Basis:
 
 def under(entries: Basis, sections: tuple[str, ...]) -> Basis:
     """The entries that are, or lie in, one of `sections`."""
-    return {key: value for key, value in entries.items() if any(f"{key}.".startswith(f"{name}.") for name in sections)}
+    beginnings = tuple(f"{name}." for name in sections)
+    return {key: value for key, value in entries.items() if f"{key}.".startswith(beginnings)}
 
 
 def differences(old: Basis, new: Basis) -> str:

@@ -4,7 +4,7 @@ import logging
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 from pathlib import Path, PurePath
 
@@ -30,6 +30,11 @@ def recorded(unit: Path) -> Basis:
     if "basis" not in (record := read_json(path)):
         raise Damaged(f"{path}: of another version, which did not say what it depends on")
     return deciding(record["basis"])
+
+
+@cache
+def _config_of(path: Path, size: int, changed: int) -> Config:
+    return load_config(path)
 
 
 @dataclass
@@ -65,7 +70,8 @@ class Home:
         path, is_ours = self.folder / CONFIG, True
         if path.exists():
             try:
-                if (old := load_config(path)) == config:
+                stat = path.stat()
+                if (old := _config_of(path, stat.st_size, stat.st_mtime_ns)) == config:
                     return
                 is_ours = dump_config(old) == path.read_text()
                 before, now = (flat(each.model_dump(exclude=_ELSEWHERE)) for each in (old, config))

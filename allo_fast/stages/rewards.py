@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from allo_fast import ranks
-from allo_fast.config import UserError
 from allo_fast.data.corpus import Corpus
 from allo_fast.data.sources import UnusableRow, parse_json
+from allo_fast.errors import UserError, no_such
 from allo_fast.model.weights import fingerprint
 from allo_fast.runs.rows import Rows, read_jsonl, rendered_once, write_jsonl
 from allo_fast.runs.unit import Progress, Unit
@@ -94,7 +94,7 @@ def read_rewards(path: str) -> Callable[[object, str], list[float] | None]:
     Or {input, output, reward}, as the published code writes them. Of the rows only where they lie is kept.
     """
     if not Path(path).is_file():
-        raise UserError(f"rewards.path: {path}: no such file")
+        raise UserError(f"rewards.path: {no_such(path)}")
 
     def rewards_at(place: int) -> list[float]:
         with Path(path).open("rb") as file:
