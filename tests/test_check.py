@@ -219,3 +219,11 @@ def test_of_what_is_not_there_the_nearest_is_named(tmp_path, monkeypatch):
     assert no_such(tmp_path / "data/train-00001.parquet").endswith(f"; nearest: {tmp_path}/data/train-00000.parquet")
     for path in ("dat/train-00000.parquet", "elsewhere", "", "/"):
         assert no_such(path) == f"{path}: no such file", "nothing is called nearly so"
+
+
+def test_rows_that_cannot_be_read_are_not_missed_where_some_of_them_are_held_out(job, capsys, tmp_path):
+    write(tmp_path / "train.jsonl", *({"prompt": f"How {number}?"} for number in range(9)))
+    for lost in ("train.jsonl", "gone.jsonl"):
+        assert job("check", "data.test=null", f"data.train={tmp_path / lost}") == 2
+        said = capsys.readouterr().out
+        assert said.count("problem: ") == 1 and "problem: data.train: " in said

@@ -75,7 +75,8 @@ def check(config: Config) -> Findings:
     tokenizer = findings.attempt(lambda: base_tokenizer(config)) if model else None
     prompts = tokenizer and findings.attempt(lambda: prompts_of(config, tokenizer))
     rows = _check_data(findings, config, "train", prompts if model else None, config.sample.max_new_tokens)
-    _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
+    if findings.first or not config.data.test_size:  # what is held out of rows that cannot be read is said already
+        _check_data(findings, config, "test", prompts if model else None, config.evaluate.max_new_tokens)
     if config.data.text and prompts:
         findings.attempt(lambda: deque(text_windows(config, tokenizer), maxlen=0))
     _check_budgets(findings, config)
