@@ -43,7 +43,8 @@ def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = 
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {explained(error, Config)}") from None
+        trains = "warmup." if raw.get("method") == "dpo" else "learn."
+        raise UserError(f"{path}: {explained(error, Config, trains)}") from None
     if is_auto and not auto:
         logger.info("model.dtype: %s, as suits this machine", config.model.dtype)
     return config
@@ -95,6 +96,9 @@ NAMES_ELSEWHERE = {
         "report_to": "logger log_with use_wandb use_tensorboard wandb_project",
         "seeds": "seed data_seed",
         "name": "run_name",
+        "method": "stage trainer rl alignment",
+        "evaluate.batch_size": "per_device_eval_batch_size eval_batch_size",
+        "data.chat_template": "template chat_template_path",
         "warmup.lora": "peft lora use_peft adapter finetuning_type peft_config",
         "warmup.lora.r": "lora_r lora_rank",
         "warmup.lora.target_modules": "lora_target_modules lora_target",
@@ -114,11 +118,25 @@ NOT_KEYS = {
     **dict.fromkeys("max_length cutoff_len sequence_len max_seq_length".split(), _LIMITS),
     "max_steps": "training is counted in epochs: num_train_epochs",
     "resume_from_checkpoint": "the same command goes on where it ended",
-    "push_to_hub": "`allo-fast export --push-to-hub USER/NAME` uploads a stage's model",
+    **dict.fromkeys(
+        "push_to_hub hub_model_id hub_strategy".split(),
+        "`allo-fast export --push-to-hub USER/NAME` uploads a stage's model",
+    ),
     "logging_steps": "every step is written to metrics.jsonl and to what report_to names",
     "precompute_ref_log_probs": "the reference is computed once and kept, or with reference: online in every step",
     "padding_free": "rows are packed without padding where the model can",
-    "packing": "rows are packed without padding where the model can",
+    **dict.fromkeys("packing sample_packing".split(), "rows are packed without padding where the model can"),
+    "truncation_mode": "nothing is cut; rows that are too long are set aside",
+    **dict.fromkeys(
+        "train_on_inputs completion_only_loss assistant_only_loss train_on_prompt mask_history".split(),
+        "responses train, prompts never do",
+    ),
+    "save_total_limit": "of checkpoints the last is kept, and goes when its stage is complete",
+    "neftune_noise_alpha": "no noise is added to embeddings",
+    "ld_alpha": "length_alpha is R-DPO's, another thing",
+    **dict.fromkeys(
+        "desirable_weight undesirable_weight use_weighting".split(), "a row may have its own weight: loss_weight"
+    ),
     "optim": "the optimizer is AdamW, of fp32 states for the weights that train",
     "sync_ref_model": "the reference stays as it is; `rounds` goes on from what was trained",
     "f_divergence_type": "it is the reverse KL; loss_type has other losses",
@@ -195,17 +213,16 @@ def _assign(raw: dict, dotted: str, value: object) -> None:
     raw[last] = value
 
 
-def explained(error: ValidationError, section: type[Section]) -> str:
-    """What is wrong with a file of this section, one sentence a key, also where a value fits none of several types."""
-    known, by_key = known_keys(section), {}
+def explained(error: ValidationError, section: type[Section], trains: str = "learn.") -> str:
+    """What is wrong with a file of this section, one sentence a key, also where a value fits none of several types.
+
+    trains: of the sections with keys alike, which is learning what others call training.
+    """
+    # Those of other sections come last.
+    known, by_key = sorted(known_keys(section), key=lambda key: not key.startswith(trains)), {}
     for each in error.errors():
         by_key.setdefault(_key(each["loc"], known), []).append(each)
     return "; ".join(_explain(key, errors, known) for key, errors in by_key.items())
-
-
-def _is_less_likely(key: str) -> bool:
-    """Many sections train; learning is what others call training."""
-    return not key.startswith("learn.")
 
 
 def _key(parts: tuple, known: list[str]) -> str:
@@ -216,6 +233,8 @@ def _key(parts: tuple, known: list[str]) -> str:
 
 def _explain(key: str, errors: list[dict], known: list[str]) -> str:
     first = errors[0]
+    if first["type"] == "model_type" and (below := [name for name in known if name.startswith(f"{key}.")]):
+        return f"{key}: has keys of its own, as {below[0]}, and no value (got {first['input']!r:.200})"
     if first["type"] != "extra_forbidden":
         message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
         suffix = "" if first["type"] == "missing" else f" (got {first['input']!r:.200})"
@@ -227,11 +246,9 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
         return f"{where}: unknown key; {NOT_KEYS[last]}"
     if meant := NAMES_ELSEWHERE.get(last):
         places = [name for name in known if f".{name}".endswith(f".{meant}")]
-        return (
-            f"{where}: unknown key; did you mean {min(places, key=lambda n: (n not in siblings, _is_less_likely(n)))}?"
-        )
+        return f"{where}: unknown key; did you mean {min(places, key=lambda name: name not in siblings)}?"
     elsewhere = [name for name in known if f".{name}".endswith(f".{last}")]
-    near = sorted(elsewhere, key=_is_less_likely)[:1] or difflib.get_close_matches(where, siblings, n=1)
+    near = elsewhere[:1] or difflib.get_close_matches(where, siblings, n=1)
     near = near or difflib.get_close_matches(where, known, n=1, cutoff=0.5)
     said = f"did you mean {near[0]}?" if near else "`allo-fast keys WORD` finds those there are"
     return f"{where}: unknown key; {said}"

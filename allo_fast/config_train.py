@@ -74,13 +74,17 @@ WITHOUT_REFERENCE = ("simpo", "confpo", "orpo", "sft")
 
 
 class LossConfig(PreferenceTrainConfig):
-    beta: float = Field(0.1, gt=0)  # of implicit rewards; ipo's tau, orpo's lambda; means want more: simpo 2, norm 5
+    beta: float = Field(
+        0.1, gt=0
+    )  # of implicit rewards; ipo's tau, orpo's lambda; those on means a token want more: simpo 2, sigmoid_norm 5
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)  # how often chosen and rejected are taken to be swapped
     # By TRL's names, one or several; method/pair_losses.py has their equations. [sigmoid, sft] is DPO + NLL on chosen.
     loss_type: list[Loss] = Field(["sigmoid"], min_length=1)
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = None  # of each loss; null: 1
     simpo_gamma: float = Field(0.5, ge=0)  # of simpo and confpo: the margin that they ask for
-    length_alpha: float = Field(0.0, ge=0)  # of sigmoid, R-DPO's: what a token more of the chosen counts as
+    length_alpha: float = Field(
+        0.0, ge=0
+    )  # of sigmoid: R-DPO's alpha, added to the margin for each token more of the chosen
     eval_steps: int = Field(10, gt=0)  # optimizer steps between two looks at the pairs of pairs.eval_size
     # Looks in a row whose loss is not below the lowest before, after which training ends; null: it goes on.
     early_stopping_patience: int | None = Field(None, gt=0)

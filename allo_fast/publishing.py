@@ -18,6 +18,7 @@ from allo_fast.runs.home import CONFIG, SUMMARY
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES
+from allo_fast.stages.evaluate import PRODUCERS
 from allo_fast.stages.export import export
 
 _CITATION = """@article{chen2024low,
@@ -92,7 +93,10 @@ def _results(summary: dict, unit: Unit) -> Iterator[str]:
     for key, counts in summary["data"].items():
         yield f"- data.{key}: {counts['rows']:,} rows, {counts['set_aside']:,} set aside"
     seeds = " ".join(map(str, summary["seeds"]))
-    yield f"\nMeans over seeds {seeds}, of which this is one ({unit.key}), with 95 % intervals:\n"
+    producers = {**PRODUCERS, "given": "pretrain", "base": "sft" if unit.config.sft else "pretrain"}
+    this = [f"`{name}`, of {unit.key}" for name in summary["models"] if producers[name] == unit.name]
+    yield f"\nThis model is {this[0]}." if this else "\nThis model itself was not judged; others of its run were."
+    yield f"Means over seeds {seeds}, with 95 % intervals:\n"
     yield "| model | metric | mean | interval |\n|---|---|---|---|"
     for name, model in summary["models"].items():
         metrics = model["metrics"] if "metrics" in model else {score_name(model): model | {"mean": model["accuracy"]}}

@@ -111,6 +111,8 @@ def test_the_names_of_others_are_for_keys_that_there_are():
         ("learn.max_steps", "training is counted in epochs: num_train_epochs"),
         ("learn.seeds", "did you mean seeds?"),
         ("learn.max_length", "data.max_prompt_tokens, data.max_response_tokens"),
+        ("sample_packing", "rows are packed without padding"),
+        ("truncation_mode", "nothing is cut"),
         ("resume_from_checkpoint", "the same command goes on"),
         ("push_to_hub", "`allo-fast export --push-to-hub USER/NAME`"),
     ],

@@ -1,6 +1,8 @@
 """Comparisons: what a file stands for, which runs share what, and what is said of the results."""
 
 import json
+import math
+import re
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,13 @@ import numpy as np
 import pytest
 
 from allo_fast.__main__ import main
-from allo_fast.compare import driving, intervals
-from allo_fast.compare.arms import Comparison
+from allo_fast.compare import driving, results
+from allo_fast.compare.arms import Comparison, _overlap
 from allo_fast.compare.driving import Clock, Worker, compare
-from allo_fast.compare.intervals import Difference, difference, mean_and_half
-from allo_fast.compare.results import Result, edges, sentences, table
+from allo_fast.compare.results import Difference, Result, edges, sentences, table, ties
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
-from allo_fast.data.scoring import difference_interval
+from allo_fast.data.intervals import accuracy_interval, difference_interval, spread, student
 from allo_fast.runs.lock import alone_in
 from tests.conftest import MICRO
 
@@ -26,7 +27,6 @@ FILE = """
 job: micro.yaml
 set: {name: compared, rewards.source: confidence, locate: {score: random}}
 development: arithmetic:train[2000:2003]
-development_seeds: 1
 against: [base, dpo]
 arms:
   dpo: {method: dpo, warmup.learning_rate: {best: [1e-4, 1e-2]}, locate.score: null}
@@ -62,7 +62,7 @@ def test_each_makes_arms_and_best_candidates(file):
     assert not any(trial.config.evaluate.samples for trial in tried)
     numbers = [(trial.config.warmup.learning_rate, trial.config.warmup.beta) for trial in tried]
     assert numbers == [(1e-4, 0.1), (1e-4, 0.5), (1e-2, 0.1), (1e-2, 0.5)]
-    assert {(*t.config.seeds, t.config.data.test) for t in tried} == {(4, "arithmetic:train[2000:2003]")}
+    assert {(*t.config.seeds, t.config.data.test) for t in tried} == {(7, "arithmetic:train[2000:2003]")}
     final = comparison.final(dpo, tried[3].values).config
     assert (final.seeds, final.data.test, final.warmup.beta) == ([4, 5, 6], "arithmetic:test[:9]", 0.5)
     assert comparison.development(second) == []
@@ -123,6 +123,7 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
             "test[7:9]",
             r"development: arithmetic:test\[7:9\] shares rows with data.test, arithmetic:te",
         ),
+        ("train[2000:2003]", "train[1005:2003]", r"shares rows with data.train, arithmetic:train\[1000:1006\]"),
         ("set: {", "set: {data.test: null, ", "data.test: a comparison needs one beside data.train; .* names none"),
         ("job: micro.yaml", "job: nowhere.yaml", "nowhere.yaml: no such file"),
         (
@@ -194,9 +195,9 @@ def test_what_arms_share_is_made_once_and_nothing_twice(file):
     folder = file.parent / "compared"
     stages = [label.rpartition(": ")[2] for label in made]
     expected = ["pretrain base", "evaluate base"]
-    for stage in ("sample seed-0", "pairs seed-0", "sample seed-1", "pairs seed-1", *expected):
+    for stage in (*(f"{stage} seed-{seed}" for stage in ("sample", "pairs") for seed in range(3)), *expected):
         assert stages.count(stage) == 1 + (stage == "evaluate base"), "the base on development data, too"
-    assert stages.count("warmup seed-0") == 2 and stages.count("warmup seed-1") == 1, "the best was trained already"
+    assert [stages.count(f"warmup seed-{seed}") for seed in range(3)] == [1, 1, 2], "another seed chooses"
     pairs = {path.stat().st_ino for path in folder.glob("*/*/03-pairs/seed-0/pairs.jsonl")}
     assert len(pairs) == 1 and [*folder.glob("cache/reference-*")] and not [*folder.glob("*/*/cache")]
     assert "4 arms, 6 runs" in lines[0] and "known when they have run once" in lines[0]
@@ -302,6 +303,46 @@ def test_preferences_are_compared_by_log_probabilities(file):
     assert any(line.startswith("dpo: ") and " base " in line for line in lines)
     report = json.loads((file.parent / "compared/compare.json").read_text())
     assert report["metric"] == "logps/accuracies" and set(report["rows"][1]["minus"]) == {"base"}
+    changed(file, ("job: ", "metric: rewards/accuracies\njob: "))
+    list(compare(Comparison.load(file, words), pytest.fail))
+    report = json.loads((file.parent / "compared/compare.json").read_text())
+    base, dpo, *_ = report["rows"]
+    assert report["metric"] == "rewards/accuracies" and (base["accuracy"], base["interval"]) == (0.5, [0.5, 0.5])
+    assert dpo["minus"]["base"]["points"] == pytest.approx(dpo["accuracy"] - 0.5)
+
+
+def test_a_file_is_the_same_by_any_name():
+    assert _overlap("./a/../pairs.jsonl[1:3]", "pairs.jsonl") and not _overlap("pairs.jsonl[1:3]", "pairs.jsonl[3:]")
+
+
+@runs
+def test_what_makes_a_comparison_less_than_fair_is_said(file, monkeypatch):
+    read = results._predictions
+
+    def predictions(run, key):
+        rows = [[*each] for each in read(run, key)]
+        if key == "base" and run.folder.parent.name == "other":
+            rows[0][0] = {**rows[0][0], "strict": True}
+        return rows
+
+    monkeypatch.setattr(results, "_predictions", predictions)
+    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e-4, 2e-4]}"), ("{each: [0.1, 0.2]}", "0.1"))
+    others = "  other: {method: dpo, pretrain.problems: 16}\n  lost: {method: dpo, warmup.learning_rate: 1e30}"
+    changed(file, ("  allo: {}", others), ("development:", "development_seeds: [0]\ndevelopment:"))
+    lines = list(compare(Comparison.load(file, ["seeds=[0]"]), drive([])))
+    folder = file.parent / "compared"
+    report = json.loads((folder / "compare.json").read_text())
+    lost, other, seed = report["notes"]
+    assert (
+        re.fullmatch(r"lost: left out: not trained: step \d+: .*", lost)
+        and f"\n\n{lost}\n\n" in (folder / "compare.md").read_text()
+    )
+    assert other.startswith("other begins from another base, of ") and seed.startswith("Seed 0 chose, too")
+    assert [row["name"] for row in report["rows"]] == ["base", "dpo", "sparse", "other"]
+    assert any(line.startswith("lost: not trained: step ") for line in lines)
+    assert "of 12.5%, which" in other, "one of eight"
+    row = report["rows"][3]
+    assert row["minus"]["base"]["points"] == pytest.approx(row["accuracy"] - 1 / 8)
 
 
 @runs
@@ -341,41 +382,59 @@ def test_the_clock_counts_shared_stages_once(file):
 
 @pytest.mark.parametrize(
     ("seeds", "of_seeds", "of_problems", "of_both"),
-    [(1, 0, 1, 0), (2, 0, 1, 0.3), (2, 1, 0.1, 0.1), (5, 0.5, 0.1, 1), (5, 0, 1, 1), (5, 0, 0, 1)],
+    [
+        (1, 0, 1, 0),
+        (2, 0, 1, 0.3),
+        (2, 1, 0.1, 0.1),
+        (3, 0.3, 1, 0.3),
+        (5, 0.5, 0.1, 1),
+        (5, 0.3, 1, 0.3),
+        (5, 0, 1, 1),
+        (5, 0, 0, 1),
+    ],
 )
 def test_intervals_hold_the_mean_nineteen_times_of_twenty(seeds, of_seeds, of_problems, of_both):
     draw, held, runs = np.random.default_rng(3), 0, 600
     for _ in range(runs):
         parts = draw.normal(0, of_seeds, (seeds, 1)), draw.normal(0, of_problems, (1, 60))
-        middle, half = mean_and_half(sum(parts) + draw.normal(0, of_both, (seeds, 60)))
-        held += abs(middle) <= half
+        mean, variance, t = spread(sum(parts) + draw.normal(0, of_both, (seeds, 60)))
+        held += abs(mean) <= t * variance**0.5
     assert 0.92 < held / runs < (0.975 if of_seeds + of_problems else 1)
 
 
 def test_an_interval_by_hand():
     """Of four problems by two seeds: MS of seeds 2, of problems 1, of the rest 1/3; t of 2.5 ** 2 / ... degrees."""
     values = np.array([[1.0, 2, 3, 3], [0.0, 2, 1, 2]])
-    middle, half = mean_and_half(values)
+    mean, variance, t = spread(values)
     by_seed = 4 * np.var([2.25, 1.25], ddof=1)
     by_problem, rest = 2 * np.var([0.5, 2, 2, 2.5], ddof=1), ((values - [0.5, 2, 2, 2.5]) ** 2).sum() - 8 * 0.25
     total = by_seed + by_problem - rest / 3
     degrees = total**2 / (by_seed**2 / 1 + by_problem**2 / 3 + (rest / 3) ** 2 / 3)
-    assert middle == 1.75 and half == pytest.approx(intervals._t(degrees) * (total / 8) ** 0.5)
-    assert [intervals._t(n) for n in (2, 4, 30)] == pytest.approx([4.303, 2.776, 2.042], rel=0.01)  # from tables
+    assert mean == 1.75 and (variance, t) == pytest.approx((total / 8, student(degrees)))
+    quantiles = [student(n) for n in (1, 2, 4, 30, math.inf)]
+    assert quantiles == pytest.approx([12.7062, 4.3027, 2.7764, 2.0423, 1.96], rel=2e-4)  # from tables
 
 
 def test_differences_are_paired_and_few_wins_prove_nothing():
     draw = np.random.default_rng(1)
     worse = draw.random((5, 400)) < np.linspace(0.1, 0.9, 400)
     better = worse | (draw.random((5, 400)) < 0.05)
-    clear = difference(better.astype(float), worse.astype(float))
-    points, ends = difference_interval(better.tolist(), worse.tolist())
-    assert clear.points == pytest.approx(points) and clear.verdict == "clear of zero"
-    assert clear.interval == pytest.approx(ends, abs=0.006)
-    assert difference(worse.astype(float), worse[:1].astype(float)).verdict == "inside the noise"
+    clear = Difference(*difference_interval(better, worse))
+    assert clear.points == pytest.approx((better ^ worse).mean()) and clear.verdict == "clear of zero"
+    assert clear.interval[1] - clear.interval[0] < accuracy_interval(better)[1][1] - accuracy_interval(better)[1][0]
+    assert Difference(*difference_interval(worse, worse[:1])).verdict == "inside the noise"
     few = np.zeros((1, 500))
     few[0, :4] = 1
-    assert difference(few, 0 * few).verdict == "inside the noise", "McNemar's p is .125"
+    assert Difference(*difference_interval(few, 0 * few)).verdict == "inside the noise", "McNemar's p is .125"
+
+
+def test_an_accuracy_is_as_uncertain_as_its_seeds_differ():
+    draw, held, runs = np.random.default_rng(5), 0, 500
+    for _ in range(runs):
+        share = np.clip(draw.normal(0.4, 0.05, (3, 1)), 0, 1)
+        mean, (low, high) = accuracy_interval(draw.random((3, 500)) < share)
+        held += low <= 0.4 <= high
+    assert 0.92 < held / runs < 0.975
 
 
 def test_a_choice_at_the_end_of_what_was_tried_is_marked():
@@ -383,6 +442,8 @@ def test_a_choice_at_the_end_of_what_was_tried_is_marked():
     assert edges({"a": 3e-5, "b": True}, tried) == []
     assert edges({"a": 1e-4, "b": True}, tried) == ["a"] == edges({"a": 1e-5, "b": True}, tried)
     assert edges({"a": 1e-4}, tried[2:]) == [], "nothing else was tried"
+    tied = [*tried, (0.3, {"a": 3e-5, "b": False})]
+    assert ties({"a": 3e-5, "b": True}, tried) == [] and ties({"a": 3e-5, "b": True}, tied) == ["b"]
     assert edges({"a": 64}, [(0.1, {"a": 64}), (0.2, {"a": None}), (0.3, {"a": "auto"})]) == []
 
 

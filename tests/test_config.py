@@ -45,6 +45,9 @@ def test_overrides_are_yaml(tmp_path):
         ("sft.learing_rate=1", "sft.learing_rate: unknown key; did you mean sft.learning_rate?"),
         ("sft.ratio=0", "sft.ratio: .*greater than 0 .got 0."),
         ("lern.ratio=1", "lern: unknown key; did you mean learn?"),
+        ("beta=0.5", "beta: unknown key; did you mean learn.beta?"),
+        ("model=models/x", r"model: has keys of its own, as model.name_or_path, and no value \(got 'models/x'\)"),
+        ("rl=dpo", "rl: unknown key; did you mean method?"),
         ("max_tokens_per_batch=8", "max_tokens_per_batch: unknown key; did you mean learn.max_tokens_per_batch?"),
         ("learn.num_train_epochs=true", "learn.num_train_epochs: expected a number .got True."),
         ("learn.max_tokens_per_batch=true", "learn.max_tokens_per_batch: expected a number .got True."),
@@ -179,3 +182,10 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 def test_shipped_configs_load(path):
     assert isinstance(load_config(path), Config)
     assert yaml.safe_load(path.read_text())["name"] == path.stem
+
+
+def test_a_key_is_meant_where_the_method_trains(tmp_path):
+    for method, section in (("allo", "learn"), ("sparse-dpo", "learn"), ("dpo", "warmup")):
+        for typed, ours in (("beta", "beta"), ("epochs", "num_train_epochs")):
+            with pytest.raises(UserError, match=f"{typed}: unknown key; did you mean {section}.{ours}?"):
+                load(tmp_path, overrides=[f"method={method}", f"{typed}=1"])

@@ -5,7 +5,8 @@ from conftest import read_problems, shared
 
 from allo_fast.config import UserError
 from allo_fast.data.arithmetic import arithmetic_row, careless_solution, character_tokenizer
-from allo_fast.data.scoring import accuracy_interval, difference_interval, is_correct
+from allo_fast.data.intervals import accuracy_interval, difference_interval
+from allo_fast.data.scoring import is_correct
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
@@ -188,6 +189,20 @@ def test_character_tokenizer_round_trip(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).decode(ids) == text
 
 
+AROUND = (
+    '"beads".',
+    "(beads).",
+    "`beads`.",
+    "'beads'.",
+    "**(beads)**.",
+    "_beads._",
+    "\u201cBeads.\u201d",
+    "(beads",
+    "beads].",
+    "[(beads)]",
+)
+
+
 @pytest.mark.parametrize(
     "response, answer, strict, release",
     [
@@ -217,6 +232,15 @@ def test_character_tokenizer_round_trip(tmp_path):
         ("The answer is .", "0", False, False),
         ("The answer is -", "0", False, False),
         ("The answer is -0", "0", True, False),
+        *((f"The answer is {said}", "beads", True, False) for said in AROUND),
+        ("The answer is $42$.", "42", True, False),
+        ("The answer is (.5).", "0.5", True, False),
+        ("The answer is [1,2)", "(1,2]", False, False),
+        ("The answer is f(x).", "f(x)", True, False),
+        ("The answer is ((1, 2), 3)", "(1, 2), 3", True, False),
+        ("The answer is", "?", False, False),
+        ("The answer is ?", "?", True, True),
+        (f"The answer is {'(' * 3000}7{')' * 3000}", "7", True, False),
     ],
 )
 def test_scorers(response, answer, strict, release):

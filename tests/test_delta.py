@@ -177,5 +177,5 @@ def test_the_seed_of_a_rounding_stays_with_the_delta(tmp_path):
     delta = Delta.load(tmp_path / "delta")
     assert delta.rounding_seed is None
     seeded = Delta(delta.base, delta.dtype, delta.positions, delta.values, rounding_seed=7)
-    seeded.save(tmp_path / "seeded")
+    seeded.save(str(tmp_path / "seeded"))
     assert Delta.load(tmp_path / "seeded").rounding_seed == 7

@@ -10,9 +10,10 @@ from tiny import family
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.data.encoding import Limits, corpus_of_pairs, encode_problems, encode_responses
-from allo_fast.data.problems import Problem
+from allo_fast.data.problems import Problem, Quarantined
 from allo_fast.data.prompts import Prompts
 from allo_fast.data.splitting import read_split
+from allo_fast.stages.seen import look
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = Prompts(character_tokenizer(), template="{}=")
@@ -92,3 +93,13 @@ def test_the_example_rows_are_rows():
         assert all([response["correct"] for response in row["responses"]] == [True, False] for row in rows)
         counts.append(len(rows))
     assert counts == [8, 2]
+
+
+def test_reasons_for_which_rows_are_set_aside():
+    aside = [
+        Quarantined(f"f:{n}", f"no field 'chosen'; rename 'Chosen' to it; it has {['Chosen', 'x'][:n]}") for n in (1, 2)
+    ]
+    aside += [Quarantined("f:3", "no field 'chosen'; it has ['Win']")]
+    assert look(aside, 1, None).reasons == [f"{aside[0].id}: {aside[0].reason} (2 rows)", f"f:3: {aside[2].reason}"]
+    aside += [Quarantined(f"g:{n}", f"reason {'abcde'[n // 2]}") for n in range(10)]
+    assert look(aside, 1, None).reasons[-1] == "and 3 rows for 2 other reasons"

@@ -1,6 +1,7 @@
 """Forgetting watches right responses, and ends where they lose too much."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -168,7 +169,13 @@ def row(number, right=(), wrong=(), **more):
     return {"id": f"row {number}", "prompt_ids": [number], "responses": responses, **more}
 
 
-def test_what_it_watches(tmp_path):
+@pytest.mark.parametrize(("seen", "ends"), [(0.1, False), (-0.5, False), (-0.6, True), (math.nan, True)])
+def test_what_is_no_number_is_not_good(seen, ends):
+    assert Guard(pair_corpus(), 1, 0.5).ends({CHANGE: seen}) == ends
+    assert Guard(pair_corpus(), 1, 0.5, max_repeated=0.5).ends({CHANGE: 0.0, REPEATED: -seen}) == ends
+
+
+def test_what_it_watches(tmp_path, caplog):
     rows = [
         row(3, right=[[4, 5]], wrong=[[9, 9]]),
         row(4, right=[[5], [6]]),
@@ -182,7 +189,8 @@ def test_what_it_watches(tmp_path):
     assert watched[4] in ([5], [6])
     few = watching(tmp_path, rows, "forget.guard.responses=2")
     assert len(few.corpus.responses) == 2
-    assert watching(tmp_path, rows[3:]) is None, "nothing is right"
+    assert "nothing is watched" not in caplog.text
+    assert watching(tmp_path, rows[3:]) is None and "no problem has a right response" in caplog.text
     assert watching(tmp_path, rows, "forget.guard=null") is None
     release = ["protocol=release", "locate.score=delta"]
     assert watching(tmp_path, rows, *release) is None

@@ -11,7 +11,7 @@ from tiny import CHATML, byte_level
 from allo_fast.__main__ import main
 from allo_fast.compare.judging import STYLES, read_responses, verdict, wins
 from allo_fast.config import UserError
-from allo_fast.data.scoring import accuracy_interval
+from allo_fast.data.intervals import accuracy_interval
 from allo_fast.model.saving import save_model
 from allo_fast.runs.rows import read_jsonl
 
@@ -115,7 +115,14 @@ def test_transformers_serve_as_a_judge(tmp_path, capsys, monkeypatch):
     [
         ("alpaca_eval", "m", 1.0),
         ("alpaca_eval", " **M**\n", 0.0),
+        ("alpaca_eval", "Both are short, and right.\n\nm", 1.0),
+        ("alpaca_eval", "The better response is 'M'.", 0.0),
+        ("alpaca_eval", "Verdict: m", 1.0),
         ("alpaca_eval", "Hmm", None),
+        ("alpaca_eval", "I'm sorry, I cannot decide.", None),
+        ("alpaca_eval", "Both are wrong, I\u2019m not sure", None),
+        ("alpaca_eval", "m or M", None),
+        ("alpaca_eval", "This is 5 m", None),
         ("arena_hard", "[[A>B]] is wrong: [[B>>A]]", 0.0),
         ("arena_hard", "[[A=B]]", 0.5),
         ("arena_hard", "A>B", None),

@@ -17,14 +17,8 @@ from allo_fast.__main__ import main
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import ALPHABET, character_tokenizer
-from allo_fast.data.scoring import (
-    accuracy_interval,
-    best_response,
-    is_tie,
-    mean_interval,
-    pair_margins,
-    problem_values,
-)
+from allo_fast.data.intervals import accuracy_interval, mean_interval, problem_values, student
+from allo_fast.data.scoring import best_response, is_tie, pair_margins
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
 from allo_fast.model.saving import save_model
@@ -53,7 +47,6 @@ learn: {{learning_rate: 1e-3, beta: 0.4, gradient_accumulation_steps: 1, ratio: 
 sample: {{max_new_tokens: 8}}
 evaluate: {{max_new_tokens: 8, batch_size: 3}}
 """
-Z = 1.959964
 
 
 def scored(logp, tokens, correct, ref_logp=None):
@@ -109,7 +102,9 @@ def test_pairs_of_one_problem_are_one_cluster():
     assert values == pytest.approx([4 / 9, 8 / 9])
     mean, (low, high) = mean_interval([values])
     error = (2 * (1 / 9 + 1 / 9) / 9) ** 0.5  # C / (C - 1) of the squares, / N^2
-    assert mean == pytest.approx(2 / 3) and (low, high) == pytest.approx((2 / 3 - Z * error, 2 / 3 + Z * error))
+    assert mean == pytest.approx(2 / 3) and (low, high) == pytest.approx(
+        (2 / 3 - student(1) * error, 2 / 3 + student(1) * error)
+    )
     draws = random.Random(0)  # pairs that have nothing to do with their problem are as many problems of one pair
     pairs = [[float(draws.random() < 0.6) for _ in range(9)] for _ in range(100)]
     _, (low, high) = accuracy_interval([problem_values(pairs)], 900)
@@ -119,9 +114,10 @@ def test_pairs_of_one_problem_are_one_cluster():
 
 def test_intervals_of_means_by_hand():
     mean, (low, high) = mean_interval([[1.0, 2.0, 3.0]])
-    assert mean == 2 and (low, high) == pytest.approx((2 - Z / 3**0.5, 2 + Z / 3**0.5))
+    assert mean == 2 and (low, high) == pytest.approx((2 - student(2) / 3**0.5, 2 + student(2) / 3**0.5))
     mean, (low, high) = mean_interval([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
-    assert mean == 2.5 and high - mean == pytest.approx(Z * (1 / 3 + 0.5 / 2) ** 0.5), "seeds that differ widen it"
+    # MS of seeds 1.5, of problems 2, of the rest 0: 3.5 / 6, with 3.5 ** 2 / (1.5 ** 2 / 1 + 2 ** 2 / 2) degrees.
+    assert mean == 2.5 and high - mean == pytest.approx(student(3.5**2 / 4.25) * (3.5 / 6) ** 0.5)
     assert mean_interval([[1.0]]) == (1.0, None), "one problem says nothing of the others"
 
 
@@ -137,7 +133,7 @@ def test_metrics_of_preferences_by_hand():
     assert metrics["rewards/accuracies"]["ci95"] == pytest.approx(accuracy_interval([[1, 0, 0, 1]])[1])
     assert metrics["rewards/margins"]["mean"] == pytest.approx(0.5 * (1 - 1 + 0 + 1) / 4)
     spread = 0.5 * (11 / 12 / 4) ** 0.5  # the variance of 1, -1, 0, 1 is 11/12
-    assert metrics["rewards/margins"]["ci95"][1] == pytest.approx(0.125 + Z * spread)
+    assert metrics["rewards/margins"]["ci95"][1] == pytest.approx(0.125 + student(3) * spread)
     assert metrics["logps/accuracies"]["mean"] == 0 and metrics["logps/accuracies"]["ties"] == 2
     assert metrics["logps/accuracies_per_token"]["mean"] == 0
 

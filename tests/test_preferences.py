@@ -245,6 +245,12 @@ ASIDE = {
         {"chosen": A, "rejected": B},
         "no field 'prompt', and chosen and rejected begin with nothing in common",
     ),
+    "empty prompt": (
+        {"prompt": "", "chosen": "It is hot.", "rejected": "It is cold."},
+        "prompt: empty; leave the field",
+    ),
+    "no prompt's text": ({"prompt": None, "chosen": "It is hot.", "rejected": "It is cold."}, "prompt: empty; leave"),
+    "a system text alone": ({**BASE, "prompt": [], "system": "Short."}, "prompt: empty"),
     "no rejected": ({"prompt": Q, "chosen": A}, "no field 'rejected'"),
     "no responses": ({"prompt": Q, "text": A}, r"no field 'chosen'; it has \['prompt', 'text'\]"),
     "verdict": (

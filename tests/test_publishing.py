@@ -75,6 +75,19 @@ def test_only_a_base_of_the_hub_is_linked(copied, monkeypatch, base, named):
     assert "Pretrained in the run." in model_card(run, Unit(run, "pretrain", "base"))
 
 
+def test_a_card_says_which_of_the_results_are_its_own(copied):
+    run = Run.read(copied[1], STAGES)
+    for stage, key, said in (
+        ("learn", "seed-1", "This model is `allo`, of seed-1."),
+        ("warmup", "seed-0", "This model is `dpo`, of seed-0."),
+        ("pretrain", "base", "This model is `base`, of base."),
+        ("forget", "seed-0", "This model itself was not judged; others of its run were."),
+    ):
+        assert f"\n{said}\nMeans over seeds 0 1, with 95 % intervals:\n" in model_card(run, Unit(run, stage, key))
+    run.config.sft = run.config.warmup
+    assert "This model itself was not judged" in model_card(run, Unit(run, "pretrain", "base"))
+
+
 def test_preferences_and_a_run_without_a_summary(copied):
     _, folder = copied
     run, path = Run.read(folder, STAGES), folder / "summary.json"

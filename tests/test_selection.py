@@ -93,7 +93,8 @@ def test_bad_fractions(ratio, skip):
 def test_saved_and_loaded(tmp_path):
     model = tiny_llama()
     selection = random_selection(model)
-    selection.save(tmp_path / "mask.safetensors")
+    selection.save(str(tmp_path / "mask.safetensors"))
+    assert repr(selection).startswith(f"Selection({selection.selected:,} of {selection.parameters:,} weights, in ")
     loaded = Selection.load(tmp_path / "mask.safetensors")
     loaded.check(model)
     assert loaded.sha256() == selection.sha256()

@@ -39,6 +39,15 @@ def test_rows_of_one_prompt_stay_together(tmp_path):
     assert len(test) == 9 and len(set(test)) == 3 and not {*train} & {*test}
 
 
+def test_a_prompt_is_the_same_as_a_text_and_as_a_message(tmp_path):
+    rows = [pair(number) for number in range(20)]
+    messages = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    train, test = divided(tmp_path, [*rows, *messages], test_size=0.3)
+    assert len(test) == 12 and len(train) == 28
+    texts = [row if isinstance(row, str) else row[0]["content"] for row in test]
+    assert len({*texts}) == 6, "each in both ways"
+
+
 def test_neither_order_nor_other_columns_matter(tmp_path):
     rows = [pair(number) for number in range(20)]
     _, test = divided(tmp_path, rows)

@@ -1,4 +1,5 @@
-"""What is compared: a YAML file that names a job, and the arms, each a few settings of their own, but for what judges.
+"""What is compared: a YAML file that names a job, and the arms, each with a few settings of its own. What judges
+(seeds, test data, scorer) is the same for all.
 
     job: quickstart.yaml                      # beside this file
     development: arithmetic:train[200000:200500]
@@ -17,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import product
+from os.path import realpath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -33,12 +35,17 @@ _CHOICES = ("each", "best")
 _JUDGES = "seeds data.test data.scorer data.format evaluate.* name output_dir rivals deepspeed".split()
 
 
+PREFERENCES = ("logps/accuracies", "logps/accuracies_per_token", "rewards/accuracies")
+
+
 class CompareConfig(Section):
     job: str  # the configuration that all arms share, a path from this file's folder
     # Of the job, for all arms. `name`: of the comparison, whose folder is output_dir/name; by default the file's.
     set: Values = {}
     development: str | None = None  # the data source, as data.test, on which `best` values are chosen
-    development_seeds: int = Field(1, gt=0)  # the first so many of the job's `seeds` choose
+    # With these seeds. One of the job's would be reported with the luck that chose it. null: the next behind those.
+    development_seeds: list[int] | None = Field(None, min_length=1)
+    metric: Literal[PREFERENCES] = PREFERENCES[0]  # of `data.format: preference`, as the summary's
     against: list[str] = Field(["base"], min_length=1)  # of these, `base` or arms, the difference to each arm is shown
     arms: dict[str, Values] = Field(min_length=1)  # by name
 
@@ -133,6 +140,7 @@ class Comparison:
     words: tuple[str, ...]  # overrides of the job, for all arms
     folder: Path
     dtype: str  # of the model, where the job leaves it to the machine
+    development_seeds: list[int]
 
     @classmethod
     def load(cls, path: Path, overrides: list[str]) -> "Comparison":
@@ -148,9 +156,11 @@ class Comparison:
             raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
         if common.data.test_size:
             raise UserError(f"{path}: data.test: a comparison needs one beside data.train; {job} names none")
-        if config.development and _overlap(config.development, common.data.test):
-            raise UserError(f"{path}: development: {config.development} shares rows with data.test, {common.data.test}")
-        return cls(config, job, tuple(words), Path(common.output_dir) / common.name, common.model.dtype)
+        for key in ("test", "train") if config.development else ():
+            if _overlap(config.development, other := getattr(common.data, key)):
+                raise UserError(f"{path}: development: {config.development} shares rows with data.{key}, {other}")
+        seeds = config.development_seeds or [max(common.seeds) + 1]
+        return cls(config, job, tuple(words), Path(common.output_dir) / common.name, common.model.dtype, seeds)
 
     @property
     def arms(self) -> list[Arm]:
@@ -160,13 +170,13 @@ class Comparison:
         """A run of each candidate; none where there is nothing to choose."""
         if len(arm.candidates) < 2:
             return []
-        more = {"data.test": self.config.development}
-        return [self._trial(arm, values, more, self.config.development_seeds) for values in arm.candidates]
+        more = {"data.test": self.config.development, "seeds": self.development_seeds}
+        return [self._trial(arm, values, more) for values in arm.candidates]
 
     def final(self, arm: Arm, values: Values) -> Trial:
         return self._trial(arm, values, {})
 
-    def _trial(self, arm: Arm, values: Values, more: Values, seeds: int | None = None) -> Trial:
+    def _trial(self, arm: Arm, values: Values, more: Values) -> Trial:
         name = "-".join([*([] if more else ["final"]), *(f"{key}={value}" for key, value in values.items())])
         place = {"output_dir": str(self.folder / _slug(arm.name)), "name": _slug(name), "rivals": []}
         place |= {"evaluate.samples": 0}  # which nobody would read
@@ -176,7 +186,7 @@ class Comparison:
             raise UserError(f"arms: {arm.name}: {error}") from None
         if config.rounds > 1:
             raise UserError(f"arms: {arm.name}: rounds: {config.rounds}; a comparison's runs have one round each")
-        return Trial(arm, values, config.model_copy(update={"seeds": config.seeds[:seeds]}))
+        return Trial(arm, values, config)
 
 
 def _words(values: Values) -> list[str]:
@@ -210,4 +220,4 @@ def _overlap(first: str, second: str) -> bool:
     """Whether two data sources, as far as their names say, share rows."""
     (name, begin, end), (other, other_begin, other_end) = split_slice(first), split_slice(second)
     last, other_last = (float("inf") if stop is None else stop for stop in (end, other_end))
-    return name == other and max(begin, other_begin) < min(last, other_last)
+    return realpath(name) == realpath(other) and max(begin, other_begin) < min(last, other_last)

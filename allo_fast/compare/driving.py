@@ -24,7 +24,7 @@ from allo_fast.runs.unit import Progress, Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.check import require, was_checked
 from allo_fast.stages.driving import hidden_updates
-from allo_fast.stages.unread import unread
+from allo_fast.stages.unread import unread_keys
 from allo_fast.training.engine import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     _check(arms, choosing, comparison)
     worker = Worker(comparison, show, rerun, clock)
     chosen: dict[str, tuple[Trial, Tried]] = {}
+    failed: dict[str, str] = {}  # arms
     waiting = deque(trial for trials in choosing.values() for trial in trials)
     for arm in arms:
         if not choosing[arm.name]:
@@ -55,11 +56,13 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
     tried: dict[str, float] = {}
     for trial in worker.complete(waiting):
         name, candidates = trial.arm.name, choosing[trial.arm.name]
+        mean = _mean(trial, comparison) if trial.label not in worker.failed else -math.inf
+        where = "data.test" if name in chosen else "development data"
+        yield f"{trial.label}: {worker.failed.get(trial.label) or f'{mean:.1%} on {where}'}{clock.left}"
         if name in chosen:
-            yield f"{trial.label}: {_said(trial, worker, 'data.test')}{clock.left}"
+            failed |= {name: worker.failed[trial.label]} if trial.label in worker.failed else {}
             continue
-        tried[trial.label] = _mean(trial) if trial.label not in worker.failed else -math.inf
-        yield f"{trial.label}: {_said(trial, worker, 'development data')}{clock.left}"
+        tried[trial.label] = mean
         if all(candidate.label in tried for candidate in candidates):
             scores = [(tried[candidate.label], candidate.values) for candidate in candidates]
             best, values = max(scores, key=lambda pair: pair[0])
@@ -69,10 +72,11 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
                 waiting.append(chosen[name][0])
                 clock.add(chosen[name][0])
             else:
-                yield f"{name}: left out, as no candidate could be trained"
-    made = [chosen[arm.name] for arm in arms if arm.name in chosen]
+                failed[name] = "no candidate could be trained"
+                yield f"{name}: left out, as {failed[name]}"
+    made = [chosen[arm.name] for arm in arms if arm.name in chosen and arm.name not in failed]
     with locked(comparison.folder / ".locks" / "results"):
-        metric, rows = results(comparison, [each for each in made if each[0].label not in worker.failed])
+        metric, rows = results(comparison, made, failed)
     yield table(rows, metric)
     yield from sentences(rows)
     yield str(comparison.folder / "compare.md")
@@ -83,12 +87,9 @@ def _likely_final(comparison: Comparison, arm: Arm) -> Trial:
     return comparison.final(arm, arm.candidates[0])
 
 
-def _mean(trial: Trial) -> float:
-    return float(values_of(Run(trial.config, STAGES, folder=trial.folder))[1].mean())
-
-
-def _said(trial: Trial, worker: "Worker", where: str) -> str:
-    return worker.failed.get(trial.label) or f"{_mean(trial):.1%} on {where}"
+def _mean(trial: Trial, comparison: Comparison) -> float:
+    run = Run(trial.config, STAGES, folder=trial.folder)
+    return float(values_of(run, preference=comparison.config.metric)[1].mean())
 
 
 def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Comparison) -> None:
@@ -96,9 +97,8 @@ def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Co
     for arm in arms:
         trial = comparison.final(arm, arm.candidates[0])
         own = {*arm.settings, *trial.values}
-        for line in unread(trial.config):
-            keys, why = line.removeprefix("not read: ").removesuffix(")").split(" (", 1)
-            if idle := own & {*keys.split(", ")}:
+        for why, keys in unread_keys(trial.config):
+            if idle := own & {*keys}:
                 raise UserError(f"arms: {arm.name}: {', '.join(sorted(idle))} is not read: {why}")
         for each in [*choosing[arm.name][: arm is arms[0]], trial]:  # reading a data set takes its time
             if not was_checked(each.folder):

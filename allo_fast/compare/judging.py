@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 
 from allo_fast.config import SampleConfig, UserError
+from allo_fast.data.intervals import accuracy_interval
 from allo_fast.data.prompts import as_text
-from allo_fast.data.scoring import accuracy_interval
 from allo_fast.data.sources import lacks, read_rows
 from allo_fast.journal import Journal
 from allo_fast.model.server import Server
@@ -53,7 +53,7 @@ STYLES = {
         "You compare the answers of two assistants, m and M, and are impartial. You prefer the one that a careful "
         "human reader would prefer.",
         _asked("m", "M", "Which response is better? Reply with one letter and nothing else: m or M."),
-        r"\b[mM]\b",
+        r"(?:\A|\n|:|\bis|\bresponse)\W*([mM])\W*\Z",  # at its end: "I'm sorry" is no verdict
         {"m": 1.0, "M": 0.0},
     ),
     "arena_hard": Style(

@@ -10,10 +10,10 @@ from statistics import fmean
 import numpy as np
 
 from allo_fast.compare import figures
-from allo_fast.compare.arms import Comparison, Trial, Values, shown
-from allo_fast.compare.intervals import Difference, Interval, difference
+from allo_fast.compare.arms import PREFERENCES, Comparison, Trial, Values, shown
 from allo_fast.config import UserError
-from allo_fast.data.scoring import REWARD, accuracy_interval, scorer_name
+from allo_fast.data.intervals import Interval, accuracy_interval, difference_interval
+from allo_fast.data.scoring import REWARD, scorer_name
 from allo_fast.durable import versions, write_bytes
 from allo_fast.report.summary import percent, preference_values
 from allo_fast.runs.rows import Rows, read_jsonl
@@ -22,8 +22,21 @@ from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.evaluate import PREDICTIONS
 
-_PREFERENCE = "logps/accuracies"
+_REWARDS = PREFERENCES[2]
 Tried = list[tuple[float, Values]]  # what each candidate got on development data, -inf where it did not train
+
+
+@dataclass(frozen=True)
+class Difference:
+    """In accuracy; interval: 95 %, paired by problem and seed."""
+
+    points: float
+    interval: Interval
+
+    @property
+    def verdict(self) -> str:
+        low, high = self.interval
+        return "clear of zero" if low > 0 or high < 0 else "inside the noise"
 
 
 @dataclass(frozen=True)
@@ -31,8 +44,9 @@ class Result:
     """Of an arm, or of the base, which has no settings and costs nothing.
 
     chosen: on development data, with `tried`, what each candidate got there. edges: chosen keys of which no candidate
-    was beyond the best. states: bytes per parameter, of what it trains, a dense warm-up too, with most. seconds: of a
-    seed, in what it trains, locates and scores. ratio: of the weights that train in the end.
+    was beyond the best. ties: of which another value was as good. states: bytes per parameter, of what it trains, a
+    dense warm-up too, with most. seconds: of a seed, in what it trains, locates and scores. ratio: of the weights that
+    train in the end.
     """
 
     name: str
@@ -43,20 +57,26 @@ class Result:
     chosen: Values = field(default_factory=dict)
     tried: Tried = field(default_factory=list)
     edges: list[str] = field(default_factory=list)
+    ties: list[str] = field(default_factory=list)
     states: float | None = None
     seconds: float | None = None
     ratio: float | None = None
     settings: Values = field(default_factory=dict)
 
 
-def values_of(run: Run, key: str | None = None) -> tuple[str, np.ndarray]:
+def values_of(run: Run, key: str | None = None, preference: str = PREFERENCES[0]) -> tuple[str, np.ndarray]:
     """The metric, and its numbers, fp64 [seeds, problems]; key: of the one unit that judges the base; None: the arm.
 
-    Of preferences logps/accuracies, which the base has too, and losses without a reference are meant for.
+    preference: what pairs are judged by. The base, which has no rewards, gets half of them right, as by chance.
     """
     rows = [list(predictions) for predictions in _predictions(run, key)]
     if run.config.data.format == "preference":
-        return _PREFERENCE, np.array(preference_values(rows, 1.0)[0][_PREFERENCE])
+        if key == "base" and preference == _REWARDS:
+            return preference, np.full((1, len(rows[0])), 0.5)
+        values = preference_values(rows, 1.0)[0]
+        if preference not in values:
+            raise UserError(f"metric: {preference}: {run.folder}: its base, which has none, cannot be compared with")
+        return preference, np.array(values[preference])
     metric, scorer = "wins" if REWARD in rows[0][0] else "accuracy", scorer_name(run.config.data.scorer)
     return metric, np.array([[float(row[scorer]) for row in seed] for seed in rows])
 
@@ -71,31 +91,52 @@ def _predictions(run: Run, key: str | None) -> list[Rows]:
     return [read_jsonl(Unit(run, "evaluate", key).folder / PREDICTIONS) for key in keys]
 
 
-def results(comparison: Comparison, finals: Sequence[tuple[Trial, Tried]]) -> tuple[str, list[Result]]:
-    """The metric; of the base and every arm, which are complete; writes compare.json, compare.md and its figures."""
+def results(
+    comparison: Comparison, finals: Sequence[tuple[Trial, Tried]], failed: Mapping[str, str]
+) -> tuple[str, list[Result]]:
+    """The metric; of the base and every arm, which are complete; writes compare.json, compare.md and its figures.
+
+    failed: of the other arms, why they are left out.
+    """
     runs = {trial.arm.name: Run(trial.config, STAGES, folder=trial.folder) for trial, _ in finals}
     if not runs:
         raise UserError(f"{comparison.folder}: no arm is left to compare")
-    first = next(iter(runs.values()))
-    metric, base = values_of(first, "base")
-    values = {"base": base} | {name: values_of(run)[1] for name, run in runs.items()}
+    preference = comparison.config.metric
+    bases = {name: values_of(run, "base", preference)[1] for name, run in runs.items()}
+    metric, first = values_of(next(iter(runs.values())), "base", preference)
+    values = {"base": first} | {name: values_of(run, None, preference)[1] for name, run in runs.items()}
     _check_alike(runs)
     against = [name for name in comparison.config.against if name in values]
     trials = {trial.arm.name: (trial, tried) for trial, tried in finals}
     rows = []
     for name, numbers in values.items():
         score, interval = accuracy_interval(numbers.tolist())
-        if name == "base" and metric == "wins":  # over itself
+        if name == "base" and metric in ("wins", _REWARDS):  # over itself
             interval = (0.5, 0.5)
-        minus = {other: difference(numbers, values[other]) for other in against if other != name}
+        minus = {
+            other: Difference(*difference_interval(bases[other], values[other]))
+            if name == "base"
+            else Difference(*difference_interval(numbers, bases[name] if other == "base" else values[other]))
+            for other in against
+            if other != name
+        }
         row = Result(name=name, accuracy=score, interval=interval, seeds=numbers.mean(1).tolist(), minus=minus)
         if name in trials:
             trial, tried = trials[name]
             costs = dict(zip(("states", "seconds", "ratio"), _costs(runs[name]), strict=True))
             own = {"chosen": trial.values, "tried": tried, "edges": edges(trial.values, tried)}
-            row = replace(row, settings=trial.arm.settings, **own, **costs)
+            row = replace(row, settings=trial.arm.settings, ties=ties(trial.values, tried), **own, **costs)
         rows.append(row)
-    _write(comparison, metric, rows, values[next(iter(runs))].shape)
+    notes = [f"{name}: left out: {why}" for name, why in failed.items()]
+    for name in runs:
+        if not np.array_equal(bases[name], first):
+            notes.append(
+                f"{name} begins from another base, of {percent(bases[name].mean())}, which `base` means for it."
+            )
+    seeds, chosen_by = next(iter(runs.values())).config.seeds, {*comparison.development_seeds}
+    if (both := sorted(chosen_by & {*seeds})) and any(tried for _, tried in finals):
+        notes.append(f"Seed {', '.join(map(str, both))} chose, too, which favours arms with many candidates.")
+    _write(comparison, metric, rows, values[next(iter(runs))].shape, notes)
     return metric, rows
 
 
@@ -124,6 +165,14 @@ def edges(chosen: Values, tried: Tried) -> list[str]:
     return found
 
 
+def ties(chosen: Values, tried: Tried) -> list[str]:
+    """Chosen keys of which another value was as good."""
+    best = max((mean for mean, _ in tried), default=0.0)
+    return [
+        key for key, value in chosen.items() if any(mean == best and values[key] != value for mean, values in tried)
+    ]
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -149,7 +198,8 @@ def table(rows: Sequence[Result], metric: str) -> str:
     lines = [head, ["---"] * len(head)]
     for row in rows:
         minus = [_points(row.minus[other]) if other in row.minus else "" for other in others]
-        chosen = ", ".join(f"{key} {shown(value)}{' [1]' * (key in row.edges)}" for key, value in row.chosen.items())
+        marks = {key: " [1]" * (key in row.edges) + " [2]" * (key in row.ties) for key in row.chosen}
+        chosen = ", ".join(f"{key} {shown(value)}{marks[key]}" for key, value in row.chosen.items())
         costs = [f"{row.states:.2f}", f"{row.seconds:.0f}"] if row.seconds is not None else ["", ""]
         lines.append([row.name, percent(row.accuracy), " .. ".join(map(percent, row.interval)), *minus, chosen, *costs])
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
@@ -173,9 +223,10 @@ def _points(minus: Difference) -> str:
     return f"{percent(minus.points, '+')} ({low} .. {high}){'' if minus.verdict == 'clear of zero' else ' ~'}"
 
 
-def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tuple[int, int]) -> None:
+def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tuple[int, int], notes: list[str]) -> None:
     seeds, problems = counts
     facts = {"job": str(comparison.job), "words": comparison.words, "development": comparison.config.development}
+    facts |= {"development_seeds": comparison.development_seeds, "notes": notes}
     facts |= {"metric": metric, "seeds": seeds, "problems": problems, "versions": versions()}
     facts |= {"date": time.strftime("%Y-%m-%d"), "rows": [_as_json(row) for row in rows]}
     write_bytes(comparison.folder / "compare.json", json.dumps(facts, indent=1).encode())
@@ -183,11 +234,14 @@ def _write(comparison: Comparison, metric: str, rows: list[Result], counts: tupl
     for name, svg in drawn.items():
         write_bytes(comparison.folder / name, svg.encode())
     notes = [
+        *notes,
         f"{seeds} seed{'s' * (seeds > 1)}, {problems} held-out problems. Differences are paired by problem and seed; ~ "
-        "marks those inside the noise. Of twenty intervals of 95 % one misses by chance."
+        "marks those inside the noise. Of twenty intervals of 95 % one misses by chance.",
     ]
     if any(row.edges for row in rows):
         notes.append("[1] At an end of what was tried: beyond it may be better.")
+    if any(row.ties for row in rows):
+        notes.append("[2] Another value was as good on development data; of equal ones the first is taken.")
     parts = [f"# {comparison.folder.name}", table(rows, metric), *notes, *(f"![]({name})" for name in drawn)]
     parts.append("\n".join(f"- {sentence}" for sentence in sentences(rows)))
     write_bytes(comparison.folder / "compare.md", ("\n\n".join(parts) + "\n").encode())

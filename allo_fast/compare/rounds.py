@@ -13,7 +13,7 @@ import numpy as np
 
 from allo_fast import ranks
 from allo_fast.compare.results import mean_reward, values_of
-from allo_fast.data.scoring import accuracy_interval, difference_interval
+from allo_fast.data.intervals import accuracy_interval, difference_interval
 from allo_fast.durable import write_bytes
 from allo_fast.report.summary import percent, shown_interval
 from allo_fast.runs.home import MANIFEST, ROUNDS

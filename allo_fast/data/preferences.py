@@ -66,6 +66,9 @@ def read_preference(row: dict) -> Preference:
     parsed = prompt is None or plain is not None  # else a dialogue is an answer like any other
     read = [_response(value, "chosen", parsed) for value in right]
     read += [_response(value, "rejected", parsed) for value in wrong]
+    said = next((name for name in PROMPTS if name in row and name not in used), None)
+    if said and not any(response.context for response in read):  # else it stands in the responses
+        raise UnusableRow(f"{said}: empty; leave the field out where chosen and rejected begin with the prompt")
     if prompt is None and right and wrong and all(isinstance(r.turn, str) and not r.context for r in read):
         prompt = _common_beginning([response.turn for response in read])
         read = [replace(response, turn=response.turn[len(prompt) :]) for response in read]
@@ -215,8 +218,7 @@ def _history(row: dict, used: set[str]) -> Messages:
     used.add("history")
     pairs = value if isinstance(value, list) and all(isinstance(item, list) for item in value) else None
     if pairs is None or not all(len(pair) == 2 for pair in pairs):
-        messages = as_messages(value, "history")
-        if messages is None:
+        if (messages := as_messages(value, "history")) is None:
             raise UnusableRow(f"history: expected pairs or messages, got {value!r:.80}")
         return messages
     said = [text(part, "history") for pair in pairs for part in pair]
@@ -224,8 +226,7 @@ def _history(row: dict, used: set[str]) -> Messages:
 
 
 def _tools(row: dict, used: set[str]) -> list[dict] | None:
-    value = row.get("tools")
-    if not value:
+    if not (value := row.get("tools")):
         return None
     used.add("tools")
     if isinstance(value, str):
@@ -238,8 +239,7 @@ def _tools(row: dict, used: set[str]) -> list[dict] | None:
 
 def _common_beginning(texts: list[str]) -> str:
     """What all begin with, up to the end of a word."""
-    common = re.match(r"(?:.*(?=\s))?", os.path.commonprefix(texts), re.DOTALL)[0].rstrip()
-    if not common:
+    if not (common := re.match(r"(?:.*(?=\s))?", os.path.commonprefix(texts), re.DOTALL)[0].rstrip()):
         raise UnusableRow("no field 'prompt', and chosen and rejected begin with nothing in common")
     return common
 

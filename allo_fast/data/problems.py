@@ -195,8 +195,10 @@ def _cell(row: dict, name: str) -> object:
 
 
 def digest_of_prompt(problem: Problem) -> bytes:
-    """32 bytes, the same for problems that ask the same."""
-    return hashlib.sha256(json.dumps([problem.prompt, problem.tools], sort_keys=True).encode()).digest()
+    """32 bytes, the same for problems that ask the same: a text is what a user says."""
+    prompt = problem.prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return hashlib.sha256(json.dumps([messages, problem.tools], sort_keys=True).encode()).digest()
 
 
 def _grouped(read: Iterable[Problem | Quarantined]) -> Iterator[Problem | Quarantined]:

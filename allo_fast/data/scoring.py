@@ -1,4 +1,4 @@
-"""Is a response right, and which is preferred; means and their intervals.
+"""Is a response right, and which is preferred.
 
 The final answer is what follows the last `The answer is`. Responses that were scored are {logp, tokens, correct}: the
 sum of the tokens' log-probabilities, their number, and whether it is a right one; ref_logp is the base model's sum.
@@ -7,8 +7,6 @@ sum of the tokens' log-probabilities, their number, and whether it is a right on
 import re
 from collections.abc import Sequence
 from itertools import accumulate, product
-from math import fsum
-from statistics import NormalDist, fmean, variance
 
 from allo_fast.data.equivalence import is_equivalent
 from allo_fast.data.verifier import Judge, is_own, own_judge, reward_model_of
@@ -16,7 +14,7 @@ from allo_fast.errors import UserError
 
 SCORERS = ("strict", "release")  # of every evaluation
 REWARD, WINS = "reward", "reward_model"  # of a response by a reward model, and the share of wins that it makes expected
-_Z = NormalDist().inv_cdf(0.975)
+_AROUND = " ,;:!?*_`'\"$\u201c\u201d\u2018\u2019"
 _MARKER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 
 
@@ -99,8 +97,25 @@ def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip()), "")
 
 
+def _bare(text: str) -> str:
+    """Without what stands around it, however deep: of "(**beads**.)" beads. A full stop before it is a decimal point;
+    brackets go where both belong together, or one to nothing: [1, 2) stays."""
+    before = None
+    while text != before:
+        before, text = text, text.strip(_AROUND).rstrip("." + _AROUND)
+        opened, closed = (sum(map(text.count, brackets)) for brackets in ("([", ")]"))
+        if text[:1] + text[-1:] in ("()", "[]"):
+            text = text[1:-1]
+        elif opened > closed and text[0] in "([":
+            text = text[1:]
+        elif closed > opened and text[-1] in ")]":
+            text = text[:-1]
+    return text
+
+
 def _normalized(text: str) -> str:
-    text = re.sub(r"\s+", " ", _first_line(text)).strip(" ,;:!?*_`'\"$()[]").rstrip(" .*_").casefold()
+    line = re.sub(r"\s+", " ", _first_line(text)).strip().casefold()
+    text = _bare(line) or line
     number = re.fullmatch(r"([-+]?)\$?([1-9]\d{0,2}(?:,\d{3})+|\d*)(?:\.(\d*))?%?", text)
     if not number or not (number[2] or number[3]):
         return text
@@ -130,68 +145,3 @@ def pair_margins(responses: Sequence[dict], beta: float | None) -> dict[str, lis
         scores = {"rewards": lambda row: beta * (row["logp"] - row["ref_logp"]), **scores}
     pairs = [pair for pair in product(responses, responses) if pair[0]["correct"] and not pair[1]["correct"]]
     return {name: [score(chosen) - score(rejected) for chosen, rejected in pairs] for name, score in scores.items()}
-
-
-def problem_values(pairs: Sequence[Sequence[float]]) -> list[float]:
-    """One number a problem, from one number for each of its pairs: v_i = m + (C / N) sum_j (x_ij - m).
-
-    C problems have N pairs, m is the mean over pairs. The v_i have the mean m, and their variance / C is the variance
-    of m clustered by problem, 1 / N^2 C / (C - 1) sum_i (sum_j (x_ij - m))^2. With one pair each, v_i is its number.
-    """
-    count = sum(map(len, pairs))
-    mean = fsum(x for xs in pairs for x in xs) / count
-    return [mean + len(pairs) / count * fsum(x - mean for x in xs) for xs in pairs]
-
-
-def mean_interval(values: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
-    """Mean of values[s][i], of problem i by seed s, and its 95 % interval: mean +- 1.96 s.
-
-    s^2 is the variance between problems (each the mean of its seeds) / problems, plus that between seeds / seeds. One
-    problem has no interval: None.
-    """
-    mean, spread = _mean_and_variance(values)
-    half = _Z * spread**0.5
-    return mean, (mean - half, mean + half) if len(values[0]) > 1 else None
-
-
-def accuracy_interval(
-    correct: Sequence[Sequence[float]], answers: int | None = None
-) -> tuple[float, tuple[float, float]]:
-    """Accuracy and its 95 % Wilson interval; correct[s][i]: did seed s answer problem i, or its `problem_values`.
-
-    answers: of one seed to all problems; None: one a problem. Answers to one problem are not independent, and seeds
-    differ: the interval uses the effective sample size at which a binomial has the variance between problems
-    (clustered) plus that between seeds. With two or three seeds that differ by more than chance it is too narrow.
-    """
-    mean, spread = _mean_and_variance(correct)
-    count = answers or len(correct[0])
-    clusters = len(correct[0])  # as many as differ from each other at most, where the answers show no spread
-    effective = min(mean * (1 - mean) / spread, count * len(correct)) if spread and 0 < mean < 1 else clusters
-    centre, scale = mean + _Z * _Z / (2 * effective), 1 + _Z * _Z / effective
-    half = _Z * (mean * (1 - mean) / effective + _Z * _Z / (4 * effective * effective)) ** 0.5
-    # At 0 and 1 one bound is the mean itself, which rounding may miss.
-    return mean, (min(mean, (centre - half) / scale), max(mean, (centre + half) / scale))
-
-
-def difference_interval(
-    better: Sequence[Sequence[float]], worse: Sequence[Sequence[float]]
-) -> tuple[float, tuple[float, float]]:
-    """Difference of two accuracies on the same problems and its 95 % interval, paired and clustered by problem.
-
-    A model without seeds (one row) is paired with every seed of the other. Two pseudo-problems, one won and one lost
-    by half (Agresti & Min 2005), keep the interval open where the models never differ.
-    """
-    rows = max(len(better), len(worse))
-    pairs = zip((better * rows)[:rows], (worse * rows)[:rows], strict=True)
-    differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-    mean, _ = _mean_and_variance(differences)
-    adjusted, spread = _mean_and_variance([[*row, 0.5**0.5, -(0.5**0.5)] for row in differences])
-    half = _Z * spread**0.5
-    return mean, (max(-1.0, adjusted - half), min(1.0, adjusted + half))
-
-
-def _mean_and_variance(values: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Of the mean over seeds and problems: the variance between problems plus that between seeds."""
-    per_problem, per_seed = [fmean(column) for column in zip(*values, strict=True)], [fmean(row) for row in values]
-    parts = [variance(x) / len(x) for x in (per_problem, per_seed) if len(x) > 1]
-    return fmean(per_problem), sum(parts)

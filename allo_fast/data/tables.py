@@ -108,6 +108,9 @@ def saved_files(folder: Path, split: str) -> list[Path]:
     try:
         return [state.with_name(part["filename"]) for part in json.loads(state.read_bytes())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        files = sorted(file for kind in ("*.parquet", "*.jsonl*", "*.json", "*.csv") for file in folder.glob(kind))
+        if files and not state.exists():
+            raise UserError(f"{folder}: a folder of files; name one of them, as {files[0]}") from None
         raise UserError(f"{folder}: not a saved data set: {state.name}: {_why(error)}") from None
 
 

@@ -51,11 +51,11 @@ def finished(folder: Path, kind: str, mark: str = "") -> dict[int, list[Path]]:
 
 def is_own(path: Path, mark: str) -> bool:
     """`durable.is_own`; a file that stays as it is is read once."""
-    return path.exists() and _is_own(path, path.stat().st_mtime_ns, mark)
+    return path.exists() and _is_own(path, (stat := path.stat()).st_size, stat.st_mtime_ns, mark)
 
 
 @cache
-def _is_own(path: Path, changed: int, mark: str) -> bool:
+def _is_own(path: Path, size: int, changed: int, mark: str) -> bool:
     return durable.is_own(path, mark)
 
 

@@ -36,7 +36,7 @@ class Delta:
     rounding_seed: int | None = None
     where: str = "delta"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         values = {f"{name}.values": value for name, value in self.values.items()}
         about = {"base": self.base, "dtype": self.dtype, "stops": [*self.stops], "rounding_seed": self.rounding_seed}
         save_positions(path, self.positions, about, values)
@@ -159,12 +159,12 @@ def set_entries(weight: Tensor, at: Positions, values: Tensor, rounding_seed: in
         part[index[inside].to(part.device)] = here.to(part.device)
 
 
-def save_positions(path: Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:
+def save_positions(path: str | Path, positions: dict[str, Positions], about: dict, others: dict[str, Tensor]) -> None:
     """A safetensors file of positions per tensor, of `others`, and of `about`, which goes into its metadata."""
     parts = {name: {"low": at.low, "starts": at.starts} for name, at in positions.items()}
     tensors = {f"{name}.{key}": part.cpu().contiguous() for name, pair in parts.items() for key, part in pair.items()}
     about = {**about, "sizes": {name: at.sizes[0] for name, at in positions.items()}}
-    save_tensors(path, tensors | others, about)
+    save_tensors(Path(path), tensors | others, about)
 
 
 def load_positions(path: str | Path) -> tuple[dict[str, Positions], dict, dict[str, Tensor]]:

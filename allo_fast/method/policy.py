@@ -187,7 +187,7 @@ class SparsePolicy:
         for name, value in self.values.items():
             yield name, self.positions[name], value.detach()
 
-    def save_delta(self, path: Path, before: Path | None = None) -> None:
+    def save_delta(self, path: str | Path, before: str | Path | None = None) -> None:
         """The trained entries, fp32, over the delta at `before` where the policy started from it; rank 0 writes."""
         positions, values = {}, {}
         for name, at, value in self.trained():

@@ -29,7 +29,7 @@ from allo_kernels import Positions, topk_threshold
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """positions: per tensor name, where the selected weights lie.
 
@@ -41,6 +41,10 @@ class Selection:
     parameters: int
     base: str
     where: str = "selection"
+
+    def __repr__(self) -> str:
+        share = f"{self.selected:,} of {self.parameters:,} weights, in {len(self._positions)} tensors"
+        return f"Selection({share}, of base {self.base[:12]})"
 
     @classmethod
     def from_delta(cls, before: nn.Module, after: nn.Module, ratio: float, **settings) -> "Selection":

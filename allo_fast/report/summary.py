@@ -7,17 +7,8 @@ from statistics import fmean
 
 from allo_fast.config import Config
 from allo_fast.data.encoding import count_trained, prompt_digest
-from allo_fast.data.scoring import (
-    REWARD,
-    WINS,
-    accuracy_interval,
-    difference_interval,
-    mean_interval,
-    pair_margins,
-    problem_values,
-    scorer_name,
-    scorers_with,
-)
+from allo_fast.data.intervals import accuracy_interval, difference_interval, mean_interval, problem_values
+from allo_fast.data.scoring import REWARD, WINS, pair_margins, scorer_name, scorers_with
 from allo_fast.durable import versions, write_bytes
 from allo_fast.runs.home import SUMMARY
 from allo_fast.runs.rows import read_jsonl

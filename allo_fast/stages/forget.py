@@ -108,6 +108,10 @@ def guard_of(unit: Unit, prompts: Prompts, model: PreTrainedModel) -> Guard | No
             corpus.add(row["prompt_ids"], [draw.choice(right)["ids"]], row["id"])
         if len(corpus.responses) == settings.responses:
             break
+    if not len(corpus.responses):
+        if ranks.is_main():
+            logger.warning("forget.guard: no problem has a right response or a solution; nothing is watched")
+        return None
     asked = [corpus.prompts[number] for number in range(min(_ASKED, len(corpus.prompts)))]
     new = min(_NEW_TOKENS, unit.config.sample.max_new_tokens)
     sharded = unit.zero is not None and unit.zero.sharded
@@ -116,7 +120,7 @@ def guard_of(unit: Unit, prompts: Prompts, model: PreTrainedModel) -> Guard | No
         return greedy_tokens(model, asked, prompts.end_tokens, new, sharded)
 
     speaking = {} if settings.max_repeated is None else {"speak": speak, "max_repeated": settings.max_repeated}
-    return Guard(corpus, settings.steps, settings.max_drop, **speaking) if len(corpus.responses) else None
+    return Guard(corpus, settings.steps, settings.max_drop, **speaking)
 
 
 Threshold = float | Literal["mean"] | None

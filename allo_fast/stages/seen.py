@@ -11,6 +11,8 @@ from allo_fast.data.problems import Quarantined
 from allo_fast.stages.pairs import part_of
 from allo_fast.stages.problems import distinct_responses
 
+_REASONS = 5
+
 
 @dataclass
 class Seen:
@@ -31,9 +33,17 @@ class Seen:
 
     @property
     def reasons(self) -> list[str]:
-        """Each kind of reason once, with the first row that has it and how many have; at most five."""
-        largest = [(self.kinds[kind], count) for kind, count in self.aside.most_common(5)]
-        return [f"{row.id}: {row.reason}" + f" ({count} rows)" * (count > 1) for row, count in largest]
+        """Each kind of reason once, with the first row that has it and how many have; five, and of the others how
+        many there are."""
+        largest = self.aside.most_common(_REASONS)
+        said = [(self.kinds[kind], f" ({count} rows)" * (count > 1)) for kind, count in largest]
+        if others := len(self.aside) - len(largest):
+            rows = self.aside.total() - sum(count for _, count in largest)
+            return [
+                *(f"{row.id}: {row.reason}{rows_}" for row, rows_ in said),
+                f"and {rows} rows for {others} other reasons",
+            ]
+        return [f"{row.id}: {row.reason}{rows}" for row, rows in said]
 
 
 def look(outcomes: Iterable[dict | Quarantined], new_tokens: int, eval_size: float | None) -> Seen:
@@ -41,7 +51,7 @@ def look(outcomes: Iterable[dict | Quarantined], new_tokens: int, eval_size: flo
     seen = Seen()
     for row in outcomes:
         if isinstance(row, Quarantined):
-            kind = re.sub(r"'.*'|\".*\"|\d+", "", row.reason)
+            kind = re.sub(r"\[.*\]|'[^']*'|\"[^\"]*\"|\d+", "", row.reason)
             seen.aside[kind] += 1
             seen.kinds.setdefault(kind, row)
             continue

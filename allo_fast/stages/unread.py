@@ -19,12 +19,16 @@ _OF_REWARDS = {  # keys, and the sources that read them
 
 def unread(config: Config) -> list[str]:
     """A line for each reason that there is, with the keys that are not read for it."""
-    changed, lines = dict.fromkeys(_changed(config)), []
+    return [f"not read: {', '.join(keys)} ({why})" for why, keys in unread_keys(config)]
+
+
+def unread_keys(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Each reason with its keys."""
+    changed = [*_changed(config)]
     for why, patterns in _reasons(config):
         if idle := [key for key in changed if any(fnmatch(key, pattern) for pattern in patterns.split())]:
-            lines.append(f"not read: {', '.join(idle)} ({why})")
-            changed = dict.fromkeys(key for key in changed if key not in idle)
-    return lines
+            yield why, idle
+            changed = [key for key in changed if key not in idle]
 
 
 def _changed(section: Section, prefix: str = "") -> Iterator[str]:

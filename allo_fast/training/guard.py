@@ -52,7 +52,8 @@ class Guard:
         return changes
 
     def ends(self, seen: dict[str, float]) -> bool:
-        return seen.get(CHANGE, 0.0) < -self.max_drop or seen.get(REPEATED, 0.0) > self.max_repeated
+        is_good = seen.get(CHANGE, 0.0) >= -self.max_drop and seen.get(REPEATED, 0.0) <= self.max_repeated
+        return not is_good  # as what is not a number is not
 
 
 def repeated(tokens: Sequence[int]) -> float:
