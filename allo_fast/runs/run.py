@@ -54,8 +54,8 @@ class Run:
         for unit in () if self.rerun else self.units(self.stages):
             if changed := unit.changed_settings():
                 raise UserError(
-                    f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), or run "
-                    "again what the change affects: `allo-fast run CONFIG --rerun`"
+                    f"{self.folder} holds another run: {changed}. Give this one a name of its own (name=...), run "
+                    f"again what the change affects (`allo-fast run CONFIG --rerun`), or name {self.folder / CONFIG}"
                 )
 
     def units(self, names: Iterable[str]) -> list[Unit]:
