@@ -381,25 +381,26 @@ def test_the_clock_counts_shared_stages_once(file):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "of_seeds", "of_problems", "of_both"),
+    ("seeds", "of_seeds", "of_problems", "of_both", "low", "high"),
     [
-        (1, 0, 1, 0),
-        (2, 0, 1, 0.3),
-        (2, 1, 0.1, 0.1),
-        (3, 0.3, 1, 0.3),
-        (5, 0.5, 0.1, 1),
-        (5, 0.3, 1, 0.3),
-        (5, 0, 1, 1),
-        (5, 0, 0, 1),
+        (1, 0, 1, 0, 0.92, 0.975),
+        (2, 0, 1, 0.3, 0.92, 0.975),
+        (2, 1, 0.1, 0.1, 0.92, 0.975),
+        (3, 0.3, 1, 0.3, 0.92, 0.975),
+        (5, 0.5, 0.1, 1, 0.92, 0.975),
+        (5, 0.3, 1, 0.3, 0.92, 0.975),
+        (5, 0, 1, 1, 0.92, 0.975),
+        (5, 0, 0, 1, 0.92, 1),
+        (2, 0.3, 1, 0.3, 0.87, 0.93),  # Satterthwaite's degrees are too many of two seeds that matter as problems do
     ],
 )
-def test_intervals_hold_the_mean_nineteen_times_of_twenty(seeds, of_seeds, of_problems, of_both):
+def test_intervals_hold_the_mean_nineteen_times_of_twenty(seeds, of_seeds, of_problems, of_both, low, high):
     draw, held, runs = np.random.default_rng(3), 0, 600
     for _ in range(runs):
         parts = draw.normal(0, of_seeds, (seeds, 1)), draw.normal(0, of_problems, (1, 60))
         mean, variance, t = spread(sum(parts) + draw.normal(0, of_both, (seeds, 60)))
         held += abs(mean) <= t * variance**0.5
-    assert 0.92 < held / runs < (0.975 if of_seeds + of_problems else 1)
+    assert low < held / runs < high
 
 
 def test_an_interval_by_hand():
