@@ -33,8 +33,6 @@ Values = dict[str, Any]  # by dotted key of the job's configuration
 _CHOICES = ("each", "best")
 # What all arms are judged by, and where they lie.
 _JUDGES = "seeds data.test data.scorer data.format evaluate.* name output_dir rivals deepspeed".split()
-
-
 PREFERENCES = ("logps/accuracies", "logps/accuracies_per_token", "rewards/accuracies")
 
 
@@ -140,6 +138,7 @@ class Comparison:
     words: tuple[str, ...]  # overrides of the job, for all arms
     folder: Path
     dtype: str  # of the model, where the job leaves it to the machine
+    seeds: list[int]
     development_seeds: list[int]
 
     @classmethod
@@ -159,8 +158,8 @@ class Comparison:
         for key in ("test", "train") if config.development else ():
             if _overlap(config.development, other := getattr(common.data, key)):
                 raise UserError(f"{path}: development: {config.development} shares rows with data.{key}, {other}")
-        seeds = config.development_seeds or [max(common.seeds) + 1]
-        return cls(config, job, tuple(words), Path(common.output_dir) / common.name, common.model.dtype, seeds)
+        folder, choosing = Path(common.output_dir) / common.name, config.development_seeds or [max(common.seeds) + 1]
+        return cls(config, job, tuple(words), folder, common.model.dtype, common.seeds, choosing)
 
     @property
     def arms(self) -> list[Arm]:

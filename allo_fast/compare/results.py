@@ -109,17 +109,17 @@ def results(
     against = [name for name in comparison.config.against if name in values]
     trials = {trial.arm.name: (trial, tried) for trial, tried in finals}
     rows = []
+
+    def pair(better: str, worse: str) -> tuple[np.ndarray, np.ndarray]:
+        """Each arm beside its own base."""
+        first = bases[worse] if better == "base" else values[better]
+        return first, bases[better] if worse == "base" else values[worse]
+
     for name, numbers in values.items():
         score, interval = accuracy_interval(numbers.tolist())
         if name == "base" and metric in ("wins", _REWARDS):  # over itself
             interval = (0.5, 0.5)
-        minus = {
-            other: Difference(*difference_interval(bases[other], values[other]))
-            if name == "base"
-            else Difference(*difference_interval(numbers, bases[name] if other == "base" else values[other]))
-            for other in against
-            if other != name
-        }
+        minus = {other: Difference(*difference_interval(*pair(name, other))) for other in against if other != name}
         row = Result(name=name, accuracy=score, interval=interval, seeds=numbers.mean(1).tolist(), minus=minus)
         if name in trials:
             trial, tried = trials[name]
@@ -127,17 +127,20 @@ def results(
             own = {"chosen": trial.values, "tried": tried, "edges": edges(trial.values, tried)}
             row = replace(row, settings=trial.arm.settings, ties=ties(trial.values, tried), **own, **costs)
         rows.append(row)
-    notes = [f"{name}: left out: {why}" for name, why in failed.items()]
-    for name in runs:
-        if not np.array_equal(bases[name], first):
-            notes.append(
-                f"{name} begins from another base, of {percent(bases[name].mean())}, which `base` means for it."
-            )
-    seeds, chosen_by = next(iter(runs.values())).config.seeds, {*comparison.development_seeds}
-    if (both := sorted(chosen_by & {*seeds})) and any(tried for _, tried in finals):
-        notes.append(f"Seed {', '.join(map(str, both))} chose, too, which favours arms with many candidates.")
+    notes = [f"{name}: left out: {why}" for name, why in failed.items()] + _unfair(comparison, bases, rows)
     _write(comparison, metric, rows, values[next(iter(runs))].shape, notes)
     return metric, rows
+
+
+def _unfair(comparison: Comparison, bases: Mapping[str, np.ndarray], rows: Sequence[Result]) -> list[str]:
+    """What makes some differences something else than others."""
+    first = next(iter(bases.values()))
+    others = {name: percent(base.mean()) for name, base in bases.items() if not np.array_equal(base, first)}
+    notes = [f"{name} begins from another base, of {mean}, which `base` means for it." for name, mean in others.items()]
+    both = sorted({*comparison.development_seeds} & {*comparison.seeds})
+    if both and any(row.tried for row in rows):
+        notes.append(f"Seed {', '.join(map(str, both))} chose, too, which favours arms with many candidates.")
+    return notes
 
 
 def _check_alike(runs: Mapping[str, Run]) -> None:

@@ -36,14 +36,10 @@ class Seen:
         """Each kind of reason once, with the first row that has it and how many have; five, and of the others how
         many there are."""
         largest = self.aside.most_common(_REASONS)
-        said = [(self.kinds[kind], f" ({count} rows)" * (count > 1)) for kind, count in largest]
-        if others := len(self.aside) - len(largest):
-            rows = self.aside.total() - sum(count for _, count in largest)
-            return [
-                *(f"{row.id}: {row.reason}{rows_}" for row, rows_ in said),
-                f"and {rows} rows for {others} other reasons",
-            ]
-        return [f"{row.id}: {row.reason}{rows}" for row, rows in said]
+        first = [(self.kinds[kind], count) for kind, count in largest]
+        said = [f"{row.id}: {row.reason}" + f" ({count} rows)" * (count > 1) for row, count in first]
+        others = self.aside.total() - sum(count for _, count in largest)
+        return said + [f"and {others} rows for {len(self.aside) - len(largest)} other reasons"] * bool(others)
 
 
 def look(outcomes: Iterable[dict | Quarantined], new_tokens: int, eval_size: float | None) -> Seen:
