@@ -229,7 +229,8 @@ def mark_of(path: Path) -> str | None:
 
 def check_room(path: Path, size: int) -> None:
     """Raises UserError where the disk has fewer than `size` bytes."""
-    if size > (free := shutil.disk_usage(path.parent).free):
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if size > (free := shutil.disk_usage(there).free):
         raise UserError(
             f"{path}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} left; with more of it the same command "
             "continues"

@@ -9,7 +9,11 @@ class UserError(ValueError):
 
 
 def no_such(path: str | os.PathLike[str], kind: str = "file") -> str:
-    """What is said of a path that leads nowhere, with what is nearly called so in its folder."""
+    """What is said of a path that leads nowhere, with what is nearly called so in its folder, or to no file."""
+    if os.path.lexists(path):
+        return (
+            f"{path}: a folder, where a file was expected" if os.path.isdir(path) else f"{path}: no file that is read"
+        )
     return f"{path}: no such {kind}{nearest(path)}"
 
 

@@ -105,6 +105,7 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
         ("[base, dpo]", "[base, sparse]", "against: no arm is called sparse; there are base, dpo, sparse, 0.1"),
         ("{best: [1e-4, 1e-2]}", "{best: 1e-4}", "arms.dpo.warmup.learning_rate.best: expected a list of values, got"),
         ("{best: [1e-4, 1e-2]}", "{best: []}", "arms.dpo.warmup.learning_rate.best: expected a list of values, got"),
+        ("[1e-4, 1e-2]", "[1e-4, 1.0e-4]", "arms.dpo: `best` has {'warmup.learning_rate': 0.0001} twice"),
         ("{best: [1e-4, 1e-2]}", "1e-4", "development: no arm has `best` values to choose"),
         ("development: arithmetic:train[2000:2003]\n", "", "development: on which data are the `best` values chosen"),
         ("  allo: {}", "  base: {}", "arms.base: that is what the model is called before it is trained"),
@@ -163,7 +164,7 @@ def test_what_would_end_an_arm_later_is_said_first(file, old, new, said):
 
 
 def test_names_make_folders_of_their_own(file):
-    names = ["a b", "a-b", "a|b", "..", "cache", "compare.md", "x" * 300, "\u00e4"]
+    names = ["a b", "a-b", "a|b", "..", "cache", "compare.md", "ratio.svg", "x" * 300, "\u00e4"]
     arms = "\n".join(f"  {json.dumps(name, ensure_ascii=False)}: {{}}" for name in names)
     comparison = Comparison.load(changed(file, ("  allo: {}", arms)), [])
     folders = [comparison.final(arm, arm.candidates[0]).folder for arm in comparison.arms if arm.name in names]
@@ -326,8 +327,9 @@ def test_what_makes_a_comparison_less_than_fair_is_said(file, monkeypatch):
         return rows
 
     monkeypatch.setattr(results, "_predictions", predictions)
-    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e-4, 2e-4]}"), ("{each: [0.1, 0.2]}", "0.1"))
+    changed(file, ("{best: [1e-4, 1e-2]}", "{best: [1e30, 1e-4]}"), ("{each: [0.1, 0.2]}", "0.1"))
     others = "  other: {method: dpo, pretrain.problems: 16}\n  lost: {method: dpo, warmup.learning_rate: 1e30}"
+    others += "\n  'dpo, warmup.learning_rate 1e+30': {method: dpo}"
     changed(file, ("  allo: {}", others), ("development:", "development_seeds: [0]\ndevelopment:"))
     lines = list(compare(Comparison.load(file, ["seeds=[0]"]), drive([])))
     folder = file.parent / "compared"
@@ -338,7 +340,13 @@ def test_what_makes_a_comparison_less_than_fair_is_said(file, monkeypatch):
         and f"\n\n{lost}\n\n" in (folder / "compare.md").read_text()
     )
     assert other.startswith("other begins from another base, of ") and seed.startswith("Seed 0 chose, too")
-    assert [row["name"] for row in report["rows"]] == ["base", "dpo", "sparse", "other"]
+    assert [row["name"] for row in report["rows"]] == [
+        "base",
+        "dpo",
+        "sparse",
+        "other",
+        "dpo, warmup.learning_rate 1e+30",
+    ]
     assert any(line.startswith("lost: not trained: step ") for line in lines)
     assert "of 12.5%, which" in other, "one of eight"
     row = report["rows"][3]

@@ -181,6 +181,11 @@ def test_what_is_not_finite_is_not_written(tmp_path, bad):
     assert not list(tmp_path.iterdir())
 
 
+def test_new_folders_are_on_the_disk_of_the_one_that_is_there(tmp_path):
+    durable.save_tensors(tmp_path / "new" / "folder" / "a.safetensors", {"a": torch.ones(1)})
+    assert (tmp_path / "new/folder/a.safetensors").exists()
+
+
 def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(durable.shutil, "disk_usage", lambda path: SimpleNamespace(free=7))
     with pytest.raises(UserError, match="file: needs 8e-09 GB, the disk has 7e-09 left; with more of it the same"):

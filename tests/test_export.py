@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_fast.__main__ import main
+from allo_fast.data.arithmetic import character_tokenizer
 from allo_fast.durable import read_json, write_json
 from allo_fast.method.delta import Delta
+from allo_fast.model.saving import save_model
 from allo_fast.model.weights import named_weights, same_bits
 from allo_fast.runs.home import MANIFEST
-from tests.conftest import SAME_BITS
+from tests.conftest import SAME_BITS, tiny_llama
 
 pytestmark = pytest.mark.xdist_group("runs")  # one finished run for all
 
@@ -109,3 +111,12 @@ def test_which_models_are_kept_changes_no_delta(copied, kept, stages):
     assert [path.parts[-3] for path in sorted(folder.glob("0[78]*/seed-0/model"))] == stages
     assert len(deltas) == 2 and {path: path.read_bytes() for path in deltas} == deltas
     assert main(["run", str(config)]) == 0, "a run that keeps others is the same run"
+
+
+def test_what_is_saved_does_not_say_how_it_was_loaded(tmp_path):
+    for offline in (True, False):
+        tokenizer = character_tokenizer()
+        tokenizer.init_kwargs["local_files_only"] = offline
+        save_model(tiny_llama(vocab_size=len(tokenizer)), tokenizer, tmp_path / str(offline))
+    first, second = ((tmp_path / name / "tokenizer_config.json").read_bytes() for name in ("True", "False"))
+    assert first == second and b"local_files_only" not in first

@@ -216,6 +216,7 @@ def cut(path: Path) -> None:
 DAMAGES = {
     "cut": ("03-pairs/seed-0/pairs.jsonl", cut, "03-pairs/seed-0: pairs.jsonl is not what was written"),
     "gone": ("07-forget/seed-1/delta.safetensors", Path.unlink, "07-forget/seed-1: delta.safetensors is gone"),
+    "no manifest": ("07-forget/seed-1/MANIFEST.json", Path.unlink, "07-forget/seed-1: MANIFEST.json is gone"),
     "manifest": ("03-pairs/seed-1/MANIFEST.json", cut, "03-pairs/seed-1: MANIFEST.json: damaged: "),
     "null": (
         "03-pairs/seed-1/MANIFEST.json",

@@ -55,6 +55,9 @@ class CompareConfig(Section):
             if key.endswith(".each") and any(other == key.replace(".each", ".best") for other, _ in self._choices()):
                 raise ValueError(f"arms.{key}: `best` of the same key; one of both")
         named = self.named
+        for arm in named.values():
+            if twice := [values for values in arm.candidates if arm.candidates.count(values) > 1]:
+                raise ValueError(f"arms.{arm.name}: `best` has {twice[0]} twice")
         chooses = any(key.endswith(".best") for key, _ in self._choices())
         if chooses and not self.development:
             raise ValueError("development: on which data are the `best` values chosen? Name some beside data.test")
@@ -195,7 +198,12 @@ def _words(values: Values) -> list[str]:
 def _slug(name: str) -> str:
     """As a folder may be called, another for each name."""
     plain = re.sub(r"[^\w.=+-]+", "-", name, flags=re.ASCII)[:100]
-    is_plain = plain == name and re.match(r"[^\W_]", name) and not name.startswith(("cache", "compare"))
+    is_plain = (
+        plain == name
+        and re.match(r"[^\W_]", name)
+        and not name.startswith(("cache", "compare"))
+        and not name.endswith(".svg")
+    )
     return plain if is_plain else f"arm-{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from allo_fast import signals
@@ -53,18 +54,19 @@ def compare(comparison: Comparison, show: Show, rerun: bool = False) -> Iterator
         if not choosing[arm.name]:
             chosen[arm.name] = comparison.final(arm, arm.candidates[0]), []
             waiting.append(chosen[arm.name][0])
-    tried: dict[str, float] = {}
+    tried: dict[Path, float] = {}  # by folder
     for trial in worker.complete(waiting):
         name, candidates = trial.arm.name, choosing[trial.arm.name]
-        mean = _mean(trial, comparison) if trial.label not in worker.failed else -math.inf
+        why = worker.failed.get(trial.folder)
+        mean = -math.inf if why else _mean(trial, comparison)
         where = "data.test" if name in chosen else "development data"
-        yield f"{trial.label}: {worker.failed.get(trial.label) or f'{mean:.1%} on {where}'}{clock.left}"
+        yield f"{trial.label}: {why or f'{mean:.1%} on {where}'}{clock.left}"
         if name in chosen:
-            failed |= {name: worker.failed[trial.label]} if trial.label in worker.failed else {}
+            failed |= {name: why} if why else {}
             continue
-        tried[trial.label] = mean
-        if all(candidate.label in tried for candidate in candidates):
-            scores = [(tried[candidate.label], candidate.values) for candidate in candidates]
+        tried[trial.folder] = mean
+        if all(candidate.folder in tried for candidate in candidates):
+            scores = [(tried[candidate.folder], candidate.values) for candidate in candidates]
             best, values = max(scores, key=lambda pair: pair[0])
             clock.drop(_likely_final(comparison, trial.arm))
             if math.isfinite(best):
@@ -110,13 +112,13 @@ def _check(arms: Sequence[Arm], choosing: dict[str, list[Trial]], comparison: Co
 
 @dataclass
 class Worker:
-    """failed: by a trial's label, what ended its training; too high a rate ends its own trial alone."""
+    """failed: by a trial's folder, what ended its training; too high a rate ends its own trial alone."""
 
     comparison: Comparison
     show: Show
     rerun: bool
     clock: "Clock"
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[Path, str] = field(default_factory=dict)
 
     def complete(self, waiting: deque[Trial]) -> Iterator[Trial]:
         """Each when it is complete, of which there may come more; those that other commands work on last."""
@@ -134,7 +136,7 @@ class Worker:
                     time.sleep(_SECONDS)
                 continue
             except TrainingError as error:
-                self.failed[trial.label] = f"not trained: {error}"
+                self.failed[trial.folder] = f"not trained: {error}"
                 self.clock.drop(trial)
             busy = 0
             yield trial

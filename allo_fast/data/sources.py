@@ -113,7 +113,7 @@ def split_slice(source: str) -> tuple[str, int, int | None]:
 
 def _file_rows(path: Path) -> Iterator[Row]:
     if not os.path.isfile(path):
-        raise UserError(f"{path}: a folder, where a file was expected" if os.path.isdir(path) else no_such(path))
+        raise UserError(no_such(path))
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()

@@ -1,6 +1,5 @@
 """Deltas on a live model: applied, scaled, stacked, swapped, and undone to the bit."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from allo_fast.method.adapters import ADAPTER
 from allo_fast.method.delta import Delta, set_entries
 from allo_fast.model.weights import VALUES, fingerprint, named_weights, size_of
 from allo_kernels import Positions, gather
+
+_LARGEST = 100  # scale, by which what training changed stays finite in any dtype
 
 
 class LoadedDelta:
@@ -86,9 +87,9 @@ class LoadedDelta:
 
 
 def _checked(scale: float) -> float:
-    """Raises UserError for what is not finite."""
-    if not math.isfinite(scale):
-        raise UserError(f"scale: expected a finite number, got {scale}")
+    """Raises UserError for what is no number, or would lead to infinities."""
+    if not abs(scale) <= _LARGEST:
+        raise UserError(f"scale: expected a number from {-_LARGEST} to {_LARGEST}, got {scale}")
     return float(scale)
 
 
@@ -108,14 +109,16 @@ class _Stack:
     deltas: list[LoadedDelta]
 
     def __post_init__(self):
-        self.dtypes = {name: weight.dtype for name, weight in self.weights.items()}
+        self.kinds = {name: (weight.dtype, weight.shape) for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def change(self, how: Callable[[], None]) -> None:
         """Does what `how` does while the model is the base."""
-        for name, dtype in self.dtypes.items():
+        for name, (dtype, shape) in self.kinds.items():
             if (now := self.weights[name].dtype) != dtype:
                 raise UserError(f"load_delta: {name} was cast from {dtype} to {now} since; cast it back")
+            if self.weights[name].shape != shape:
+                raise UserError(f"load_delta: {name} was resized since; the base is to be loaded anew")
         for delta in self.deltas:
             if delta.applied:
                 delta._restore()

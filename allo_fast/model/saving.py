@@ -78,6 +78,7 @@ def _save(
         try:
             model.generation_config = _savable(generation, partial_folder)
             model.save_pretrained(partial_folder, state_dict=dict(state))
+            tokenizer.init_kwargs.pop("local_files_only", None)  # of how it was loaded, not of what it is
             tokenizer.save_pretrained(partial_folder)
         finally:
             model.generation_config = generation

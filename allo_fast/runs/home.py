@@ -26,7 +26,9 @@ _ELSEWHERE["model"] = {"device"}
 
 def recorded(unit: Path) -> Basis:
     """What a unit was made, or begun, from. Raises Damaged."""
-    path = unit / (MANIFEST if (unit / MANIFEST).exists() else STARTED)
+    path = next((path for path in (unit / MANIFEST, unit / STARTED) if path.exists()), None)
+    if not path:
+        raise Damaged(f"{unit / MANIFEST} is gone")
     if "basis" not in (record := read_json(path)):
         raise Damaged(f"{path}: of another version, which did not say what it depends on")
     return deciding(record["basis"])
