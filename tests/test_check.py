@@ -1,6 +1,7 @@
 """Everything that would end a run later is said before it starts, at once."""
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -217,7 +218,9 @@ def test_of_what_is_not_there_the_nearest_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^jobs.yaml: no such file; nearest: job.yaml$"):
         load_config("jobs.yaml")
     assert no_such(tmp_path / "data/train-00001.parquet").endswith(f"; nearest: {tmp_path}/data/train-00000.parquet")
-    for path in ("dat/train-00000.parquet", "elsewhere", "", "/"):
+    assert no_such(tmp_path) == f"{tmp_path}: a folder, where a file was expected"
+    assert no_such(os.devnull) == f"{os.devnull}: no file that is read"
+    for path in ("dat/train-00000.parquet", "elsewhere", ""):
         assert no_such(path) == f"{path}: no such file", "nothing is called nearly so"
 
 
