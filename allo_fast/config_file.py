@@ -131,7 +131,7 @@ NOT_KEYS = {
         "train_on_inputs completion_only_loss assistant_only_loss train_on_prompt mask_history".split(),
         "responses train, prompts never do",
     ),
-    "save_total_limit": "of checkpoints the last is kept, and goes when its stage is complete",
+    "save_total_limit": "of checkpoints the last two are kept, until their stage is complete",
     "neftune_noise_alpha": "no noise is added to embeddings",
     "ld_alpha": "length_alpha is R-DPO's, another thing",
     **dict.fromkeys(

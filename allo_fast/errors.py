@@ -19,6 +19,8 @@ def no_such(path: str | os.PathLike[str], kind: str = "file") -> str:
 
 def nearest(path: str | os.PathLike[str]) -> str:
     """What of the path's folder is called nearly as it, as the end of a message; nothing where nothing is."""
+    if os.path.lexists(path):
+        return ""
     folder, name = os.path.split(os.path.normpath(path))
     names = os.listdir(folder or ".") if os.access(folder or ".", os.R_OK | os.X_OK) else []
     near = difflib.get_close_matches(name, names, 1, cutoff=0.75)

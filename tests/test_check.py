@@ -11,7 +11,7 @@ from tiny import CHATML, byte_level
 
 from allo_fast.__main__ import main
 from allo_fast.config_file import load_config
-from allo_fast.errors import UserError, no_such
+from allo_fast.errors import UserError, nearest, no_such
 from allo_fast.model.checkpoint import read_config
 from allo_fast.model.saving import save_model
 
@@ -220,6 +220,7 @@ def test_of_what_is_not_there_the_nearest_is_named(tmp_path, monkeypatch):
     assert no_such(tmp_path / "data/train-00001.parquet").endswith(f"; nearest: {tmp_path}/data/train-00000.parquet")
     assert no_such(tmp_path) == f"{tmp_path}: a folder, where a file was expected"
     assert no_such(os.devnull) == f"{os.devnull}: no file that is read"
+    assert nearest("job.yaml") == "", "it is there"
     for path in ("dat/train-00000.parquet", "elsewhere", ""):
         assert no_such(path) == f"{path}: no such file", "nothing is called nearly so"
 

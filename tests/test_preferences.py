@@ -35,6 +35,12 @@ LAYOUTS = {
     "orca-system": ({"system": S, "question": Q, "chosen": A, "rejected": B}, [SYSTEM, *said(Q)]),
     "distilabel": ({"system": S, "input": Q, "chosen": A, "rejected": B}, [SYSTEM, *said(Q)]),
     "alpaca": ({"instruction": "How", "input": "hot?", "chosen": A, "rejected": B}, "How\nhot?"),
+    "alpaca without input": ({"instruction": Q, "input": "", "chosen": A, "rejected": B}, Q),
+    "empty context": ({"prompt": Q, "history": [], "context": None, "chosen": A, "rejected": B}, Q),
+    "empty prompt, which the responses have": (
+        {"prompt": "", "chosen": said(Q, A), "rejected": said(Q, B)},
+        said(Q),
+    ),
     "history": ({"instruction": Q, "history": [["How?", "Well."]], "chosen": A, "rejected": B}, LONG),
     "messages": (
         {"prompt": said(Q), "chosen": said(A, first="assistant"), "rejected": said(B, first="assistant")},

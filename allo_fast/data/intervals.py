@@ -60,11 +60,11 @@ def spread(values: Values) -> tuple[float, float, float]:
     (seeds, problems), mean = values.shape, values.mean()
     by_problem = seeds * values.mean(0).var(ddof=1) if problems > 1 else 0.0
     by_seed = problems * values.mean(1).var(ddof=1) if seeds > 1 else 0.0
-    degrees = (seeds - 1) * (problems - 1)
+    free = (seeds - 1) * (problems - 1)
     rest = values - values.mean(0) - values.mean(1, keepdims=True) + mean
-    of_rest = (rest**2).sum() / degrees if degrees else 0.0
+    of_rest = (rest**2).sum() / free if free else 0.0
     total = max(by_seed + by_problem - of_rest, by_seed, by_problem)
-    parts = [(by_seed, seeds - 1), (by_problem, problems - 1), (of_rest, degrees)]
+    parts = [(by_seed, seeds - 1), (by_problem, problems - 1), (of_rest, free)]
     squares = sum(part**2 / degrees for part, degrees in parts if degrees)
     return float(mean), float(total / (seeds * problems)), student(total**2 / squares if squares else inf)
 

@@ -66,9 +66,9 @@ def read_preference(row: dict) -> Preference:
     parsed = prompt is None or plain is not None  # else a dialogue is an answer like any other
     read = [_response(value, "chosen", parsed) for value in right]
     read += [_response(value, "rejected", parsed) for value in wrong]
-    said = next((name for name in PROMPTS if name in row and name not in used), None)
-    if said and not any(response.context for response in read):  # else it stands in the responses
-        raise UnusableRow(f"{said}: empty; leave the field out where chosen and rejected begin with the prompt")
+    empty = [] if used & {*PROMPTS} else [name for name in PROMPTS if name in row]
+    if empty and not any(response.context for response in read):  # else it stands in the responses
+        raise UnusableRow(f"{empty[0]}: empty; leave the field out where chosen and rejected begin with the prompt")
     if prompt is None and right and wrong and all(isinstance(r.turn, str) and not r.context for r in read):
         prompt = _common_beginning([response.turn for response in read])
         read = [replace(response, turn=response.turn[len(prompt) :]) for response in read]
