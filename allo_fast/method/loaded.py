@@ -139,8 +139,9 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     """Sets a delta, a file that a stage wrote, into its live base `model`, between two of its forward passes, and gives
     what takes it out again. The first one of a model reads all its weights once, to know that it is the base.
 
-    Raises UserError for a file that is no delta, one of another model, a model that a SparsePolicy trains or whose
-    weights lie in shares, and, later, one that was cast meanwhile; it may be moved to another device.
+    scale: from -100 to 100. Raises UserError for a file that is no delta, one of another model, a model that a
+    SparsePolicy trains or whose weights lie in shares, and, later, one that was cast or resized meanwhile; it may be
+    moved to another device.
     """
     if (Path(path) / ADAPTER).is_file():
         raise UserError(f"{path}: an adapter of PEFT's; `allo-fast convert` makes a delta of it")
