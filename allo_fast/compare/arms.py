@@ -27,13 +27,13 @@ from pydantic import Field, ValidationError, model_validator
 from allo_fast.config import Config, UserError
 from allo_fast.config_file import explained, load_config, read_yaml
 from allo_fast.data.sources import split_slice
+from allo_fast.report.summary import ACCURACIES
 from allo_fast.section import Section
 
 Values = dict[str, Any]  # by dotted key of the job's configuration
 _CHOICES = ("each", "best")
 # What all arms are judged by, and where they lie.
 _JUDGES = "seeds data.test data.scorer data.format evaluate.* name output_dir rivals deepspeed".split()
-PREFERENCES = ("logps/accuracies", "logps/accuracies_per_token", "rewards/accuracies")
 
 
 class CompareConfig(Section):
@@ -43,7 +43,7 @@ class CompareConfig(Section):
     development: str | None = None  # the data source, as data.test, on which `best` values are chosen
     # With these seeds. One of the job's would be reported with the luck that chose it. null: the next behind those.
     development_seeds: list[int] | None = Field(None, min_length=1)
-    metric: Literal[PREFERENCES] = PREFERENCES[0]  # of `data.format: preference`, as the summary's
+    metric: Literal[tuple(ACCURACIES.values())] = ACCURACIES["logps"]  # of `data.format: preference`, as the summary's
     against: list[str] = Field(["base"], min_length=1)  # of these, `base` or arms, the difference to each arm is shown
     arms: dict[str, Values] = Field(min_length=1)  # by name
 

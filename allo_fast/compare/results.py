@@ -10,19 +10,19 @@ from statistics import fmean
 import numpy as np
 
 from allo_fast.compare import figures
-from allo_fast.compare.arms import PREFERENCES, Comparison, Trial, Values, shown
+from allo_fast.compare.arms import Comparison, Trial, Values, shown
 from allo_fast.config import UserError
 from allo_fast.data.intervals import Interval, accuracy_interval, difference_interval
 from allo_fast.data.scoring import REWARD, scorer_name
 from allo_fast.durable import versions, write_bytes
-from allo_fast.report.summary import percent, preference_values
+from allo_fast.report.summary import ACCURACIES, percent, preference_values
 from allo_fast.runs.rows import Rows, read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.runs.unit import Unit
 from allo_fast.stages import STAGES, stages_of
 from allo_fast.stages.evaluate import PREDICTIONS
 
-_REWARDS = PREFERENCES[2]
+_REWARDS = ACCURACIES["rewards"]
 Tried = list[tuple[float, Values]]  # what each candidate got on development data, -inf where it did not train
 
 
@@ -64,7 +64,7 @@ class Result:
     settings: Values = field(default_factory=dict)
 
 
-def values_of(run: Run, key: str | None = None, preference: str = PREFERENCES[0]) -> tuple[str, np.ndarray]:
+def values_of(run: Run, key: str | None = None, preference: str = ACCURACIES["logps"]) -> tuple[str, np.ndarray]:
     """The metric, and its numbers, fp64 [seeds, problems]; key: of the one unit that judges the base; None: the arm.
 
     preference: what pairs are judged by. The base, which has no rewards, gets half of them right, as by chance.

@@ -17,7 +17,7 @@ from allo_fast.stages import stages_of
 from allo_fast.stages.evaluate import PREDICTIONS, model_of
 from allo_fast.stages.problems import PROBLEMS
 
-_ACCURACIES = {
+ACCURACIES = {  # by what pairs are scored
     "rewards": "rewards/accuracies",
     "logps": "logps/accuracies",
     "logps_per_token": "logps/accuracies_per_token",
@@ -120,7 +120,7 @@ def _preferences(config: Config, predictions: dict[str, list[list[dict]]]) -> di
         metrics = preference_metrics(values[model], ties, pairs)
         models[model] = {"n": len(seeds[0]), "pairs": pairs, "beta": beta, "metrics": metrics}
     differences = {}
-    for metric in _ACCURACIES.values():
+    for metric in ACCURACIES.values():
         comparable = {model: by_metric[metric] for model, by_metric in values.items() if metric in by_metric}
         differences |= {f"{names}, {metric}": d for names, d in _paired_differences(comparable).items()}
     return {"models": models, "differences": differences}
@@ -136,7 +136,7 @@ def preference_values(seeds: list[list[dict]], beta: float | None) -> tuple[Valu
     margins = [[pair_margins(row["responses"], beta) for row in rows] for rows in seeds]
     values, ties = {}, {}
     for score in margins[0][0]:
-        name, of_score = _ACCURACIES[score], [[row[score] for row in rows] for rows in margins]
+        name, of_score = ACCURACIES[score], [[row[score] for row in rows] for rows in margins]
         values[name] = [problem_values([[float(x > 0) for x in pairs] for pairs in rows]) for rows in of_score]
         ties[name] = sum(pairs.count(0) for rows in of_score for pairs in rows)
         if score == "rewards":
