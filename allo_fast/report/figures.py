@@ -54,7 +54,7 @@ def training_curves(stages: dict[str, dict[str, list[dict]]]) -> list[str]:
         lengths = [max(rows[-1]["step"] for rows in seeds.values()) for seeds in having.values()]
         ratios = [max(length, max(lengths) / 3) for length in lengths]
         labels = list(max(having.values(), key=len))
-        # Places that are given once draw in half the time of those that follow from the letters.
+        # Places that are given are not fitted to the letters first, which would draw every figure twice.
         places = {"left": 0.09, "right": 0.9 if len(labels) > 1 else 0.99, "bottom": 0.25, "top": 0.86, "wspace": 0.36}
         figure, axes = plt.subplots(
             1, len(having), figsize=(9, 1.9), squeeze=False, width_ratios=ratios, gridspec_kw=places
