@@ -24,7 +24,7 @@ from allo_fast.durable import versions
 from allo_fast.model.decoding import Decoder
 from allo_fast.model.drawing import Response, Sampler, draws_of
 from allo_fast.model.loading import load_model
-from benchmarks.step import random_llama
+from benchmarks.inputs import random_llama
 
 SETTINGS = SampleConfig()  # temperature and top_p of a run
 WORDS = "Janet has a box of pens and gives three of them to each of her friends. How many are left in the end? ".split()

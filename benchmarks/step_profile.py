@@ -114,6 +114,8 @@ def _ranges(enter: Enter) -> Iterator[None]:
         for name, (_, *functions) in RANGES.items():
             for function in functions:
                 stack.enter_context(_range(name, function, enter))
+        if torch.cuda.is_available():  # where the head's kernels bring a gather of their own
+            stack.enter_context(_range("gather gradients", "allo_kernels.head_triton:gather", enter))
         stack.enter_context(_decoder_range(enter))
         stack.enter_context(patch("allo_fast.training.examples.ThreadPoolExecutor", _AtOnce))
         yield

@@ -36,6 +36,14 @@ def test_what_fails():
         assert not replace(good, **change).passed
 
 
+def test_products_of_indices_in_32_bits():
+    vector, scalar, wide = (
+        f"arith.muli %a, %b : {kind} loc(1)" for kind in ("tensor<64xi32>", "i32", "tensor<64xi64>")
+    )
+    assert [aot.narrow_products(line, True) for line in (vector, scalar, wide)] == [1, 1, 0]
+    assert aot.narrow_products(scalar, scalars=False) == 0, "a tile's number, which no tensor's size enters"
+
+
 def test_what_is_counted():
     lines = ["MOV R1, R2", "@P0 BRA 0x0040", "HMMA.16816.F32 R4, R8", "IADD3 R1, R1", "@!P1 BRA 0x0020", "BRA 0x0050"]
     listing = "".join(f"        /*{16 * n:04x}*/   {line} ; /* 0x00 */\n" for n, line in enumerate([*lines, "NOP"]))

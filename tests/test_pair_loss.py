@@ -26,6 +26,17 @@ def test_fraction_1_is_dpo_on_whole_responses():
     assert torch.equal(weights, rejected_valid.float())
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_comes_out_may_be_changed_in_place(impl):
+    given = pair()
+    given[0].requires_grad_()
+    losses, *others = key_token_dpo_loss(*given, fraction=0.5, beta=0.3, impl=impl)
+    (expected,) = torch.autograd.grad((2 * losses).sum(), given[0], retain_graph=True)
+    for other in others:
+        other.zero_()
+    torch.testing.assert_close(torch.autograd.grad(losses.mul_(2).sum(), given[0])[0], expected)
+
+
 def test_by_hand():
     zeros, valid = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
     ratios = torch.tensor([[0.2, -0.4, 0.1]], requires_grad=True)

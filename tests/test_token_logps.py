@@ -100,8 +100,11 @@ def test_chunks_of_the_vocabulary(n, d, v, impl, monkeypatch):
 
 # Two blocks of rows, with a gradient for all that count, for some, and for none.
 @pytest.mark.parametrize("share, impl", [(1.0, "torch"), (0.5, "torch"), (0.0, "torch"), (0.7, "triton")])
-def test_blocks_of_rows(share, impl, monkeypatch):
+@pytest.mark.parametrize("exact", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_blocks_of_rows(share, impl, exact, monkeypatch):
     monkeypatch.setattr(head_parts, "BLOCK_BYTES", 128 * 4 * 8)
+    if not exact:
+        monkeypatch.setattr(head, "_at_most", lambda counts, known: max(known, 1))
     hidden, weight, bias, targets, upstream = inputs(260, 8, 30, torch.float32, True)
     upstream[torch.rand(260) >= share] = 0.0
     positions = Positions.pack(torch.arange(0, 240, 7, device=DEVICE), 240)
@@ -115,11 +118,40 @@ def test_blocks_of_rows(share, impl, monkeypatch):
     truth = run(full_logits, [hidden, weight, bias])
     truth.append(truth[2].view(-1)[positions.unpack()])
     counts = int((targets != -100).sum()), int(((targets != -100) & (upstream != 0)).sum())
-    for known in ({}, {"target_rows": counts[0], "gradient_rows": counts[1]}, {"gradient_rows": counts[1] + 3}):
+    exactly = {"target_rows": counts[0], "gradient_rows": counts[1]}
+    for known in ({}, exactly, {"gradient_rows": counts[1] + 3}, {"gradient_rows": 260}):
         dense = run(token_logps, [hidden, weight, bias], impl=impl, **known)
         picked = run(token_logps, [hidden, values], impl=impl, **known, **compact)
         torch.testing.assert_close([*dense, picked[2]], truth, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(picked[:2], truth[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_without_a_target_get_no_gradient_however_large_their_logits(impl, monkeypatch):
+    """As on a GPU, where the host knows of too many rows; exp of these logits is no number."""
+    monkeypatch.setattr(head, "_at_most", lambda counts, known: max(known, 1))
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+    weight = (100 * weight).detach().requires_grad_()
+    targets[-1] = -100  # with which the rows are filled up
+    truth = torch.autograd.grad((full_logits(hidden, weight, targets) * upstream).sum(), [hidden, weight])
+    for known in (9, 8):
+        logps, lse = token_logps(hidden, weight, targets, gradient_rows=known, with_lse=True, impl=impl)
+        found = torch.autograd.grad((logps * upstream).sum(), [hidden, weight])
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)
+        given = (hidden.detach(), weight.detach(), targets, lse, upstream, slice(3, 30))
+        rows = head_row_gradient(*given, gradient_rows=known, impl=impl)
+        torch.testing.assert_close(rows, truth[1][3:30], rtol=1e-3, atol=1e-3)
+    logps = token_logps(hidden, weight, targets, gradient_rows=0, impl=impl)
+    assert torch.autograd.grad((logps * upstream).sum(), hidden)[0].isnan().any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_comes_out_may_be_changed_in_place(impl):
+    hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
+    logps = token_logps(hidden, weight, targets, impl=impl)
+    (expected,) = torch.autograd.grad((2 * logps * upstream).sum(), hidden)
+    logps = token_logps(hidden, weight, targets, impl=impl)
+    torch.testing.assert_close(torch.autograd.grad((logps.mul_(2) * upstream).sum(), hidden)[0], expected)
 
 
 def test_on_a_cpu_rows_without_a_gradient_have_no_logits_in_backward(monkeypatch):

@@ -105,8 +105,8 @@ def device_state() -> dict[str, str]:
     """Driver, clocks in MHz, power in W and temperature of the GPU now, as nvidia-smi has them; nothing without it."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return {}
-    index = str(torch.cuda.current_device())
-    command = [tool, f"--query-gpu={_STATE}", "--format=csv,noheader,nounits", f"--id={index}"]
+    uuid = torch.cuda.get_device_properties(this_device()).uuid  # its number is another one's without this environment
+    command = [tool, f"--query-gpu={_STATE}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     said = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
     return dict(zip(_STATE.split(","), said, strict=False))
 

@@ -93,6 +93,7 @@ def head_row_gradient(
     for name, tensor in (("lse", lse), ("upstream", upstream)):
         check_shape(name, tensor, targets.shape)
         check_dtype(name, tensor, torch.float32)
+        check_device(name, tensor, hidden.device)
     kernels = choose("token_logps", impl, head_torch, "head_triton", hidden.device)
     head = Head(softcap, float(temperature), None, kernels)
     first, last, step = rows.indices(len(weight))
@@ -101,7 +102,7 @@ def head_row_gradient(
     part, bias = weight[first:last], None if bias is None else bias[first:last].contiguous()
     total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
     with _without_autocast(hidden.device):
-        counted, upstream = _with_gradient(targets, upstream, gradient_rows, "head_row_gradient")
+        counted, upstream, lse = _with_gradient(targets, upstream, lse, gradient_rows, "head_row_gradient")
         for block in row_blocks(len(counted), hidden.shape[1]):
             picked = counted.rows(block, hidden, targets, lse, upstream)
             _add_product(total, kernels.d_logits(picked, part, bias, first, head).T, picked.hidden)
@@ -171,7 +172,7 @@ class _TokenLogps(torch.autograd.Function):
             chosen, of_block = head.kernels.target_and_lse(counted.rows(block, hidden, targets), weight, bias, head)
             counted.put(logps, block, chosen - of_block)
             counted.put(lse, block, of_block)
-        logps, lse = logps[: len(targets)], lse[: len(targets)]
+        logps, lse = logps[: len(targets)].clone(), lse[: len(targets)]  # nobody may change a view in place
         if head.target_rows is not None:
             logps = torch.where(counts.sum() == head.target_rows, logps, torch.nan)
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
@@ -184,7 +185,8 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         head, device, width = ctx.head, hidden.device, hidden.shape[1]
-        counted, upstream = _with_gradient(targets, upstream, head.gradient_rows, "the backward of token_logps")
+        op = "the backward of token_logps"
+        counted, upstream, lse = _with_gradient(targets, upstream, lse, head.gradient_rows, op)
         d_hidden = None  # made after the first block, when nothing else is alive
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
@@ -261,18 +263,26 @@ class _Counted:
             room.index_copy_(0, self.at[block], rows.to(room.dtype))
 
 
-def _with_gradient(targets: Tensor, upstream: Tensor, known: int | None, op: str) -> tuple[_Counted, Tensor]:
-    """The rows that get a gradient, and it; NaN where they are more than the host knew."""
-    counts = (targets != IGNORE) & (upstream != 0)
+def _with_gradient(
+    targets: Tensor, upstream: Tensor, lse: Tensor, known: int | None, op: str
+) -> tuple[_Counted, Tensor, Tensor]:
+    """The rows that get a gradient, it, and their log-sum-exp; NaN where they are more than the host knew.
+
+    It may know of too many: of a row without a target upstream is zero then, and so is exp(logit - lse), of any logit.
+    """
+    given = targets != IGNORE
+    counts = given & (upstream != 0)
     if known is not None:
-        upstream = torch.where(counts.sum() <= known, upstream, torch.nan)
-        known = _exactly(counts) if counts.device.type == "cpu" else known
-    return _Counted.of(counts, known, f"{op}, without gradient_rows,"), upstream
+        upstream = torch.where(counts.sum() <= known, torch.where(given, upstream, 0.0), torch.nan)
+        lse = torch.where(given, lse, torch.inf)
+        known = _at_most(counts, known)
+    return _Counted.of(counts, known, f"{op}, without gradient_rows,"), upstream, lse
 
 
-def _exactly(counts: Tensor) -> int:
-    """On a CPU nothing waits, and rows without a gradient, as of tokens that are not key, need no logits."""
-    return int(counts.count_nonzero())
+def _at_most(counts: Tensor, known: int) -> int:
+    """How many rows to work on, one at least, which shows NaN. On a CPU, where nothing waits, those that count: others,
+    as of tokens that are not key, need no logits."""
+    return int(counts.count_nonzero()) if counts.device.type == "cpu" else max(known, 1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

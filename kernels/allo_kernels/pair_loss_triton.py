@@ -155,7 +155,7 @@ class _KeyTokenDpo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen_logps, rejected_logps, fixed, settings):
         inputs = [tensor.detach().contiguous() for tensor in (chosen_logps, rejected_logps, *fixed)]
-        pairs = torch.empty((3, len(chosen_logps)), dtype=torch.float32, device=chosen_logps.device)
+        pairs = [torch.empty(len(inputs[0]), dtype=torch.float32, device=inputs[0].device) for _ in range(3)]
         d_chosen = torch.empty_like(inputs[0], dtype=torch.float32)
         weights, d_rejected = (torch.empty_like(inputs[1], dtype=torch.float32) for _ in range(2))
         lengths = (chosen_logps.shape[1], rejected_logps.shape[1])
@@ -168,7 +168,7 @@ class _KeyTokenDpo(torch.autograd.Function):
         )
         ctx.save_for_backward(d_chosen, d_rejected)
         ctx.dtypes = chosen_logps.dtype, rejected_logps.dtype
-        outputs = (*pairs.unbind(), weights)
+        outputs = (*pairs, weights)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

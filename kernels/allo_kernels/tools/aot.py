@@ -88,9 +88,10 @@ def _compile(model: str, variant: str, target: str, launch: Launch, listed: bool
     # Without memory of their own they have nowhere to spill to.
     assembly = _cuobjdump(compiled.asm["cubin"], "-sass") if listed or stack or local else ""
     instructions, loop = count(assembly)
+    kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     return Compiled(
         model=model,
-        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        kernel=kernel,
         variant=variant,
         target=target,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -98,10 +99,16 @@ def _compile(model: str, variant: str, target: str, launch: Launch, listed: bool
         stack_bytes=stack,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
         wgmma="wgmma.mma_async" in compiled.asm["ptx"],
-        narrow_products=len(re.findall(r"arith.muli [^:]*: tensor<[^>]*xi32>", compiled.asm["ttir"])),
+        narrow_products=narrow_products(compiled.asm["ttir"], scalars=kernel not in _MATRIX_KERNELS),
         instructions=instructions,
         loop=loop,
     )
+
+
+def narrow_products(ttir: str, scalars: bool) -> int:
+    """Products in 32 bits, of index vectors and if asked of scalars: where a program's part of a tensor begins. The
+    matrix kernels' scalars are of tiles, which end with the rows and the words."""
+    return len(re.findall(rf"arith.muli [^:]*: (?:tensor<[^>]*xi32>{'|i32' * scalars})", ttir))
 
 
 def count(assembly: str) -> tuple[int, int]:

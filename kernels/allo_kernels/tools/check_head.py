@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from allo_kernels import token_logps
+from allo_kernels import head_row_gradient, token_logps
 from allo_kernels.tools.check import BF16, FP16, FP32, NAMES, Case, Exact, drawing, selected
 
 
@@ -75,25 +75,31 @@ def _token_logps_case(device: torch.device, case: HeadCase):
 
     hidden, weight, bias, targets, upstream = _inputs(device, case)
     positions = selected(device, (case.words * case.width,), "5%")
+    known = {"target_rows": int((targets != -100).sum()), "gradient_rows": case.rows}  # at most: some have none
+    some = slice(case.words // 3, case.words // 3 + 20)
 
     def outputs(impl):
         leaves = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in (hidden, weight, bias)]
         values = weight.view(-1)[positions.unpack()].float().requires_grad_()
         shared = {"bias": leaves[2], "softcap": case.softcap, "temperature": case.temperature, "impl": impl}
+        sparse = {"values": values, "positions": positions, **known}
         with blocks_of_device(case.capability):
-            logps = token_logps(leaves[0], leaves[1], targets, **shared)
-            compact = token_logps(leaves[0].detach(), leaves[1], targets, values=values, positions=positions, **shared)
+            logps, lse = token_logps(leaves[0], leaves[1], targets, with_lse=True, **shared)
+            compact = token_logps(leaves[0].detach(), leaves[1], targets, **sparse, **shared)
             found = torch.autograd.grad((logps * upstream).sum(), [leaf for leaf in leaves if leaf is not None])
             picked = torch.autograd.grad((compact * upstream).sum(), values)[0]
+            given = (hidden, weight, targets, lse, upstream, some)
+            rows = head_row_gradient(*given, gradient_rows=case.rows, **shared | {"bias": bias})
         names = ("d_hidden", "d_weight", "d_bias")[: len(found)]
-        return {"logps": logps, **dict(zip(names, found, strict=True)), "d_values": picked}
+        return {"logps": logps, **dict(zip(names, found, strict=True)), "d_values": picked, "d_rows": rows}
 
     leaves = [None if leaf is None else leaf.double().requires_grad_() for leaf in (hidden, weight, bias)]
     logps, exponent = full_logits(*leaves, targets, case.softcap, case.temperature)
     found = torch.autograd.grad((logps * upstream).sum(), [leaf for leaf in leaves if leaf is not None])
     truth = {name: Exact(d, exponent) for name, d in zip(("d_hidden", "d_weight", "d_bias"), found, strict=False)}
     d_values = Exact(found[1].view(-1)[positions.unpack()], exponent, factors=case.dtype)
-    return outputs, {"logps": Exact(logps, exponent, logarithm=True), **truth, "d_values": d_values}
+    truth |= {"d_values": d_values, "d_rows": Exact(found[1][some], exponent, factors=case.dtype)}
+    return outputs, {"logps": Exact(logps, exponent, logarithm=True), **truth}
 
 
 def full_logits(
