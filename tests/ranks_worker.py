@@ -10,8 +10,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,7 @@ from allo_fast.__main__ import main
 from allo_fast.config import Config, ModelConfig, TrainConfig, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import character_tokenizer
-from allo_fast.data.batch import collate
+from allo_fast.data.batch import Layout, collate
 from allo_fast.locating.sweep import Sweep
 from allo_fast.method.delta import Delta
 from allo_fast.method.dense import DensePolicy
@@ -628,6 +629,17 @@ def mistakes(folder: Path, config: str) -> None:
     assert main(["run", config, zero2, *other]) == 2, "other data under the same name"
     with pytest.raises(UserError, match="rank 1 has another corpus than rank 0"):
         Trainer(DensePolicy(tiny_llama()), pair_corpus(seed=rank()), Preference(0.5), TrainConfig(**SETTINGS), node)
+    policy = DensePolicy(tiny_llama())
+    own = policy.logps.findings
+    if rank():
+        policy.logps.findings = replace(own, layout=Layout(share_prompts=False))
+    with pytest.raises(UserError, match="rank 1 has another way to compute its model than rank 0"):
+        Trainer(policy, pair_corpus(), Preference(0.5), TrainConfig(**SETTINGS), node)
+    reference = nullcontext(Opened(policy.logps, policy.logps.findings.layout, policy.model.device))
+    policy.logps.findings = own
+    given = (pair_corpus(), Preference(0.5), TrainConfig(**SETTINGS), node)
+    with pytest.raises(UserError, match="rank 1 has another layout of its reference than rank 0"):
+        list(Trainer(policy, *given, reference=lambda: reference).prepare())
 
 
 def command(folder: Path, *words: str) -> int:

@@ -145,6 +145,13 @@ def test_what_does_not_belong_together(tmp_path):
     SparsePolicy(policy_model, random_selection(policy_model))
     with pytest.raises(UserError, match="a SparsePolicy trains this model's weights"):
         allo_fast.load_delta(policy_model, tmp_path / "a")
+    delta = allo_fast.load_delta(model := base(), tmp_path / "a")
+    delta.remove()
+    policy = SparsePolicy(model, random_selection(model))
+    with pytest.raises(UserError, match="a SparsePolicy trains this model's weights"):
+        delta.apply()
+    policy.release()
+    delta.apply()
     with pytest.raises(UserError, match=r"made in float32, the model is in bfloat16; load it with dtype='float32'"):
         allo_fast.load_delta(base(torch.bfloat16), tmp_path / "a")
     with pytest.raises(UserError, match="nowhere: no such file; stages that train some of the weights leave a delta"):

@@ -356,6 +356,28 @@ def test_a_released_model_takes_another_policy_and_a_delta(tmp_path):
     assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(base).items())
 
 
+def test_a_model_that_is_refused_is_as_before():
+    model = tiny_llama(attention_dropout=0.5).train()
+    plain = copy.deepcopy(model)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(UserError, match="the same tokens give other results each time"):
+        SparsePolicy(model, random_selection(model, 0.3))
+    assert {name: type(module) for name, module in copy.deepcopy(model).named_modules()} == kinds
+    assert (
+        all(weight.requires_grad for weight in model.parameters()) and model.config.to_dict() == plain.config.to_dict()
+    )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    SparsePolicy(model.eval(), random_selection(model, 0.3))
+
+
+def test_a_model_of_which_nothing_trained_is_released_so():
+    model = tiny_llama().requires_grad_(False)
+    SparsePolicy(model, random_selection(model))
+    second = SparsePolicy(model, random_selection(model, 0.2))
+    assert not any(weight.requires_grad for weight in second.release().parameters())
+    assert not any(value.requires_grad for value in second._trained_before)
+
+
 def test_values_that_are_not_in_the_model_are_not_released():
     policy = SparsePolicy(model := tiny_llama(), random_selection(model))
     torch.optim.SGD(policy.values.values(), lr=0.0).step()

@@ -251,6 +251,30 @@ def test_any_other_error_is_said_with_the_name_of_the_model(monkeypatch):
         ResponseLogps(model)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_memory_that_runs_out_says_nothing_of_a_model(monkeypatch, error):
+    """In whichever of its trials: on one rank alone it would mean another layout than on the others."""
+    model, calls, last = tiny_llama(), [], 0
+    forward, attention = model.model.forward, model.config._attn_implementation
+
+    def counted(**given):
+        calls.append(given)
+        if len(calls) == last:
+            raise error("full")
+        return forward(**given)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    ResponseLogps(model).release()
+    last = len(calls)
+    while last:
+        calls.clear()
+        with pytest.raises(error, match="full"):
+            ResponseLogps(model)
+        last -= 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config._attn_implementation == attention
+
+
 def test_positions_that_begin_elsewhere_mean_own_rows(caplog):
     model = build("GPT2", **GPT)
     embed = model.transformer.wpe

@@ -65,6 +65,6 @@ def test_as_a_library(tmp_path, monkeypatch):
     save_model(model, tokenizer, tmp_path / "base-after-a-dpo-warm-up")
     names = run(blocks("library.md", "As a library"))
     again = type(model).from_pretrained(tmp_path / "trained", dtype=torch.bfloat16)
-    assert all(torch.equal(w.cpu(), named_weights(again)[name]) for name, w in named_weights(names["before"]).items())
+    assert all(torch.equal(w.cpu(), named_weights(again)[name]) for name, w in named_weights(names["model"]).items())
     assert {entry["step"] for entry in names["trainer"].state.log_history} == {4}
     assert (tmp_path / "out/checkpoint-4/optimizer.pt").exists()

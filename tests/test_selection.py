@@ -79,6 +79,16 @@ def test_from_delta_counts_tied_weights_once_and_reads_in_fp32():
     assert selection.positions("model.embed_tokens.weight").unpack().tolist() == [7]
 
 
+def test_from_delta_selects_for_a_base_in_another_dtype():
+    """Of a copy that was rounded the changes would be mostly the rounding."""
+    before, after, model = tiny_llama(), tiny_llama(), tiny_llama().bfloat16()
+    with torch.no_grad():
+        named_weights(after)["lm_head.weight"].view(-1)[7] += 1e-6
+    selection = Selection.from_delta(before, after, 1.5 / sum(w.numel() for w in before.parameters()), of=model)
+    selection.check(model)
+    assert selection.positions("lm_head.weight").unpack().tolist() == [7]
+
+
 def test_a_different_model_is_refused():
     with pytest.raises(ValueError, match="not the same model"):
         Selection.from_delta(tiny_llama(), nn.Linear(2, 2), 0.1)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from allo_fast.config import UserError, first_line
+from allo_fast.config import UserError
 from allo_fast.data.batch import Batch
 from allo_fast.locating.taps import Taps
 from allo_fast.locating.windows import Piece
 from allo_fast.model.logps import HeadPass, ResponseLogps
+from allo_fast.model.probe import said_by
 from allo_fast.model.weights import named_weights
 
 logger = logging.getLogger(__name__)
@@ -225,10 +226,10 @@ def find_segments(taps: Taps, logps: ResponseLogps, batch: Batch, loss: Callable
         segments = Segments(logps, entrances, stages, in_tuples)
         try:
             fault = _fault(segments, taps, batch, loss)
-        except (UserError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except Exception as error:  # a model's own code may raise anything where it is bent like this
-            fault = f"{type(error).__name__}: {first_line(error)}"
+            fault = said_by(error)
         if fault is None:
             return segments
     else:

@@ -33,8 +33,7 @@ from allo_fast.locating.windows import Piece, largest_of, pieces_of, square_wind
 from allo_fast.method.objectives import Npo, Preference, Sft
 from allo_fast.method.optim import clip_scale
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.probe import is_sharded
-from allo_fast.model.weights import held_here, named_weights, whole
+from allo_fast.model.weights import held_here, is_sharded, named_weights, whole
 from allo_fast.training.backend import learning_rates
 from allo_fast.training.examples import Examples
 from allo_fast.training.steps import MicroBatch

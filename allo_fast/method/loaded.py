@@ -100,8 +100,9 @@ def _entries(weight: Tensor, at: Positions) -> Tensor:
 
 @dataclass(eq=False)
 class _Stack:
-    """The deltas of one model. base: its fingerprint without them; stops: at which it then stops."""
+    """The deltas of one model. modules: its own; base: its fingerprint without them; stops: at which it then stops."""
 
+    modules: dict[str, object]
     weights: dict[str, Tensor]
     generation: object  # its configuration
     base: str
@@ -114,6 +115,7 @@ class _Stack:
     @torch.no_grad()
     def change(self, how: Callable[[], None]) -> None:
         """Does what `how` does while the model is the base."""
+        _check_untrained(self.modules)
         for name, (dtype, shape) in self.kinds.items():
             if (now := self.weights[name].dtype) != dtype:
                 raise UserError(f"load_delta: {name} was cast from {dtype} to {now} since; cast it back")
@@ -132,6 +134,11 @@ class _Stack:
                     self.generation.eos_token_id = [*delta._delta.stops]
 
 
+def _check_untrained(modules: dict[str, object]) -> None:
+    if VALUES in modules:
+        raise UserError("load_delta: a SparsePolicy trains this model's weights; policy.release() ends that")
+
+
 _stacks: WeakKeyDictionary[PreTrainedModel, _Stack] = WeakKeyDictionary()
 
 
@@ -148,13 +155,12 @@ def load_delta(model: PreTrainedModel, path: str | Path, scale: float = 1.0) -> 
     if not Path(path).is_file():
         raise UserError(f"{no_such(path)}; stages that train some of the weights leave a delta.safetensors")
     scale, delta, weights = _checked(scale), Delta.load(path), named_weights(model)
-    if VALUES in model._modules:
-        raise UserError("load_delta: a SparsePolicy trains this model's weights")
+    _check_untrained(model._modules)
     if any(hasattr(weight, "ds_tensor") for weight in weights.values()):
         raise UserError("load_delta: the model lies in ZeRO-3 shares")
     if not (stack := _stacks.get(model)) or not stack.deltas:
         base, generation = fingerprint(model), model.generation_config
-        stack = _Stack(weights, generation, base, generation.eos_token_id, [])
+        stack = _Stack(model._modules, weights, generation, base, generation.eos_token_id, [])
     if (dtype := str(model.dtype).removeprefix("torch.")) != delta.dtype:
         raise UserError(f"{path}: made in {delta.dtype}, the model is in {dtype}; load it with dtype={delta.dtype!r}")
     delta.check(stack.base)

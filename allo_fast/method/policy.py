@@ -60,9 +60,9 @@ class SparsePolicy:
     ):
         selection.check(model)
         earlier = getattr(model._modules.get(VALUES), "trained_before", None)  # that of a policy before this one
-        self._trained_before = earlier or [weight for weight in model.parameters() if weight.requires_grad]
-        self.model = model.requires_grad_(False)
-        weights = named_weights(model)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self._trained_before = trained if earlier is None else earlier
+        self.model, weights = model, named_weights(model)
         self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
         self.base = begin(model, selection.base, start, self.rounding_seed)
         self.parameters = sum(weight.numel() for weight in weights.values())
@@ -83,14 +83,19 @@ class SparsePolicy:
         self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
-        for module in model.modules():
-            self._install(module)
-        say_what_is_not_trained(model)
         own = (self.values, self.weights, self.positions, self._loaded, self.rounding_seed)
         self._value_parameters = ValueParameters(*own)
         self._value_parameters.trained_before = self._trained_before
-        self._value_parameters.attach(model)
-        self.logps = ResponseLogps(model, self._head_entries)
+        model.requires_grad_(False)
+        try:
+            for module in model.modules():
+                self._install(module)
+            say_what_is_not_trained(model)
+            self._value_parameters.attach(model)
+            self.logps = ResponseLogps(model, self._head_entries)
+        except BaseException:  # it cannot be computed with, and is no policy's
+            self._leave()
+            raise
 
     @property
     def selected(self) -> int:
@@ -136,13 +141,16 @@ class SparsePolicy:
         self.check_current()
         for name in self.values:
             self._value_parameters.check_written(name)
-        del self.model._modules[VALUES]
+        self.logps.release()
+        self._leave()
+        return self.model
+
+    def _leave(self) -> None:
+        self.model._modules.pop(VALUES, None)
         for module in self.model.modules():
             install_reads(module, (), self._read)
-        self.logps.release()
         for weight in self._trained_before:
             weight.requires_grad_()
-        return self.model
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""

@@ -47,9 +47,15 @@ class Selection:
         return f"Selection({share}, of base {self.base[:12]})"
 
     @classmethod
-    def from_delta(cls, before: nn.Module, after: nn.Module, ratio: float, **settings) -> "Selection":
-        """The weights that training moved most: scores |after - before| in fp32, see `from_scores`."""
-        return cls.from_scores(changes(before, after), ratio, base=fingerprint(before), **settings)
+    def from_delta(
+        cls, before: nn.Module, after: nn.Module, ratio: float, *, of: nn.Module | None = None, **settings
+    ) -> "Selection":
+        """The weights that training moved most: scores |after - before| in fp32, see `from_scores`.
+
+        before: what training began from, in the dtype that it had there; of a copy in another dtype the changes are
+        mostly what rounding took. of: the model that the selection is for, `before` in another dtype; None: `before`.
+        """
+        return cls.from_scores(changes(before, after), ratio, base=fingerprint(of or before), **settings)
 
     @classmethod
     def from_scores(

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from allo_fast.config import UserError, first_line
+from allo_fast.config import UserError
 from allo_fast.model.drawing import Response, Sampler
-from allo_fast.model.probe import reads_a_part
+from allo_fast.model.probe import reads_a_part, said_by
 
 BLOCK = 128  # positions by which slots grow
 PROMPT_TOKENS = 2048  # of prompts of one length that are computed together
@@ -179,7 +179,7 @@ def why_padded(model: PreTrainedModel) -> str | None:
     except UserError:
         raise
     except Exception as error:  # a model may raise anything
-        return f"it cannot compute rows in slots: {type(error).__name__}: {first_line(error)}"
+        return f"it cannot compute rows in slots: {said_by(error)}"
     return None if all(sampler.agrees(model, response) for response in responses) else "its rows depend on each other"
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from allo_fast import ranks
-from allo_fast.config import UserError, first_line
+from allo_fast.config import UserError
 from allo_fast.data.encoding import CUT
 from allo_fast.model.decoding import Decoder, Recording, trial_responses, why_padded
 from allo_fast.model.drawing import Response, Sampler, draws_of
 from allo_fast.model.logps import forget_longer_rows
-from allo_fast.model.probe import longest_row
+from allo_fast.model.probe import longest_row, said_by
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +139,10 @@ def _together(model: PreTrainedModel, padding: int, sharded: bool) -> str:
             _decode_batch(model, trial, recording, padding, sharded)
         except UserError:
             raise
-        except Exception as error:  # a model may raise anything
+        except Exception as error:
+            why = said_by(error)
             if len(trial) == 1:
-                raise UserError(f"{name}: it cannot generate: {type(error).__name__}: {first_line(error)}") from error
+                raise UserError(f"{name}: it cannot generate: {why}") from error
             return False
         return all([recording.agrees(model, response) for response in trial])  # each, for ranks that share the model
 

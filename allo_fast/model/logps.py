@@ -14,7 +14,8 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Layout, attention_mask
 from allo_fast.model import attention
-from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings, is_sharded
+from allo_fast.model.probe import Findings, decoder_of, examine, growing_embeddings
+from allo_fast.model.weights import is_sharded
 from allo_kernels import Positions, head_row_gradient, head_torch, token_logps
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,13 @@ class ResponseLogps(nn.Module):
             _hook(module, _pass_through)
         forget_longer_rows(model)
         self.findings: Findings | None = None
-        if not is_sharded(model):
+        if is_sharded(model):
+            return
+        try:
             self.examine()
+        except BaseException:
+            self.release()
+            raise
 
     @property
     def layout(self) -> Layout:

@@ -22,7 +22,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from allo_fast.config import UserError
 from allo_fast.data.batch import Batch, Layout, collate
 from allo_fast.data.corpus import Corpus
+from allo_fast.errors import first_line
 from allo_fast.model.attention import PACKED
+from allo_fast.model.weights import is_sharded
 
 LONGEST = 256  # tokens of a trial's prompt; attention windows beyond are not tried
 # Keys under which configurations say how far layers see that do not see everything.
@@ -65,7 +67,7 @@ def examine(
     try:
         alone = [hidden(row) for row in trial.rows]
     except Exception as error:  # a model may raise anything
-        raise UserError(f"{name}: it cannot compute a row of tokens: {_first_line(error)}") from error
+        raise UserError(f"{name}: it cannot compute a row of tokens: {said_by(error)}") from error
     row, states = trial.rows[1], alone[1]
     if weights != [weight._version for weight in model.parameters()]:
         raise UserError(f"{name}: it changes its own weights while it computes")
@@ -146,7 +148,7 @@ def _why_single(trial: _Trial, alone: list[Tensor]) -> str | None:
     try:
         together = trial.hidden(trial.batch)
     except Exception as error:  # a model may raise anything
-        return f"it cannot compute padded rows: {_first_line(error)}"
+        return f"it cannot compute padded rows: {said_by(error)}"
     for row, states, batch in zip(together, alone, trial.rows, strict=True):
         response = batch.segment_ids[0] == 1
         if not _near(row[: states.shape[1]][response], states[0, response], trial.tolerance):
@@ -169,7 +171,7 @@ def _why_apart(model: PreTrainedModel, trial: _Trial, alone: list[Tensor]) -> st
         before, elsewhere = trial.hidden(trial.shared), trial.hidden(moved)
         reached = trial.reaches(trial.shared, before, first, second)
     except Exception as error:  # a model may raise anything
-        return f"it takes no mask of responses: {_first_line(error)}"
+        return f"it takes no mask of responses: {said_by(error)}"
     if reached:
         return "responses in one row can change each other"
     if torch.equal(before[second], elsewhere[second]):
@@ -190,7 +192,7 @@ def _why_padded(trial: _Trial, alone: list[Tensor], layout: Layout) -> str | Non
         before = trial.hidden(batch)
         reached = trial.reaches(batch, before, others, later)
     except Exception as error:  # a model may raise anything
-        return f"it takes no packed rows: {_first_line(error)}"
+        return f"it takes no packed rows: {said_by(error)}"
     if reached:
         return "problems in one row can change each other"
     packed = before[later & (batch.segment_ids > 0)]
@@ -262,11 +264,6 @@ def growing_embeddings(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any("dynamic" in kind or kind == "longrope" for kind in kinds(m))]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """By ZeRO-3, so that only DeepSpeed can run it."""
-    return any(hasattr(weight, "ds_id") for weight in model.parameters())
-
-
 def _prompt_length(config: PretrainedConfig) -> int:
     """Of a prompt that reaches beyond every attention window that is short enough to be tried."""
     room = min(LONGEST, (getattr(config, "max_position_embeddings", None) or LONGEST) - 8)
@@ -294,5 +291,8 @@ def _near(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(distances.median() <= tolerance)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".removesuffix(": ")
+def said_by(error: Exception) -> str:
+    """What a model's own code raised, in one line; that memory ran out says nothing of the model, and is raised on."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        raise error
+    return f"{type(error).__name__}: {first_line(error)}"

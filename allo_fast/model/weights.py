@@ -29,6 +29,11 @@ def held_here(weight: Tensor) -> Tensor:
     return getattr(weight, "ds_tensor", weight)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """By ZeRO-3, so that only DeepSpeed can run it."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight once, whole, one at a time; every rank iterates together."""
     for name, weight in named_weights(model).items():

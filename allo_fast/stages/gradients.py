@@ -24,8 +24,7 @@ from allo_fast.method.policy import SparsePolicy
 from allo_fast.method.selection import Selection, competing
 from allo_fast.model.loading import load_model
 from allo_fast.model.logps import ResponseLogps
-from allo_fast.model.probe import is_sharded
-from allo_fast.model.weights import fingerprint, named_weights, size_of
+from allo_fast.model.weights import fingerprint, is_sharded, named_weights, size_of
 from allo_fast.plan.shapes import model_config, shape_of
 from allo_fast.plan.windows import LEAN, base_bytes, room_beside, windows
 from allo_fast.runs.unit import Progress, Unit

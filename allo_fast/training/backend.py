@@ -21,7 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LocalBackend:
-    """One process, one device. protocol: release takes the older AdamW form and clips by the dense gradient's norm."""
+    """One process, one device. protocol: release takes the older AdamW form for a SparsePolicy; what is clipped is the
+    policy's to say."""
 
     def __init__(
         self, policy: DensePolicy | SparsePolicy, config: TrainConfig, total_steps: int, protocol: str = "paper"

@@ -216,6 +216,7 @@ def _computed(
     corpus: Corpus, planned: np.ndarray, missing: set[int], model: Opened, budget: int
 ) -> Iterator[_Computed]:
     """Some responses after others, each micro-batch by one of the ranks, on all of them."""
+    ranks.agree({"layout of its reference": str(model.layout)})
     micros, rank = micro_batches(corpus, planned, model.layout, budget, missing), ranks.rank()
     while several := list(islice(micros, ranks.world_size())):
         # Where fewer are left than there are ranks, some compute the first too: a sharded model needs them all.

@@ -185,8 +185,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         head, device, width = ctx.head, hidden.device, hidden.shape[1]
-        op = "the backward of token_logps"
-        counted, upstream, lse = _with_gradient(targets, upstream, lse, head.gradient_rows, op)
+        counted, upstream, lse = _with_gradient(targets, upstream, lse, head.gradient_rows, "backward of token_logps")
         d_hidden = None  # made after the first block, when nothing else is alive
         d_weight = torch.zeros_like(weight) if need_weight else None
         d_bias = torch.zeros(bias.shape, device=device) if need_bias else None
@@ -280,8 +279,7 @@ def _with_gradient(
 
 
 def _at_most(counts: Tensor, known: int) -> int:
-    """How many rows to work on, one at least, which shows NaN. On a CPU, where nothing waits, those that count: others,
-    as of tokens that are not key, need no logits."""
+    """How many rows to work on: on a CPU, where nothing waits, those that count; else all known, or one for NaN."""
     return int(counts.count_nonzero()) if counts.device.type == "cpu" else max(known, 1)
 
 
