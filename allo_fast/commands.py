@@ -215,7 +215,7 @@ def _plan(options: argparse.Namespace) -> int:
     job = replace(job, device=DEVICES[options.device], rows=count_rows(config), host_bytes=host and host * 1e9)
     planned = advised(job, zeros_of(config, lambda: job))
     print(json.dumps(planned.to_dict(), indent=1) if options.json else plan_table(planned))
-    return 0 if planned.fits else 1
+    return 0 if planned.fits else 2
 
 
 def _complete(unit: Unit) -> None:

@@ -1,7 +1,8 @@
 """Every key of a run's configuration, in small typed classes; those of its sections stand in config_sections.py and
 config_train.py. config_file.py reads all from YAML.
 
-Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are the paper's.
+Names are those of transformers' TrainingArguments and TRL's DPOConfig where one exists. Defaults are
+the paper's, where it says one.
 """
 
 from typing import Annotated, Literal
@@ -180,8 +181,7 @@ class Config(Section):
     @property
     def generates_answers(self) -> bool:
         """Whether evaluation judges texts of the model's own."""
-        chosen = self.data.format == "multiple_choice" and self.evaluate.choices == "generation"
-        return chosen or self.data.format in SAMPLED
+        return generates_answers(self.data.format, self.evaluate.choices)
 
     @property
     def reads_solutions(self) -> bool:
@@ -192,3 +192,8 @@ class Config(Section):
     def epsilon(self) -> float:
         """Of learning: the fraction of each rejected response's tokens that are key tokens."""
         return self.learn.epsilon or (1.0 if self.method == "sparse-dpo" else 0.1)
+
+
+def generates_answers(format: str, choices: str) -> bool:
+    """By `data.format` and `evaluate.choices`."""
+    return format in SAMPLED or (format, choices) == ("multiple_choice", "generation")

@@ -6,7 +6,7 @@ A run keeps its own as config.yaml.
 import difflib
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from allo_fast.config import Config
 from allo_fast.errors import UserError, first_line, no_such
 from allo_fast.section import Section
 
+S = TypeVar("S", bound=Section)
 logger = logging.getLogger(__name__)
 
 _NODES = 10_000  # keys and values in a file, aliases counted as what they stand for
@@ -50,6 +51,14 @@ def load_config(path: str | Path, overrides: list[str] = (), auto: str | None = 
     return config
 
 
+def validated(section: type[S], given: dict) -> S:
+    """A section of what is not in a file. Raises UserError for what does not fit."""
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise UserError(explained(error, section)) from None
+
+
 def read_yaml(path: str | Path) -> dict:
     """The keys and values of a YAML file. Raises UserError where it cannot be read, or has none."""
     try:
@@ -66,7 +75,10 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def dump_config(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    """What is held out of data.train stays so, whatever that becomes."""
+    given = config.model_dump()
+    given["data"]["test"] = None if config.data.test_size else config.data.test
+    return yaml.safe_dump(given, sort_keys=False)
 
 
 # What users of TRL, LLaMA-Factory and Axolotl type for a key of ours.
@@ -237,7 +249,8 @@ def _explain(key: str, errors: list[dict], known: list[str]) -> str:
         return f"{key}: has keys of its own, as {below[0]}, and no value (got {first['input']!r:.200})"
     if first["type"] != "extra_forbidden":
         message = " or ".join(error["msg"].removeprefix("Value error, ") for error in errors)
-        suffix = "" if first["type"] == "missing" else f" (got {first['input']!r:.200})"
+        whole = first["type"] == "missing" or isinstance(first["input"], dict)  # what the user need not have written
+        suffix = "" if whole else f" (got {first['input']!r:.200})"
         return f"{key}: {message}{suffix}" if key else message
     where = ".".join(map(str, first["loc"]))
     section, _, last = where.rpartition(".")

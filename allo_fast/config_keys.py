@@ -13,7 +13,7 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from allo_fast.config import Config, UserError
-from allo_fast.config_file import NAMES_ELSEWHERE
+from allo_fast.config_file import NAMES_ELSEWHERE, NOT_KEYS
 from allo_fast.config_sections import RewardSource, Score
 from allo_fast.config_train import Loss, TrainConfig
 from allo_fast.section import Section
@@ -53,7 +53,8 @@ def print_keys(options: argparse.Namespace) -> None:
         if word in f"{key.name} {key.about}".lower() or f".{key.name}".endswith(f".{ours}")
     ]
     if not found:
-        raise UserError(f"{options.word}: in no key's name or explanation")
+        why = NOT_KEYS.get(word, "in no key's name or explanation")
+        raise UserError(f"{options.word}: {why}")
     print("\n".join(found))
 
 

@@ -47,7 +47,7 @@ class DataConfig(Section):
     format: Literal["problems", "gsm8k", "release", "multiple_choice", "preference"] = "problems"  # what a row is
     chat_template: bool | None = None  # null: where the tokenizer has one; true: it must; false: never
     chat_template_kwargs: dict[str, Any] = {}  # arguments of the chat template, as enable_thinking: false
-    prompt_template: str | None = None  # "{}" is the problem; null: bare in chats and preferences, else the paper's
+    prompt_template: str | None = None  # "{}" is a prompt's text; null: bare in chats and preferences, else the paper's
     # Which answers are right: strict, release, math, FILE.py:FUNCTION of a response and its row, reward_model:FOLDER.
     scorer: str = "strict"
     max_prompt_tokens: int = Field(1024, gt=0)  # longer problems are set aside
@@ -86,7 +86,7 @@ class SampleConfig(Section):
     batch_size: int = Field(8, gt=0)  # problems whose responses are computed at once; decides no text, to rounding
     engine: Literal["local", "server"] = "local"  # what samples: this process, or `server`, which has the same model
     server: ServerConfig = ServerConfig()
-    stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # a response is cut at the first of these
+    stop: list[str] = ["Problem:", "</s>", "Human:", "Assistant:"]  # where responses, and answers to test problems, end
 
 
 class PairsConfig(Section):

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from allo_fast.config import Config, UserError
+from allo_fast.config_file import validated
 from allo_fast.data.problems import Problem, read_problems
 from allo_fast.data.splitting import read_split
 from allo_fast.model.checkpoint import check_model
@@ -55,7 +56,7 @@ def init(options: argparse.Namespace) -> None:
     check_model(model)
     settings = _settings(model, data, options.test, options.method, options.out.stem)
     dtype = {"model.dtype": "bfloat16"} if options.gpu_memory else {}
-    config = Config.model_validate(_nested(settings | dtype))
+    config = validated(Config, _nested(settings | dtype))
     size = options.gpu_memory * 1e9 if options.gpu_memory else memory.device_bytes()
     job = replace(job_of(config, 1, size), rows=count_rows(config))
     if (fitting := fitted(job, {"dense": None, "sparse": None})) is None:
@@ -80,9 +81,9 @@ def _asked(what: str, flag: str) -> str:
 def _settings(model: str, data: str, test: str | None, method: str, name: str) -> dict[str, object]:
     """By dotted key, in the order in which they are written."""
     format = _format_of(data)
-    data_section = {"train": data, "format": format}
-    known = Config.model_validate({"name": name, "model": {"name_or_path": model}, "data": data_section})
-    next(read_split(known.data, "test"))  # which says where nothing can be held out
+    data_section = {"train": data, "test": test, "format": format}
+    known = validated(Config, {"name": name, "model": {"name_or_path": model}, "data": data_section})
+    next(read_split(known.data, "test"))  # which says what is not there, and where nothing can be held out
     rows, weights = count_rows(known), shape_of(model_config(known), "float32").parameters
     rate, sparse_rate = next((dense, sparse) for size, dense, sparse in _RATES if weights < size)
     settings = {"name": name, "model.name_or_path": model, "data.train": data}

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from allo_fast.__main__ import main
-from allo_fast.config import UserError
+from allo_fast.config import Config, UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.scoring import final_answer, is_correct, judge_of, judges_with, scorers_with
 from allo_fast.report.summary import sampled_shares, shares_line
+from allo_fast.runs.basis import deciding
 from allo_fast.stages import evaluate
 from allo_fast.stages.check import check
 from allo_fast.stages.evaluate import judged
@@ -122,6 +124,32 @@ def test_options_are_judged_alike_by_every_scorer():
     )
     chosen = evaluate._chosen(row, tied, "math")
     assert [chosen[scorer] for scorer in ("strict", "release", "math")] == [0, 0, 0] and chosen["tie"]
+
+
+def test_answers_end_where_sampled_responses_do(monkeypatch):
+    """What follows is another problem's."""
+    said = f"{SAID.format(5)}\n\nProblem: 2+2?\n{SAID.format(4)}"
+    monkeypatch.setattr(evaluate, "generate", lambda *given, **settings: [[said]])
+    config = Config(name="x", data={"train": "a", "test": "b", "format": "gsm8k"}, model={"name_or_path": "m"})
+    problem = {"id": "0", "prompt_ids": [1], "answer": "5"}
+    frozen, prompts = (SimpleNamespace(model=None, sharded=False), SimpleNamespace(tokenizer=None, end_tokens=[]))
+    (row,) = evaluate._answered(frozen, prompts, [problem], 0, config, STRICT)
+    assert row == {"id": "0", "strict": True, "response": SAID.format(5)} and not is_correct(said, "5")
+    config.sample.stop = []
+    (row,) = evaluate._answered(frozen, prompts, [problem], 0, config, STRICT)
+    assert row["response"] == said and not row["strict"]
+
+
+def test_where_answers_end_decides_only_where_there_are_any():
+    for format, choices, decides in (
+        ("gsm8k", "likelihood", True),
+        ("multiple_choice", "generation", True),
+        ("multiple_choice", "likelihood", False),
+        ("preference", "likelihood", False),
+    ):
+        entries = {"data.format": format, "evaluate.choices": choices, "sample.stop": []}
+        assert ("sample.stop" in deciding(entries)) == decides
+    assert "sample.stop" in deciding({"data.format": "preference", "sample.stop": []}), "of a stage that samples"
 
 
 @pytest.mark.xdist_group("runs")

@@ -127,6 +127,7 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
         ("train[2000:2003]", "train[1005:2003]", r"shares rows with data.train, arithmetic:train\[1000:1006\]"),
         ("set: {", "set: {data.test: null, ", "data.test: a comparison needs one beside data.train; .* names none"),
         ("job: micro.yaml", "job: nowhere.yaml", "nowhere.yaml: no such file"),
+        ("against:", "metric: rewards/accuracies\nagainst:", "metric: of data.format: preference; .* has problems"),
         (
             "locate: {score: random}",
             "locate: {scores: random}",

@@ -52,6 +52,10 @@ def test_overrides_are_yaml(tmp_path):
         ("learn.num_train_epochs=true", "learn.num_train_epochs: expected a number .got True."),
         ("learn.max_tokens_per_batch=true", "learn.max_tokens_per_batch: expected a number .got True."),
         ("learn.learning_rate=true", "learn.learning_rate: expected a number .got True."),
+        ("seeds=[true]", "seeds: expected a number .got .True.."),
+        ("learn.loss_weights=[true]", "learn.loss_weights: expected a number"),
+        ("forget.threshold=yes", "forget.threshold: expected a number .got True."),
+        ("locate.windows=on", "locate.windows: expected a number .got True."),
         ("rewards.train.epochs=1", "did you mean rewards.train"),
         ("learn.ratio=1.5", "learn.ratio: .*less than or equal to 1 .got 1.5."),
         ("learn.loss_type=dpo", "learn.loss_type.*: .*'sigmoid', 'robust'.*.got 'dpo'."),
@@ -176,6 +180,17 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     config = load(tmp_path, overrides=["learn.ratio=0.07"])
     (tmp_path / "saved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_what_is_held_out_of_other_data_is_so_in_a_saved_configuration(tmp_path):
+    """And a test that both name is refused without the whole section, which nobody wrote."""
+    config = load(tmp_path, overrides=["data.test=null", "data.train=a"])
+    assert (config.data.test, config.data.test_size) == ("a", 0.1)
+    (saved := tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(saved) == config
+    assert load_config(saved, ["data.train=other"]).data.test == "other"
+    with pytest.raises(UserError, match="beside one set test_size: null$"):
+        load_config(saved, ["data.test=c"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

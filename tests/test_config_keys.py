@@ -8,7 +8,7 @@ from pydantic import Field
 
 from allo_fast.__main__ import main
 from allo_fast.config import Config
-from allo_fast.config_file import known_keys
+from allo_fast.config_file import NOT_KEYS, known_keys
 from allo_fast.config_keys import as_markdown, keys_of
 from allo_fast.section import Section
 
@@ -81,5 +81,7 @@ def test_a_key_is_found_by_a_word(capsys):
     assert "beta" not in out and max(map(len, out.splitlines())) <= 100
     assert main(["keys", "data.train"]) == 0 and "data.train: must be set; text" in capsys.readouterr().out
     assert main(["keys", "rpo_alpha"]) == 0 and "learn.loss_weights: default null" in capsys.readouterr().out
+    assert main(["keys", "max_steps"]) == 2
+    assert NOT_KEYS["max_steps"] in capsys.readouterr().err
     assert main(["keys", "no such word"]) == 2
     assert "no such word: in no key's name or explanation" in capsys.readouterr().err

@@ -120,6 +120,8 @@ def test_a_delta_goes_with_its_base_alone(tmp_path):
 def test_damaged_deltas_are_refused(tmp_path):
     path, name = tmp_path / "delta.safetensors", "model.norm.weight"
     forgotten(tiny_llama(), path)
+    with pytest.raises(UserError, match=f"delto.safetensors: no such file; nearest: {path}$"):
+        Delta.load(tmp_path / "delto.safetensors")
     tensors, about = load_tensors(path)
     values = tensors[f"{name}.values"]
     cases = (

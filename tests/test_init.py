@@ -101,6 +101,17 @@ def test_what_does_not_fit_is_said(tmp_path, model, capsys):
     assert not out.exists()
 
 
+def test_a_test_of_ones_own_that_is_not_there(tmp_path, model, capsys):
+    data, one = rows_in(tmp_path, "preference", 9), rows_in(tmp_path, "multiple_choice", 1)
+    words = ["--model", model, "--data"]
+    assert main(["init", str(tmp_path / "a.yaml"), *words, data, "--test", str(tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl: no such file" in capsys.readouterr().err and not (tmp_path / "a.yaml").exists()
+    assert main(["init", str(tmp_path / "b.yaml"), *words, one, "--test", data]) == 0, "none is held out of the one row"
+    for name in ("a\\b.yaml", 201 * "x" + ".yaml"):
+        assert main(["init", str(tmp_path / name), *words, data]) == 2
+        assert "allo-fast: name: " in capsys.readouterr().err
+
+
 def test_every_method_and_a_test_of_ones_own(tmp_path, model):
     data, test = rows_in(tmp_path, "preference", 9), rows_in(tmp_path, "multiple_choice")
     for method in ("allo", "dpo"):

@@ -14,6 +14,7 @@ from conftest import tiny_llama, units_read
 from transformers import AutoModelForCausalLM
 
 from allo_fast.__main__ import main
+from allo_fast.compare.judging import asking
 from allo_fast.config import UserError
 from allo_fast.config_file import load_config
 from allo_fast.data.arithmetic import ALPHABET, character_tokenizer
@@ -95,6 +96,11 @@ def test_margins_of_pairs_by_hand():
     assert "rewards" not in pair_margins([scored(-1.0, 1, True), scored(-2.0, 1, False)], None)
     two = pair_margins([scored(-1.0, 1, True), scored(-2.0, 1, True), wrong, longer], None)
     assert two["logps"] == [2.0, 5.0, 1.0, 4.0], "each right one with each wrong one"
+
+
+def test_what_is_no_url_is_said():
+    with pytest.raises(UserError, match=r"server.url: String should match pattern .* \(got 'localhost:1/v1'\)"):
+        asking("localhost:1/v1", "m")
 
 
 def test_pairs_of_one_problem_are_one_cluster():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import MICRO, tiny_llama, units_read
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,7 @@ from allo_fast.stages.driving import hidden_updates
 from allo_fast.training.zero import training_sections
 
 pytestmark = pytest.mark.xdist_group("runs")
-FIRST, LAST = ["pretrain", "sample", "pairs"], ["evaluate"]
+FIRST, LAST = ["sample", "pairs"], ["evaluate"]
 SPARSE = ["method=sparse-dpo", "model.dtype=bfloat16"]
 DELTA, MIB = {"locate": {"score": "delta"}}, 1 << 20
 
@@ -68,6 +69,13 @@ def test_stages_of_each_method(changes, stages, trained, models):
     known = {(name, key) for name in stages_of(made) for key in STAGES[name].keys(made)}
     for name, key in known:
         assert set(STAGES[name].needs(made, key)) <= known, "a stage reads what the run has"
+
+
+def test_a_given_model_is_not_pretrained(tmp_path, capsys):
+    (path := tmp_path / "c.yaml").write_text(yaml.safe_dump(config().model_dump() | {"output_dir": str(tmp_path)}))
+    assert main(["pretrain", str(path)]) == 2
+    assert "pretrain: not a stage of this run, whose stages are sample, pairs, locate" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +257,7 @@ def test_dense_dpo_alone_is_a_result(sparse, tmp_path, capsys):
     assert re.search(r"^dpo +\d", capsys.readouterr().out, re.MULTILINE)
     assert list(json.loads((tmp_path / "micro/summary.json").read_text())["models"]) == ["base", "dpo"]
     assert main(["learn", str(path), "method=dpo", base]) == 2
-    assert "learn: not a stage of this run, whose stages are pretrain, sample, pairs, warmup, evaluate" in (
+    assert "learn: not a stage of this run, whose stages are sample, pairs, warmup, evaluate" in (
         capsys.readouterr().err
     )
 

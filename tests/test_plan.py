@@ -1,5 +1,7 @@
 import json
+import re
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from allo_fast.model.decoding import BLOCK
 from allo_fast.model.generation import generate
 from allo_fast.plan.advice import advised
 from allo_fast.plan.costs import USABLE, dense_dpo_states, states, traffic
-from allo_fast.plan.job import Plan, chosen, disk_bytes, phases_of
+from allo_fast.plan.job import Plan, chosen, disk_bytes, job_of, phases_of, zeros_of
 from allo_fast.plan.phase import DEVICES, Job
 from allo_fast.plan.rows import Rows, count_rows, example_tokens, micro_batches, unknown_rows
 from allo_fast.plan.shapes import Shape, _cached_entries, _keeps_less, shape_of, weights_of
@@ -259,11 +261,14 @@ def test_what_a_layer_caches_of_a_token(config, entries, bound):
     assert _cached_entries(config) == entries and _keeps_less(config) == bound
 
 
-def test_rows_are_counted_where_they_can_be(tmp_path):
+def test_rows_are_counted_where_they_can_be(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(7)))
     data = {"train": f"{path}[:5]", "test": str(path), "format": "preference"}
     config = Config(name="x", model={"name_or_path": "m"}, data=data)
+    assert count_rows(config) == Rows(5, 5, 5, 5, 7, 2, True, True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.data.train = "~/rows.jsonl[:5]"
     assert count_rows(config) == Rows(5, 5, 5, 5, 7, 2, True, True)
     config.data.train = "org/name:train"
     assert count_rows(config) == Rows(1000, 1000, 1000, 1000, 7, 2, False, True)
@@ -284,6 +289,17 @@ def test_times_are_of_whole_stages():
         assert one.times == (7 if one.stage == "evaluate" else 3)
     plan = advised(once, NONE)
     assert plan.seconds == sum(phase.times * phase.seconds for phase in plan.phases)
+
+
+def test_rounds_take_as_often_what_is_not_made_once():
+    shape, config = shape_of(EIGHT, "bfloat16"), settings()
+    config.sft = SftConfig()
+    one = by_stage(plan_of(config, shape, None, 80, 1))
+    config.rounds = 3
+    three = by_stage(plan_of(config, shape, None, 80, 1))
+    assert {name: phase.times // one[name].times for name, phase in three.items()} == {
+        name: 1 if name.startswith("sft") else 3 for name in one
+    }
 
 
 def test_both_dense_rivals_stand_beside_what_trains():
@@ -346,6 +362,44 @@ def test_shipped_jobs_fit_the_machines_they_name(path, capsys):
         plan = json.loads(capsys.readouterr().out)
         assert plan["fits"] and plan["peak_bytes"] <= USABLE * plan["gpu_bytes"] and plan["seconds"] > 0
     assert AutoConfig.from_pretrained(CONFIGS / "models" / f"{load_config(path).name}.json").num_hidden_layers
+
+
+def written_rows(page: str) -> list[list[str]]:
+    """Of the table of jobs and machines."""
+    lines = (CONFIGS.parent / page).read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| job and machine |"))
+    return [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("|"), lines[head + 2 :])]
+
+
+def planned_row(machine: str) -> list[str]:
+    small = ["sample.batch_size=4"] * ("[1]" in machine or "[2]" in machine)
+    small += ["rewards.batch_size=8", "evaluate.batch_size=32"] * ("[1]" in machine)
+    (size,) = re.findall(r"Llama-3(?:.2)?-(\d+B)", machine) or ["8B"]
+    name = {"1B": "llama3_2_1b", "3B": "llama3_2_3b"}.get(size, f"llama3_{size.lower()}")
+    gpus, memory = (int(found[0]) if (found := re.findall(p, machine)) else 1 for p in (r"(\d+) x", r"(\d+) GB"))
+    words = [*small, f"deepspeed={'auto' if gpus > 1 else 'null'}"]
+    config = load_config(CONFIGS / f"llama3_{'70b' if size == '70B' else '8b'}.yaml", words, auto="bfloat16")
+    job = job_of(config, gpus, memory * 1e9, str(CONFIGS / f"models/{name}.json"))
+    job = replace(job, device=DEVICES["h100" if "H100" in machine else "a100"])
+    plan = advised(job, zeros_of(config, lambda: job))
+    learn, locate, peak = by_stage(plan)["learn"], by_stage(plan)["locate"], plan.peak
+    stage = {"rewards.locate": "rewriter's locating", "locate": "locating"}[peak.stage]
+    pair = "{:.1f}, {:.1f}".format
+    return [
+        machine,
+        "whole" if gpus == 1 else f"ZeRO-{zeros_of(config, lambda: job)['sparse'].stage}",
+        f"{stage} {peak.device_bytes / 1e9:.1f} of {USABLE * memory:.1f}",
+        pair(learn.state_bytes / 1e9, learn.device_bytes / 1e9),
+        f"{locate.windows}, {locate.passes}",
+        pair(learn.dense_dpo_bytes / 1e9, learn.dense_dpo_low_bytes / 1e9),
+        f"{plan.seconds / 3600:.1f}",
+    ]
+
+
+def test_the_tables_of_the_docs_are_what_is_planned():
+    rows = written_rows("docs/clusters.md")
+    assert len(rows) > 10 and rows == [planned_row(row[0]) for row in rows]
+    assert all(row in rows for row in written_rows("README.md"))
 
 
 def test_examples_are_not_cut_to_fill_a_micro_batch():

@@ -11,9 +11,10 @@ from PIL import Image
 
 from allo_fast.__main__ import main
 from allo_fast.config import UserError
+from allo_fast.config_file import load_config
 from allo_fast.method.selection import Selection
 from allo_fast.report import figures, picture, samples, selected
-from allo_fast.report.page import _rows
+from allo_fast.report.page import _header, _rows
 from allo_fast.runs.rows import read_jsonl
 from allo_fast.runs.run import Run
 from allo_fast.stages import STAGES
@@ -52,6 +53,13 @@ def test_it_says_what_was_run(finished, page):
     assert "allo - dpo" in header and ("inside the noise" in header or "clear of zero" in header)
     assert "<dt>command</dt><dd>allo-fast run config.yaml</dd>" in header and f"torch {torch.__version__}" in header
     assert (finished[1] / "config.yaml").read_text().splitlines()[0] in header
+
+
+def test_it_says_that_the_test_was_held_out(finished):
+    config = load_config(finished[0], ["data.test=null"])
+    run = Run(config, STAGES, folder=finished[1])
+    header = _header(run, json.loads((finished[1] / "summary.json").read_text()))
+    assert "<dt>data.test</dt><dd>held out of data.train: " in header
 
 
 def test_answers_before_and_after(finished, page):

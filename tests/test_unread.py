@@ -30,7 +30,7 @@ def read(tmp_path):
             [SAMPLED],
         ),
         (
-            [GIVEN],
+            [GIVEN, "method=sparse-dpo"],
             ["sample.max_new_tokens=3", "sample.batch_size=3", "pairs.gold=missing", "data.scorer=release"],
             [SAMPLED],
         ),
@@ -97,6 +97,36 @@ def test_what_is_set_and_not_read_is_said(read, where, idle, elsewhere):
     assert set(listed.split(", ")) == keys and why.endswith(")")
     if elsewhere is not None:
         assert not keys & {key for line in read(*elsewhere, *idle) for key in line[10:].partition(" (")[0].split(", ")}
+
+
+PAIRS = "data.format=preference"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [GIVEN, "sample.max_new_tokens=3"],  # of the guard's answers
+        [PAIRS, "evaluate.max_new_tokens=3"],  # of those that a report shows
+        [GIVEN, "evaluate.choices=generation", "sample.stop=[x]", "evaluate.max_new_tokens=3", "method=dpo"],
+        [PAIRS, ALL, "learn.loss_type=sft", "learn.beta=3"],  # of the margins of held-out pairs
+    ],
+)
+def test_what_is_read_in_one_place_alone_is_not_said(read, words):
+    assert not read(*words)
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        ([GIVEN, "sample.max_new_tokens=3", "forget.guard=null"], "sample.max_new_tokens"),
+        ([GIVEN, "sample.max_new_tokens=3", "forget.guard.max_repeated=null"], "sample.max_new_tokens"),
+        ([GIVEN, "sample.max_new_tokens=3", "protocol=release"], "sample.max_new_tokens"),
+        ([PAIRS, "evaluate.max_new_tokens=3", "evaluate.samples=0"], "evaluate.max_new_tokens"),
+        ([SAMPLED, "evaluate.samples=2"], "evaluate.samples"),
+    ],
+)
+def test_what_is_read_in_no_place_is_said(read, words, key):
+    assert [line for line in read(*words) if key in line]
 
 
 def test_the_shipped_configurations_are_read():

@@ -158,6 +158,8 @@ class Comparison:
             raise UserError("deepspeed: a comparison's runs are one process each; start the command once a device")
         if common.data.test_size:
             raise UserError(f"{path}: data.test: a comparison needs one beside data.train; {job} names none")
+        if "metric" in config.model_fields_set and common.data.format != "preference":
+            raise UserError(f"{path}: metric: of data.format: preference; {job} has {common.data.format}")
         for key in ("test", "train") if config.development else ():
             if _overlap(config.development, other := getattr(common.data, key)):
                 raise UserError(f"{path}: development: {config.development} shares rows with data.{key}, {other}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from allo_fast.config import SampleConfig, UserError
+from allo_fast.config_file import validated
 from allo_fast.data.intervals import accuracy_interval
 from allo_fast.data.prompts import as_text
 from allo_fast.data.sources import lacks, read_rows
@@ -92,9 +93,10 @@ def read_responses(path: Path) -> Responses:
 
 
 def asking(url: str, model: str, api_key_env: str | None = None) -> SampleConfig:
-    """How a server is asked for verdicts."""
+    """How a server is asked for verdicts. Raises UserError for what is no URL."""
     server = {"url": url, "model": model, "api_key_env": api_key_env}
-    return SampleConfig(engine="server", num_return_sequences=1, top_p=1.0, max_new_tokens=MAX_TOKENS, server=server)
+    given = {"engine": "server", "num_return_sequences": 1, "top_p": 1.0, "max_new_tokens": MAX_TOKENS}
+    return validated(SampleConfig, given | {"server": server})
 
 
 def judge(

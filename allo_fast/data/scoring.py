@@ -37,6 +37,12 @@ def is_correct(response: str, answer: str, scorer: str = "strict") -> bool:
     return said is not None and is_equivalent(said, answer)
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """What a model said before the first of these (`sample.stop`): its response, or its answer to a test problem."""
+    ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))].rstrip()
+
+
 def final_answer(response: str) -> str | None:
     """As `strict` compares it, or what is in the last boxed{}; None where there is none."""
     tail = _MARKER.split(response)

@@ -44,8 +44,7 @@ class Sweep:
 
     score: one of config.GRADIENT_SCORES. windows: passes for scores, at most; an earlier session's where there was one.
     clip: by config.max_grad_norm. compute: response log-probabilities; None: `logps` itself. host: sums lie in host
-    memory. mark: as in `locating.files`. Raises UserError
-    where gradients are not finite.
+    memory. mark: as in `locating.files`. Raises UserError where gradients are not finite.
     """
 
     def __init__(
@@ -98,10 +97,8 @@ class Sweep:
         try:
             if len(self.windows) > 1 and not self.sharded:
                 self.captured = self._find_segments(taps)
-            done, total = (
-                0,
-                sum(len(self.losses.step(number)) for number in range(len(self.steps))) * sum(map(len, left.values())),
-            )
+            micros = sum(len(self.losses.step(number)) for number in range(len(self.steps)))
+            done, total = 0, micros * sum(map(len, left.values()))
             total += len(self.captured.own) if self.captured else 0
             for work in self._phases(taps, left):
                 for more in work:

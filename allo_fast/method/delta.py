@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.durable import load_tensors, save_tensors
+from allo_fast.errors import no_such
 from allo_fast.model.generation import stop_tokens
 from allo_fast.model.weights import fingerprint, named_weights, size_of
 from allo_kernels import Positions, scatter_
@@ -43,7 +44,9 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> "Delta":
-        """Raises UserError when the file is not a delta, or a damaged one."""
+        """Raises UserError when the file is not there, not a delta, or a damaged one."""
+        if not Path(path).is_file():
+            raise UserError(no_such(path))
         try:
             positions, about, tensors = load_positions(path)
             values = {name: tensors[f"{name}.values"] for name in positions}

@@ -1,6 +1,7 @@
 """How many rows a job has, where they can be counted without fetching anything; else a thousand."""
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def _rows(config: Config, train: Counter[str] | None, test: Counter[str] | None)
 
 def _count(key: Key, config: Config) -> Counter[str] | None:
     """None where it lies elsewhere, or `allo-fast check` has something to say of it."""
-    name = split_slice(getattr(config.data, key))[0]
+    name = os.path.expanduser(split_slice(getattr(config.data, key))[0])
     if not (is_generated(name) or Path(name).is_file() or Path(name.partition(":")[0]).is_dir()):
         return None
     counts = Counter(options=0)

@@ -56,11 +56,12 @@ def _header(run: Run, summary: dict) -> str:
     counted = {
         key: f"{counts['rows']:,} rows, {counts['set_aside']:,} set aside" for key, counts in summary["data"].items()
     }
+    test = "held out of data.train" if config.data.test_size else config.data.test
     told = [
         ("method", f"{config.method}, protocol {config.protocol}; seeds {' '.join(map(str, config.seeds))}"),
         ("base", f"{base}; {config.model.dtype}"),
         ("data.train", f"{config.data.train}: {counted['train']}"),
-        ("data.test", f"{config.data.test or 'held out of data.train'}: {counted['test']}"),
+        ("data.test", f"{test}: {counted['test']}"),
         *(("but", line) for line in trained_line(summary["data"]["test"])),
         ("command", f"allo-fast run {CONFIG}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())),

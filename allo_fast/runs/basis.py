@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from allo_fast.config import generates_answers
 from allo_fast.data.sources import split_slice
 from allo_fast.data.verifier import is_own
 
@@ -34,11 +35,14 @@ def differences(old: Basis, new: Basis) -> str:
 
 
 def deciding(entries: Basis) -> Basis:
-    """Those that what comes of a stage depends on: how often it looks at held-out pairs, only where they decide."""
+    """Those that what comes of a stage depends on: how often it looks at held-out pairs, only where they decide; where
+    answers end, only where models are asked for them."""
     for section in ("warmup", "learn"):
         looks = [f"{section}.{name}" for name in ("early_stopping_patience", "load_best_model_at_end", "eval_steps")]
         if not any(entries.get(key) for key in looks[:2]):
             entries = {key: value for key, value in entries.items() if key not in looks}
+    if (choices := entries.get("evaluate.choices")) and not generates_answers(entries["data.format"], choices):
+        entries = {key: value for key, value in entries.items() if key != "sample.stop"}
     return {key: value for key, value in entries.items() if _DRIVING.isdisjoint((key, key.rpartition(".")[2]))}
 
 

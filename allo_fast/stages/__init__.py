@@ -206,7 +206,7 @@ STAGES = {
         number=9,
         execute=evaluate.execute,
         outputs=("predictions.jsonl", "samples.jsonl", "texts.jsonl", *_RENDERED),
-        settings=("evaluate", "data.test", "data.test_size", "data.text", *_DATA),
+        settings=("evaluate", "sample.stop", "data.test", "data.test_size", "data.text", *_DATA),
         needs=_evaluate_needs,
         keys=_evaluated,
         files=_files("data.test", "data.text", "data.scorer"),
@@ -246,6 +246,7 @@ def stages_of(config: Config) -> list[str]:
     """The stages of a run, in order."""
     sparse, allo = config.method != "dpo", config.method == "allo"
     runs = {
+        "pretrain": config.model.name_or_path is None,
         "sft": config.sft is not None,
         "warmup": config.warms_up,
         "locate": sparse,

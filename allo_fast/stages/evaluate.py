@@ -1,7 +1,7 @@
 """How one model does on the test rows. `allo-fast evaluate CONFIG`; `allo-fast eval MODEL CONFIG` for any model.
 
 Sampled problems: a greedy response, whose final answer must match; or `evaluate.num_return_sequences` sampled ones, of
-which the share that is right is pass@1, any right one pass@k, and the commonest answer maj@k.
+which the share that is right is pass@1, any right one pass@k, and the commonest answer maj@k. All end at `sample.stop`.
 Multiple choice: the response with the highest sum of its tokens' log-probabilities wins, as in the paper's tasks. The
 sum favours short options; `per_token` says whether the highest mean is right too. With `evaluate.choices: generation`
 they are answered as sampled problems are.
@@ -33,6 +33,7 @@ from allo_fast.data.prompts import Prompts
 from allo_fast.data.scoring import (
     REWARD,
     WINS,
+    before_stop,
     best_response,
     final_answer,
     is_tie,
@@ -205,7 +206,7 @@ def _answered(
     """start: the number of the chunk's first problem, which decides what is drawn."""
     settings, several = config.evaluate, config.evaluate.num_return_sequences > 1
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if several else {}
-    responses = generate(
+    answers = generate(
         frozen.model,
         prompts.tokenizer,
         [problem["prompt_ids"] for problem in chunk],
@@ -217,7 +218,8 @@ def _answered(
         sharded=frozen.sharded,
         **sampling,
     )
-    return [judged(problem, texts, judges) for problem, texts in zip(chunk, responses, strict=True)]
+    cut = [[before_stop(text, config.sample.stop) for text in texts] for texts in answers]
+    return [judged(problem, texts, judges) for problem, texts in zip(chunk, cut, strict=True)]
 
 
 def judged(problem: dict, texts: list[str], judges: Mapping[str, Judge]) -> dict:

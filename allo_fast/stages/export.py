@@ -47,8 +47,7 @@ def _key(config: Config, folder: Path, stage: str, seed: int | None) -> str:
     """Of the unit that made the model."""
     if stage not in STAGES_WITH_MODELS:
         raise UserError(f"{stage}: not a stage that makes a model; those are {', '.join(STAGES_WITH_MODELS)}")
-    stages = [name for name in stages_of(config) if name != "pretrain" or config.model.name_or_path is None]
-    if stage not in stages:
+    if stage not in (stages := stages_of(config)):
         raise UserError(f"{folder}: has no {stage}; its stages are {', '.join(stages)}")
     if seed is not None and seed not in config.seeds:
         raise UserError(f"{folder}: has no seed {seed}; its seeds are {', '.join(map(str, config.seeds))}")

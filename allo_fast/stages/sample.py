@@ -16,6 +16,7 @@ from allo_fast import ranks
 from allo_fast.config import UserError
 from allo_fast.data.encoding import encode_responses
 from allo_fast.data.prompts import Prompts
+from allo_fast.data.scoring import before_stop
 from allo_fast.durable import appearing
 from allo_fast.model.generation import generate
 from allo_fast.model.loading import load_tokenizer
@@ -117,11 +118,6 @@ def _sample(unit: Unit, problems: Rows, prompts: Prompts) -> Generator[Progress,
 
 
 def _judged(row: dict, texts: list[str], label: Labels, stops: list[str], prompts: Prompts, positions: float) -> dict:
-    row = encode_responses(row, [_cut(text, stops) for text in texts], prompts, positions)
+    row = encode_responses(row, [before_stop(text, stops) for text in texts], prompts, positions)
     labels = label([response["text"] for response in row["responses"]], row)
     return row | {"responses": [one | said for one, said in zip(row["responses"], labels, strict=True)]}
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    ends = [text.index(stop) for stop in stops if stop in text]
-    return text[: min(ends, default=len(text))].rstrip()

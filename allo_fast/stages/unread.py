@@ -47,9 +47,12 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.name_or_path:
         yield "only where model.name_or_path is null a model is pretrained", "pretrain.*"
     if config.data.format not in SAMPLED:
-        sampling = "sample.[nt]* sample.max_new_tokens sample.batch_size sample.stop"
-        answers = "" if config.generates_answers else "data.scorer evaluate.max_new_tokens evaluate.[nt]*"
+        sampling = "sample.[nt]* sample.batch_size" + " sample.max_new_tokens" * (not _guard_speaks(config))
+        answers = "" if config.generates_answers else "sample.stop data.scorer evaluate.[nt]*"
+        answers += " evaluate.max_new_tokens" * (not config.generates_answers and not _samples(config))
         yield f"data.format: {config.data.format} has its responses", f"{sampling} pairs.gold {answers}"
+    if config.data.format != "preference":
+        yield f"data.format: {config.data.format} has no pairs whose answers are shown", "evaluate.samples"
     if config.data.format != "multiple_choice":
         yield f"data.format: {config.data.format} has no choices", "evaluate.choices"
     if config.generates_answers and config.evaluate.num_return_sequences == 1:
@@ -91,7 +94,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     idle = [keys for keys, sources in _OF_REWARDS.items() if config.reward_source not in sources]
     yield f"rewards.source: {config.reward_source}", " ".join(idle)
     for train in (config.warmup, config.learn):
-        yield from _of_losses(train)
+        yield from _of_losses(train, config.data.format)
     if not config.pairs.eval_size:
         yield "pairs.eval_size: null, no pair is held out", "warmup.eval_steps learn.eval_steps"
     if config.protocol == "release":
@@ -101,9 +104,19 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{key}.lr_scheduler_type: constant", f"{key}.warmup_steps"
 
 
-def _of_losses(train: LossConfig) -> Iterator[tuple[str, str]]:
+def _guard_speaks(config: Config) -> bool:
+    """Does forgetting ask for answers, which `sample.max_new_tokens` ends?"""
+    guard = config.forget.guard if config.method == "allo" and config.protocol == "paper" else None
+    return guard is not None and guard.max_repeated is not None
+
+
+def _samples(config: Config) -> bool:
+    return config.data.format == "preference" and config.evaluate.samples > 0
+
+
+def _of_losses(train: LossConfig, format: str) -> Iterator[tuple[str, str]]:
     readers = {
-        "beta": {*LOSSES} - {"sft"},
+        "beta": {*LOSSES} - ({"sft"} if format != "preference" else set()),  # margins of pairs are scaled by it
         "label_smoothing": {"sigmoid", "robust", "simpo", "confpo"},
         "length_alpha": {"sigmoid"},
         "simpo_gamma": {"simpo", "confpo"},

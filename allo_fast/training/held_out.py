@@ -52,10 +52,8 @@ class HeldOut:
                 batch = examples.collate(micro).to(opened.device)
                 if self.sparse:
                     logps, kl = logps_and_kl(self.sparse, opened.compute, batch)
-                    nats, tokens = (
-                        nats + kl[batch.examples].sum().item(),
-                        tokens + batch.valid[batch.examples].sum().item(),
-                    )
+                    nats += kl[batch.examples].sum().item()
+                    tokens += batch.valid[batch.examples].sum().item()
                 else:
                     logps = opened.compute(batch)
                 loss, metrics = self.objective(logps, batch.reference, batch)

@@ -249,11 +249,8 @@ def locates_by_gradients(config: Config) -> bool:
 
 def check_divides(train: TrainConfig, world: int, name: str = "") -> None:
     """Raises UserError, naming sizes that would do, where `world` ranks cannot divide the micro-batches of a step."""
-    micro, steps, prefix = (
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        f"{name}." if name else "",
-    )
+    micro, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    prefix = f"{name}." if name else ""
     if steps % world == 0 or train.max_tokens_per_batch:  # with a budget a step is cut for the ranks that there are
         return
     problem = f"{world} ranks cannot divide the {steps} micro-batches of a step ({prefix}gradient_accumulation_steps)"
