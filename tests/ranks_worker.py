@@ -633,7 +633,7 @@ def mistakes(folder: Path, config: str) -> None:
     own = policy.logps.findings
     if rank():
         policy.logps.findings = replace(own, layout=Layout(share_prompts=False))
-    with pytest.raises(UserError, match="rank 1 has another way to compute its model than rank 0"):
+    with pytest.raises(UserError, match="rank 1 has another layout of rows than rank 0"):
         Trainer(policy, pair_corpus(), Preference(0.5), TrainConfig(**SETTINGS), node)
     reference = nullcontext(Opened(policy.logps, policy.logps.findings.layout, policy.model.device))
     policy.logps.findings = own

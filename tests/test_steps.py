@@ -149,7 +149,7 @@ def on_a_cpu_alone() -> bool:
     """Whether a definition asks, or a check, that a GPU's tensors never come to."""
     frames = traceback.extract_stack()
     files = ("head_torch.py", "positions.py", "sampled.py")
-    names = ("_check_targets", "_stack", "_exactly")
+    names = ("_check_targets", "_stack", "_at_most")
     return any(frame.name in names or frame.filename.endswith(files) for frame in frames)
 
 

@@ -77,8 +77,8 @@ class SparseAdamW(Optimizer):
 
     Element-wise equal to dense AdamW on the selected entries. hf_eps: the older Hugging Face form
     p -= lr sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where eps is not corrected. max_grad_norm: clips by the norm of all
-    gradients, for a loop that does not; `accepts` as ClippedAdamW's. state_dict also holds the policy's fp32 values, and
-    loading it sets them.
+    gradients, for a loop that does not; `accepts` as ClippedAdamW's. state_dict also holds the policy's fp32 values,
+    and loading it sets them.
     """
 
     writes_back = True  # into the base, in the same pass
