@@ -12,7 +12,7 @@ from allo_fast.config_file import load_config
 from allo_fast.data.scoring import final_answer, is_correct, judge_of, judges_with, scorers_with
 from allo_fast.report.summary import sampled_shares, shares_line
 from allo_fast.runs.basis import deciding
-from allo_fast.stages import evaluate
+from allo_fast.stages import STAGES, evaluate
 from allo_fast.stages.check import check
 from allo_fast.stages.evaluate import judged
 
@@ -150,6 +150,7 @@ def test_where_answers_end_decides_only_where_there_are_any():
         entries = {"data.format": format, "evaluate.choices": choices, "sample.stop": []}
         assert ("sample.stop" in deciding(entries)) == decides
     assert "sample.stop" in deciding({"data.format": "preference", "sample.stop": []}), "of a stage that samples"
+    assert "sample.stop" in STAGES["evaluate"].settings
 
 
 @pytest.mark.xdist_group("runs")

@@ -114,6 +114,7 @@ def test_the_file_names_the_folder_where_nothing_else_does(file):
         ("  allo: {}", "  ' ': {}", "arms: each needs a name of its own, got ' '"),
         ("  allo: {}", "  allo: {data.test: x}", "arms.allo: data.test is of all arms alike; move it to `set`"),
         ("  allo: {}", "  allo: {evaluate: {top_p: 0.5}}", "arms.allo: evaluate.top_p is of all arms alike"),
+        ("  allo: {}", "  allo: {sample.stop: []}", "arms.allo: sample.stop is of all arms alike"),
         (
             "{each: [0.1, 0.2]}",
             "{each: [0.1], best: [0.2, 0.3]}",

@@ -296,3 +296,16 @@ def test_a_model_that_cannot_generate_is_refused():
     most = 0
     with pytest.raises(UserError, match="RwkvForCausalLM: it cannot generate: IndexError: no such rows"):
         sampled(model)
+
+
+def test_memory_that_runs_out_says_nothing_of_how_rows_are_batched(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("full")
+
+    model = tiny_llama()
+    monkeypatch.setattr(Decoder, "run", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        why_padded(model)
+    monkeypatch.setattr(generation, "_decode_batch", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        generation._together(model, 0, False)

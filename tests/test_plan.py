@@ -297,9 +297,10 @@ def test_rounds_take_as_often_what_is_not_made_once():
     one = by_stage(plan_of(config, shape, None, 80, 1))
     config.rounds = 3
     three = by_stage(plan_of(config, shape, None, 80, 1))
-    assert {name: phase.times // one[name].times for name, phase in three.items()} == {
-        name: 1 if name.startswith("sft") else 3 for name in one
-    }
+    often = {name: 1 if name.startswith("sft") else 3 for name in one} | {"evaluate": 7 / 3}
+    assert {name: phase.times / one[name].times for name, phase in three.items()} == often
+    config.rivals, config.locate.score = ["dpo"], "linear"
+    assert by_stage(plan_of(config, shape, None, 80, 1))["warmup"].times == 1, "the first round's rival alone"
 
 
 def test_both_dense_rivals_stand_beside_what_trains():

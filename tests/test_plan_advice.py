@@ -66,7 +66,7 @@ def test_the_whole_job_in_one_line(capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the whole job")]
     assert re.search(r"fits: 3\d\.\d of 36\.8 GB a device \(locate\); locate in \d windows, \d+ passes", line)
     assert re.search(r"; at most \d+\.\d h; host memory \d+ GB a node; disk \d+ GB and \d+ of scratch", line)
-    assert main([*EIGHT, "--gpu-memory", "20", "--host-memory", "100", "deepspeed=null"]) == 1
+    assert main([*EIGHT, "--gpu-memory", "20", "--host-memory", "100", "deepspeed=null"]) == 2
     said = capsys.readouterr().out
     assert "the whole job does not fit: " in said and "of 92 GB a node" in said
 

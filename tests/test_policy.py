@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from allo_fast.config import ModelConfig, UserError
 from allo_fast.data.batch import Layout, collate
+from allo_fast.method.delta import Delta
 from allo_fast.method.loaded import load_delta
 from allo_fast.method.optim import SparseAdamW
 from allo_fast.method.policy import SparsePolicy
@@ -356,12 +357,19 @@ def test_a_released_model_takes_another_policy_and_a_delta(tmp_path):
     assert all(torch.equal(w, named_weights(model)[name]) for name, w in named_weights(base).items())
 
 
-def test_a_model_that_is_refused_is_as_before():
-    model = tiny_llama(attention_dropout=0.5).train()
-    plain = copy.deepcopy(model)
+@pytest.mark.parametrize("again", [False, True], ids=["from its base", "from a delta"])
+def test_a_model_that_is_refused_is_as_before(again, tmp_path):
+    model = tiny_llama(attention_dropout=0.5)
+    plain, start = copy.deepcopy(model.train()), None
+    if again:
+        policy = SparsePolicy(copy.deepcopy(model).eval(), random_selection(model, 0.2))
+        train(policy)
+        policy.save_delta(tmp_path / "delta")
+        start = Delta.load(tmp_path / "delta")
     kinds = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(UserError, match="the same tokens give other results each time"):
-        SparsePolicy(model, random_selection(model, 0.3))
+        SparsePolicy(model, random_selection(model, 0.3), start)
+    assert fingerprint(model) == fingerprint(plain)
     assert {name: type(module) for name, module in copy.deepcopy(model).named_modules()} == kinds
     assert (
         all(weight.requires_grad for weight in model.parameters()) and model.config.to_dict() == plain.config.to_dict()

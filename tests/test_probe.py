@@ -249,6 +249,9 @@ def test_any_other_error_is_said_with_the_name_of_the_model(monkeypatch):
     monkeypatch.setattr(model.model, "forward", lambda **given: given.attribute)
     with pytest.raises(UserError, match="AttributeError: 'dict' object has no attribute 'attribute'"):
         ResponseLogps(model)
+    monkeypatch.setattr(model.model, "forward", lambda **given: [][0:0] or next(iter([])))
+    with pytest.raises(UserError, match="it cannot compute a row of tokens: StopIteration$"):
+        ResponseLogps(model)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])

@@ -145,12 +145,20 @@ def test_rows_without_a_target_get_no_gradient_however_large_their_logits(impl, 
     assert torch.autograd.grad((logps * upstream).sum(), hidden)[0].isnan().any()
 
 
+def test_how_many_rows_a_device_works_on():
+    """Too few, be it none, must show as NaN, which no row at all would not."""
+    counts = torch.zeros(3, dtype=torch.bool, device="meta")
+    assert [head._at_most(counts, known) for known in (0, 1, 2)] == [1, 1, 2]
+    assert head._at_most(torch.tensor([True, False, True]), 3) == 2
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_what_comes_out_may_be_changed_in_place(impl):
     hidden, weight, _, targets, upstream = inputs(9, 8, 40, torch.float32, False)
     logps = token_logps(hidden, weight, targets, impl=impl)
     (expected,) = torch.autograd.grad((2 * logps * upstream).sum(), hidden)
-    logps = token_logps(hidden, weight, targets, impl=impl)
+    logps, lse = token_logps(hidden, weight, targets, with_lse=True, impl=impl)
+    lse.zero_()
     torch.testing.assert_close(torch.autograd.grad((logps.mul_(2) * upstream).sum(), hidden)[0], expected)
 
 
@@ -236,6 +244,8 @@ def test_the_gradient_of_some_rows():
     for rows in (slice(3, 9), slice(None), slice(None, 5), slice(-5, None), slice(15, 99), slice(9, 3)):
         part = head_row_gradient(hidden, weight.detach(), targets, lse, upstream, rows)
         torch.testing.assert_close(part, whole[rows])
+    with pytest.raises(ValueError, match="lse: expected .* on cpu"):
+        head_row_gradient(hidden, weight.detach(), targets, lse.to("meta"), upstream, slice(3))
     with pytest.raises(ValueError, match="rows: expected neighbouring ones"):
         head_row_gradient(hidden, weight.detach(), targets, lse, upstream, slice(0, 10, 2))
 

@@ -108,7 +108,8 @@ PAIRS = "data.format=preference"
         [GIVEN, "sample.max_new_tokens=3"],  # of the guard's answers
         [PAIRS, "evaluate.max_new_tokens=3"],  # of those that a report shows
         [GIVEN, "evaluate.choices=generation", "sample.stop=[x]", "evaluate.max_new_tokens=3", "method=dpo"],
-        [PAIRS, ALL, "learn.loss_type=sft", "learn.beta=3"],  # of the margins of held-out pairs
+        [PAIRS, ALL, "learn.loss_type=sft", "learn.beta=3"],  # of margins, as of pairs that are held out
+        [GIVEN, ALL, "learn.loss_type=sft", "learn.beta=3", "pairs.eval_size=0.1"],
     ],
 )
 def test_what_is_read_in_one_place_alone_is_not_said(read, words):

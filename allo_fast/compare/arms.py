@@ -33,7 +33,7 @@ from allo_fast.section import Section
 Values = dict[str, Any]  # by dotted key of the job's configuration
 _CHOICES = ("each", "best")
 # What all arms are judged by, and where they lie.
-_JUDGES = "seeds data.test data.scorer data.format evaluate.* name output_dir rivals deepspeed".split()
+_JUDGES = "seeds data.test data.scorer data.format evaluate.* sample.stop name output_dir rivals deepspeed".split()
 
 
 class CompareConfig(Section):

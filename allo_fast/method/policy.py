@@ -64,6 +64,11 @@ class SparsePolicy:
         self._trained_before = trained if earlier is None else earlier
         self.model, weights = model, named_weights(model)
         self.rounding_seed = check_rounding_seed(rounding_seed, [*weights.values()])
+        if start:
+            start.check(selection.base)
+        self._names, self.values, self._in_reference = {}, {}, False
+        self.logps = ResponseLogps(model, self._head_entries)  # what it refuses is left as it is
+        model.requires_grad_(False)
         self.base = begin(model, selection.base, start, self.rounding_seed)
         self.parameters = sum(weight.numel() for weight in weights.values())
         self.weights = {name: weights[name] for name in selection.names}
@@ -80,22 +85,15 @@ class SparsePolicy:
         self.dense_gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in kept}
         self._names = {id(weight): name for name, weight in (weights if keep_dense_gradients else self.weights).items()}
         self._patterns: dict[str, sampled.Pattern] = {}  # of weights that only these get a gradient of
-        self._in_reference = False
         self.loaded_alone = False  # did the model load a state, and the optimizer none since?
         self.adds_gradients = False  # straight to `value.grad`, past what may wait for it, as DistributedDataParallel
         own = (self.values, self.weights, self.positions, self._loaded, self.rounding_seed)
         self._value_parameters = ValueParameters(*own)
         self._value_parameters.trained_before = self._trained_before
-        model.requires_grad_(False)
-        try:
-            for module in model.modules():
-                self._install(module)
-            say_what_is_not_trained(model)
-            self._value_parameters.attach(model)
-            self.logps = ResponseLogps(model, self._head_entries)
-        except BaseException:  # it cannot be computed with, and is no policy's
-            self._leave()
-            raise
+        for module in model.modules():
+            self._install(module)
+        say_what_is_not_trained(model)
+        self._value_parameters.attach(model)
 
     @property
     def selected(self) -> int:
@@ -141,16 +139,13 @@ class SparsePolicy:
         self.check_current()
         for name in self.values:
             self._value_parameters.check_written(name)
-        self.logps.release()
-        self._leave()
-        return self.model
-
-    def _leave(self) -> None:
-        self.model._modules.pop(VALUES, None)
+        del self.model._modules[VALUES]
         for module in self.model.modules():
             install_reads(module, (), self._read)
+        self.logps.release()
         for weight in self._trained_before:
             weight.requires_grad_()
+        return self.model
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the live tensors, by kind."""

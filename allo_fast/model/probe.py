@@ -295,4 +295,5 @@ def said_by(error: Exception) -> str:
     """What a model's own code raised, in one line; that memory ran out says nothing of the model, and is raised on."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         raise error
-    return f"{type(error).__name__}: {first_line(error)}"
+    name, said = type(error).__name__, first_line(error)
+    return name if said == name else f"{name}: {said}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from allo_fast.config import SAMPLED, EvaluateConfig, SampleConfig
 from allo_fast.model.decoding import BLOCK, PROMPT_TOKENS
 from allo_fast.plan.costs import HEAD_BYTES, gathered_bytes
-from allo_fast.plan.phase import Job, Phase, loading
+from allo_fast.plan.phase import Job, Phase, loading, times_of
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.plan.training import scoring_tokens
 from allo_fast.training.reference import TOKENS
@@ -30,7 +30,7 @@ def sample_phase(job: Job, zero: Zero | None) -> Phase | None:
     if job.config.data.format not in SAMPLED or settings.engine == "server":
         return None
     work = _generating(job, zero, settings, settings.num_return_sequences, job.rows.problems)
-    return _frozen(job, "sample", zero, work, len(job.config.seeds))
+    return _frozen(job, "sample", zero, work, times_of(job.config, "sample"))
 
 
 def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
@@ -42,8 +42,9 @@ def evaluate_phase(job: Job, zero: Zero | None) -> Phase:
         row = config.data.max_prompt_tokens + rows.options * config.data.max_response_tokens
         tokens = max(TOKENS, row)
         work = _scoring(job, job.shape, tokens, math.ceil(rows.tests * row / tokens))
-    times = 1 + bool(config.sft) + len(config.trained) * len(config.seeds)
-    return _frozen(job, "evaluate", zero, work, times)
+    first = 1 + bool(config.sft) + len(config.trained) * len(config.seeds)
+    later = 2 * len(config.seeds) * (config.rounds - 1)  # the model before and the one after
+    return _frozen(job, "evaluate", zero, work, first + later)
 
 
 def rewards_phase(job: Job, zero: Zero | None) -> Phase | None:
@@ -57,7 +58,7 @@ def rewards_phase(job: Job, zero: Zero | None) -> Phase | None:
         tokens = max(TOKENS, row)
     batches = math.ceil(job.rows.wrong * row / tokens)
     work = _scoring(job, job.shape_in("rewards"), tokens, batches)
-    return _frozen(job, "rewards", zero, work, len(job.config.seeds))
+    return _frozen(job, "rewards", zero, work, times_of(job.config, "rewards"))
 
 
 def _scoring(job: Job, shape: Shape, tokens: int, batches: int) -> _Work:

@@ -131,10 +131,7 @@ def phases_of(job: Job, zeros: Mapping[str, Zero | None]) -> list[Phase]:
     phases = [phase for kind, zero in zeros.items() for phase in _divided(job, kind, zero)]
     frozen = {"sample": sample_phase, "rewards": rewards_phase, "evaluate": evaluate_phase}
     phases += [phase for stage, make in frozen.items() if (phase := make(job, zeros[kind_of(job.config, stage)]))]
-    once = ("pretrain", "sft")
-    for number, phase in enumerate(phases):
-        times = phase.times * (1 if phase.stage.partition(".")[0] in once else job.config.rounds)
-        phases[number] = replace(phase, times=times, node_bytes=phase.of_node(job.devices_of_a_node))
+    phases = [replace(phase, node_bytes=phase.of_node(job.devices_of_a_node)) for phase in phases]
     return sorted(phases, key=lambda phase: _ORDER.index(phase.stage.partition(".")[0]))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from allo_fast.config import GRADIENT_SCORES, TrainConfig
 from allo_fast.locating.families import FAMILIES
-from allo_fast.plan.phase import Job, Phase, loading
+from allo_fast.plan.phase import Job, Phase, loading, times_of
 from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, sized_by
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.plan.training import reference_bytes
@@ -65,7 +65,7 @@ def locate_phase(job: Job, zero: Zero | None) -> Phase:
         memory["locating"] = _LOCATING * math.ceil(max(shape.sizes) / job.gpus)
     host = loading((4 if "after" in memory else width) * shape.parameters, shares > 1)
     placement, stage = "shares" if shares > 1 else "whole", zero.stage if zero else None
-    return Phase("locate", placement, stage, memory, times=len(config.seeds), **host)
+    return Phase("locate", placement, stage, memory, times=times_of(config, "locate"), **host)
 
 
 def located_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None) -> Phase:
@@ -92,7 +92,7 @@ def _gradient_phase(sweep: _Sweep) -> Phase:
         scratch_bytes=4 * shape.parameters + _cut_bytes(sweep, division),
         windows=division.windows,
         passes=division.passes,
-        times=1 if sweep.section == "sft" else len(config.seeds),
+        times=times_of(config, sweep.section),
         sizes=(sized_by(sweep.section, sweep.train),),
         **host,
     )

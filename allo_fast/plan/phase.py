@@ -130,3 +130,11 @@ def kind_of(config: Config, stage: str) -> str:
 def loading(model_bytes: int, shared: bool) -> dict[str, dict[str, int]]:
     """Host memory while a model is loaded: each process has it whole, or rank 0 alone reads it out to all shares."""
     return {"host_main": {LOADING: model_bytes}} if shared else {"host": {LOADING: model_bytes}}
+
+
+def times_of(config: Config, section: str) -> int:
+    """How often a run computes a stage: for each seed, but for what all share, and in each round that has it."""
+    if section.partition(".")[0] in ("pretrain", "sft"):
+        return 1
+    later = section != "warmup" or config.model_copy(update={"rivals": []}).warms_up
+    return len(config.seeds) * (config.rounds if later else 1)

@@ -13,7 +13,7 @@ from allo_fast.plan.costs import (
     states,
     traffic,
 )
-from allo_fast.plan.phase import Job, Phase, loading
+from allo_fast.plan.phase import Job, Phase, loading, times_of
 from allo_fast.plan.rows import example_tokens, examples, micro_batch_tokens, micro_batches, response_tokens, sized_by
 from allo_fast.plan.shapes import BYTES, Shape
 from allo_fast.training.zero import Zero, trained_ratio
@@ -52,7 +52,7 @@ def training_phase(job: Job, section: str, train: TrainConfig, zero: Zero | None
         dense_dpo_low_bytes=dense_dpo_states(shape.parameters, zero, gpus, low=True),
         dense_dpo_traffic_bytes=dense_dpo_traffic(shape, config.model, micros, zero, gpus),
         checkpoint_bytes=12 * trained,
-        times=1 if section in ("pretrain", "sft") else len(config.seeds),  # once for all seeds
+        times=times_of(config, section),
         sizes=(sized_by(section, train), *_scored_by(section)),
     )
     return _timed(job, phase, section, train)

@@ -94,7 +94,7 @@ def _reasons(config: Config) -> Iterator[tuple[str, str]]:
     idle = [keys for keys, sources in _OF_REWARDS.items() if config.reward_source not in sources]
     yield f"rewards.source: {config.reward_source}", " ".join(idle)
     for train in (config.warmup, config.learn):
-        yield from _of_losses(train, config.data.format)
+        yield from _of_losses(train, config)
     if not config.pairs.eval_size:
         yield "pairs.eval_size: null, no pair is held out", "warmup.eval_steps learn.eval_steps"
     if config.protocol == "release":
@@ -114,9 +114,10 @@ def _samples(config: Config) -> bool:
     return config.data.format == "preference" and config.evaluate.samples > 0
 
 
-def _of_losses(train: LossConfig, format: str) -> Iterator[tuple[str, str]]:
+def _of_losses(train: LossConfig, config: Config) -> Iterator[tuple[str, str]]:
+    margins = config.data.format == "preference" or config.pairs.eval_size  # which are scaled by it
     readers = {
-        "beta": {*LOSSES} - ({"sft"} if format != "preference" else set()),  # margins of pairs are scaled by it
+        "beta": {*LOSSES} - (set() if margins else {"sft"}),
         "label_smoothing": {"sigmoid", "robust", "simpo", "confpo"},
         "length_alpha": {"sigmoid"},
         "simpo_gamma": {"simpo", "confpo"},

@@ -91,7 +91,6 @@ class Trainer:
         self.watches = Watches(len(self.steps), self.examples.budget or TOKENS, guard=guard, held_out=held_out)
         self.backend = make_backend(policy, config, len(self.steps), protocol, zero)
         self.examples.layout, self.traffic = policy.logps.layout, ranks.Traffic() if zero else None
-        ranks.agree({"layout of rows": str(policy.logps.layout)})
         # Of the last step; and states as an earlier session counted them, until this one makes a step.
         self.traffic_by_operation, self._state_bytes = {}, {}
         self.skipped = 0  # steps whose gradients were not finite

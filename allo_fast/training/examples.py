@@ -40,7 +40,7 @@ class Examples:
         self._prompt_lengths, self._lengths = corpus.prompts.lengths, corpus.responses.tokens.lengths
         self._prompts = corpus.responses.prompts
         self.corpus, self.set_aside = self._fitting(corpus, config.section)
-        self.layout = Layout(packed=True)  # of the model, for whoever knows it to set
+        self._layout = Layout(packed=True)
         self.rows = shuffled(self.corpus, seed)
         problems = self._prompts[self.rows[:, 0]]
         self.epochs = plan_steps(problems, config.examples_per_step, config.num_train_epochs, seed)
@@ -48,6 +48,16 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the model, for whoever knows it to set, on all ranks together: they share what it cuts."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        ranks.agree({"layout of rows": str(layout)})
+        self._layout = layout
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Those of all ranks."""

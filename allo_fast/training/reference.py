@@ -168,6 +168,7 @@ def reference_logps(
     What `folder` has already, from an earlier session or another stage, is not computed again. opened: the reference
     model, while entered. budget: tokens of a forward pass. mark: of the model and of how it computes.
     """
+    ranks.agree({"reference model, or way to compute it": mark})
     with ExitStack() as stack:  # two commands that share a cache compute what both lack once
         ranks.on_main(lambda: stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"))) or None)
         return (yield from _reference_logps(Reference(folder, mark, corpus, responses), opened, budget))

@@ -172,10 +172,10 @@ class _TokenLogps(torch.autograd.Function):
             chosen, of_block = head.kernels.target_and_lse(counted.rows(block, hidden, targets), weight, bias, head)
             counted.put(logps, block, chosen - of_block)
             counted.put(lse, block, of_block)
-        logps, lse = logps[: len(targets)].clone(), lse[: len(targets)]  # nobody may change a view in place
+        ctx.save_for_backward(hidden, weight, bias, targets, lse[: len(targets)])
+        logps, lse = (found[: len(targets)].clone() for found in (logps, lse))  # a view may not be changed in place
         if head.target_rows is not None:
             logps = torch.where(counts.sum() == head.target_rows, logps, torch.nan)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.mark_non_differentiable(lse)
         ctx.head = head
         return logps, lse
