@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DYNAMIC, TINY, pair_corpus, random_selection, tiny_llama
@@ -71,7 +72,7 @@ from allo_fast.training.engine import Trainer, TrainingError
 from allo_fast.training.examples import Examples
 from allo_fast.training.guard import CHANGE, Guard
 from allo_fast.training.held_out import HeldOut
-from allo_fast.training.reference import Opened
+from allo_fast.training.reference import Opened, reference_logps
 from allo_fast.training.sharded import ShardedPolicy
 from allo_fast.training.watching import Watches
 from allo_fast.training.zero import _OPTIONS, Zero
@@ -640,6 +641,8 @@ def mistakes(folder: Path, config: str) -> None:
     given = (pair_corpus(), Preference(0.5), TrainConfig(**SETTINGS), node)
     with pytest.raises(UserError, match="rank 1 has another layout of its reference than rank 0"):
         list(Trainer(policy, *given, reference=lambda: reference).prepare())
+    with pytest.raises(UserError, match="rank 1 has another reference model, or way to compute it than rank 0"):
+        next(reference_logps(node / "kept", f"model {rank()}", given[0], np.arange(1), reference))
 
 
 def command(folder: Path, *words: str) -> int:

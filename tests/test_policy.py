@@ -378,6 +378,16 @@ def test_a_model_that_is_refused_is_as_before(again, tmp_path):
     SparsePolicy(model.eval(), random_selection(model, 0.3))
 
 
+def test_a_model_that_a_delta_does_not_fit_is_as_before(tmp_path):
+    other = tiny_llama(seed=4)
+    SparsePolicy(other, random_selection(other)).save_delta(tmp_path / "delta")
+    model = tiny_llama()
+    with pytest.raises(UserError, match="made for the model"):
+        SparsePolicy(model, random_selection(model), Delta.load(tmp_path / "delta"))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 def test_a_model_of_which_nothing_trained_is_released_so():
     model = tiny_llama().requires_grad_(False)
     SparsePolicy(model, random_selection(model))
