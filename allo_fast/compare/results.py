@@ -45,7 +45,7 @@ class Result:
 
     chosen: on development data, with `tried`, what each candidate got there. edges: chosen keys of which no candidate
     was beyond the best. ties: of which another value was as good. states: bytes per parameter, of what it trains, a
-    dense warm-up too, with most. seconds: of a seed, in what it trains, locates and scores, since it was
+    dense warm-up too, with most. seconds: of a seed, in what it trains, locates and scores, since each was
     last started. ratio: of the weights that train in the end.
     """
 
